@@ -1,0 +1,12 @@
+# Short names for what tasks.py does; `make help` lists them. All logic is in tasks.py, which Windows calls directly.
+# Another Python: make run PYTHON=python3.12        More arguments: make test ARGS="-m 'not slow'"
+
+PYTHON ?= python3
+ARGS ?=
+TASKS := help install run test check export notebooks readme docs lock hooks lab ui clean
+
+.DEFAULT_GOAL := help
+.PHONY: $(TASKS)
+
+$(TASKS):
+	@$(PYTHON) tasks.py $@ $(ARGS)

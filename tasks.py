@@ -1,0 +1,345 @@
+"""The project's commands, with Python's standard library alone: `python tasks.py run` (or `make run`).
+
+Everything is installed into .venv, from requirements.lock, and nowhere else.
+"""
+
+import sys
+
+if sys.version_info < (3, 11):  # noqa: UP036 (whoever has an older one should read this line, not a traceback)
+    sys.exit(
+        "Python 3.11 or newer is needed, but this is %d.%d (%s). Name a newer one: make run PYTHON=python3.12"  # noqa: UP031
+        % (sys.version_info[0], sys.version_info[1], sys.executable)
+    )
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import time
+import venv
+from collections.abc import Callable
+from configparser import ConfigParser
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+VENV = ROOT / ".venv"
+BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
+PYTHON = BIN / ("python.exe" if os.name == "nt" else "python")
+LOCK = ROOT / "requirements.lock"
+STAMP = VENV / "installed-from"
+LOG = VENV / "install.log"
+GENERATED = ("nbs/**/*.ipynb", "mlops_course/**/*.py", "README.md")
+
+
+class Stop(Exception):
+    """A task can't go on; the message is for the user, the status for the shell."""
+
+    def __init__(self, message: str = "", status: int = 1) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+# ---------------------------------------------------------------- running other programs
+
+
+def call(*command: object, **variables: str) -> int:
+    """Run a program in the project's folder and environment; its exit status. Ctrl-C is left to the program."""
+    path = os.pathsep.join([str(BIN), os.environ.get("PATH", "")])
+    environment = {**os.environ, "PATH": path, "VIRTUAL_ENV": str(VENV), **variables}
+    process = subprocess.Popen([str(part) for part in command], cwd=ROOT, env=environment)
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            continue
+
+
+def need(*command: object, **variables: str) -> None:
+    """Run a program that has to succeed."""
+    status = call(*command, **variables)
+    if status:
+        # a negative status is a signal: the shell's way to say so is 128 + its number
+        raise Stop(f"{Path(str(command[0])).name} failed with status {status}", 128 - status if status < 0 else status)
+
+
+def module(name: str, *arguments: object) -> list[object]:
+    """The command that runs a module with the environment's Python."""
+    return [PYTHON, "-m", name, *arguments]
+
+
+def tool(name: str) -> Path:
+    """A program of the environment."""
+    return BIN / (f"{name}.exe" if os.name == "nt" else name)
+
+
+# ---------------------------------------------------------------- the environment
+
+
+def wanted() -> str:
+    """What the environment should be made from: any change means installing again."""
+    digest = hashlib.sha256()
+    for name in ("requirements.lock", "settings.ini", "setup.py"):
+        digest.update((ROOT / name).read_bytes())
+    return f"{digest.hexdigest()} {ROOT}"
+
+
+def ensure_installed() -> None:
+    """Make or renew .venv unless it is as it should be."""
+    if not LOCK.is_file():
+        raise Stop("requirements.lock is missing: get it back with git checkout requirements.lock, or make lock")
+    stamp = STAMP.read_text(encoding="utf-8") if STAMP.is_file() else ""
+    works = PYTHON.exists() and subprocess.run([PYTHON, "-c", "import pip"], capture_output=True).returncode == 0
+    if works and stamp == wanted():
+        return
+    begin = time.monotonic()
+    if works and stamp.endswith(f" {ROOT}"):  # finished once, and here: an unfinished or moved one is made anew
+        print("The lock or the settings changed: renewing .venv", flush=True)
+        STAMP.unlink(missing_ok=True)
+    else:
+        make_venv()
+    LOG.unlink(missing_ok=True)
+    install_packages("--editable", ROOT)
+    STAMP.write_text(wanted(), encoding="utf-8")
+    print(f"Installed in {time.monotonic() - begin:.0f} s. Deleting .venv takes it all away again.", flush=True)
+
+
+def make_venv(folder: Path = VENV) -> None:
+    """An empty environment with pip."""
+    print(f"Making {folder.name} with Python {sys.version.split()[0]} ({sys.executable})", flush=True)
+    try:
+        venv.EnvBuilder(clear=True, with_pip=True, symlinks=os.name != "nt").create(folder)
+    except (OSError, subprocess.CalledProcessError, SystemExit) as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise Stop(f"could not make {folder}: {error}. On Debian and Ubuntu: apt install python3-venv") from error
+
+
+def install_packages(*project: object, folder: Path = VENV) -> None:
+    """The locked packages, then the project itself."""
+    text = LOCK.read_text(encoding="utf-8")
+    total = len(re.findall(r"^\w[\w.-]*==", text, re.MULTILINE))
+    print(f"Installing some {total} packages, checking each against its hash: 1 to 3 minutes", flush=True)
+    builders = re.findall(r"^(?:setuptools|wheel|packaging)==(?:.*\n)(?:[ \t].*\n)*", text, re.MULTILINE)
+    with tempfile.TemporaryDirectory() as temporary:
+        first = Path(temporary) / "builders.txt"
+        first.write_text("".join(builders), encoding="utf-8")
+        pip(folder, "--require-hashes", "--requirement", first)
+        pip(folder, "--require-hashes", "--no-build-isolation", "--requirement", LOCK)
+    pip(folder, "--no-deps", "--no-build-isolation", *project)
+
+
+def pip(folder: Path, *arguments: object) -> None:
+    """`pip install`: its many lines go to a file, a counter to the screen."""
+    python = folder / PYTHON.relative_to(VENV)
+    options = ["--disable-pip-version-check", "--no-input", "--progress-bar", "off"]
+    command = [python, "-m", "pip", "install", *options, *arguments]
+    collected, lines, log_file = 0, [], folder / LOG.name
+    with log_file.open("a", encoding="utf-8") as log:
+        process = subprocess.Popen(
+            [str(part) for part in command],
+            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8", errors="replace",
+        )  # fmt: skip
+        for line in process.stdout or ():
+            log.write(line)
+            lines = [*lines[-14:], line]
+            fetched = line.startswith(("Collecting ", "Processing "))
+            collected += fetched
+            if fetched and collected % 50 == 0:
+                print(f"  {collected} packages fetched", flush=True)
+            if line.startswith("Installing collected"):
+                print("  unpacking them", flush=True)
+    if process.wait():
+        print("".join(lines), end="", file=sys.stderr)
+        raise Stop(f"pip could not install the packages: see the lines above, or all of them in {log_file}")
+
+
+# ---------------------------------------------------------------- the tasks
+
+
+def show_help(arguments: list[str]) -> None:
+    """This list."""
+    print("make <task>, or python tasks.py <task>:\n")
+    for name, task in TASKS.items():
+        print(f"  {name:<10} {(task.__doc__ or '').splitlines()[0]}")
+
+
+def install(arguments: list[str]) -> None:
+    """Make .venv from requirements.lock (the other tasks do it too, when needed)."""
+    ensure_installed()
+    print(f"Ready: {PYTHON}")
+
+
+def try_wheel(arguments: list[str]) -> None:
+    """Install a wheel as a stranger would: into a new environment, with the locked packages."""
+    folder, wheel = (Path(argument).absolute() for argument in arguments)
+    make_venv(folder)
+    install_packages(wheel, folder=folder)
+
+
+def run(arguments: list[str]) -> None:
+    """Run a pipeline on the real data: training, unless another one is named."""
+    ensure_installed()
+    named = arguments and not arguments[0].startswith("-")
+    need(tool("mlops-course"), "run", *([] if named else ["training"]), *arguments)
+
+
+def test(arguments: list[str]) -> None:
+    """Run every notebook and every test. Further arguments go to pytest: -m 'not slow' for the fast ones."""
+    ensure_installed()
+    workers = "0" if os.name == "nt" else "2"
+    with tempfile.TemporaryDirectory(prefix="mlops_course_") as folder:
+        apart = {"MLOPS_COURSE_HOME": str(Path(folder) / "workspace"), "MPLBACKEND": "agg"}
+        print("1. The notebooks: each runs from its first cell to its last", flush=True)
+        notebooks_failed = call(tool("nbdev_test"), "--n_workers", workers, **apart)
+        print("2. The tests", flush=True)
+        tests_failed = call(*module("pytest", *arguments), **apart)
+    if notebooks_failed:
+        raise Stop("a notebook failed: see above")
+    if tests_failed:
+        raise Stop("", tests_failed)
+
+
+def snapshot() -> dict[str, bytes]:
+    """The files that tools write, as they are now."""
+    found = sorted({path for pattern in GENERATED for path in ROOT.glob(pattern)})
+    return {path.relative_to(ROOT).as_posix(): path.read_bytes() for path in found}
+
+
+def generate(arguments: list[str]) -> None:
+    """Clean the notebooks, make the package and README.md from them."""
+    ensure_installed()
+    need(tool("nbdev_clean"))
+    need(tool("nbdev_export"))
+    need(PYTHON, ROOT / "tools" / "readme.py")
+
+
+def unchanged(arguments: list[str]) -> None:
+    """Generate all that is generated, and stop when that changed a file."""
+    before = snapshot()
+    generate([])
+    after = snapshot()
+    changed = [name for name in sorted({*before, *after}) if before.get(name) != after.get(name)]
+    if changed:
+        raise Stop(f"out of date until now: {', '.join(changed)}. Look at what changed, git add it and try again")
+
+
+def check(arguments: list[str]) -> None:
+    """Look without running: generated files in sync, style, types, workflows."""
+    unchanged([])
+    print("notebooks clean, package and README in sync", flush=True)
+    need(tool("ruff"), "check", ".")
+    need(*module("mypy"))
+    workflows = sorted(ROOT.glob(".github/workflows/*.yml"))
+    need(tool("check-jsonschema"), "--builtin-schema", "vendor.github-workflows", *workflows)
+
+
+def export(arguments: list[str]) -> None:
+    """Make the package from the notebooks, after cleaning them."""
+    generate([])
+
+
+def notebooks(arguments: list[str]) -> None:
+    """Clean the notebooks: counters and machine details out, outputs and tags stay."""
+    ensure_installed()
+    need(tool("nbdev_clean"), *arguments)
+
+
+def readme(arguments: list[str]) -> None:
+    """Make README.md from nbs/index.ipynb; --check only says whether it is stale."""
+    ensure_installed()
+    need(PYTHON, ROOT / "tools" / "readme.py", *arguments)
+
+
+def docs(arguments: list[str]) -> None:
+    """Make the web pages in _docs, with Quarto when it is there, plainly without."""
+    ensure_installed()
+    need(PYTHON, ROOT / "tools" / "docs.py", *arguments)
+
+
+def lock(arguments: list[str]) -> None:
+    """Write requirements.lock from settings.ini; versions stay unless they must change (or --upgrade is given)."""
+    settings = ConfigParser(delimiters=["="])
+    settings.read(ROOT / "settings.ini", encoding="utf-8")
+    project = settings["DEFAULT"]
+    wishes = "\n".join(project[key] for key in ("requirements", "course_requirements", "dev_requirements"))
+    uv = tool("uv") if tool("uv").exists() else shutil.which("uv")
+    if not uv:
+        raise Stop("uv is needed to make a lock: make install brings it, or pip install uv")
+    command = [
+        str(uv), "pip", "compile", "--universal", "--python-version", project["min_python"], "--generate-hashes",
+        "--no-emit-index-url", "--custom-compile-command", "make lock", "--quiet", "--output-file", LOCK.name,
+        *arguments, "-",
+    ]  # fmt: skip
+    if subprocess.run(command, cwd=ROOT, input=wishes, text=True).returncode:
+        raise Stop("no lock was written: see above")
+    print("requirements.lock is up to date with settings.ini")
+
+
+def hooks(arguments: list[str]) -> None:
+    """Let git and Jupyter, in this clone only, keep notebooks clean and merge them cell by cell."""
+    ensure_installed()
+    driver = f'"{tool("nbdev_merge").relative_to(ROOT).as_posix()}" %O %A %B %P'
+    for key, value in {
+        "core.hooksPath": ".githooks",
+        "merge.nbdev-merge.name": "notebooks, cell by cell",
+        "merge.nbdev-merge.driver": driver,
+    }.items():
+        need("git", "config", "--local", key, value)
+    jupyter = VENV / "etc" / "jupyter" / "jupyter_server_config.py"
+    jupyter.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(ROOT / "tools" / "jupyter_server_config.py", jupyter)
+    print("Installed: notebooks are cleaned when you save and when you commit, and merged cell by cell.")
+
+
+def lab(arguments: list[str]) -> None:
+    """Open the lessons in JupyterLab."""
+    ensure_installed()
+    need(*module("jupyterlab", "--notebook-dir", ROOT / "nbs", *arguments))
+
+
+def ui(arguments: list[str]) -> None:
+    """Open MLflow's page on the workspace's runs and models."""
+    ensure_installed()
+    need(tool("mlops-course"), "ui", *arguments)
+
+
+def clean(arguments: list[str]) -> None:
+    """Delete what tools made; .venv and the workspace stay."""
+    for pattern in ("build", "dist", "*.egg-info", "_proc", "_docs", ".*_cache", ".hypothesis", "nbs/nbdev.yml"):
+        for path in ROOT.glob(pattern):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+
+TASKS: dict[str, Callable[[list[str]], None]] = {
+    "help": show_help, "install": install, "run": run, "test": test, "check": check, "export": export,
+    "notebooks": notebooks, "readme": readme, "docs": docs, "lock": lock, "hooks": hooks, "lab": lab, "ui": ui,
+    "clean": clean,
+}  # fmt: skip
+HIDDEN = {"unchanged": unchanged, "try-wheel": try_wheel}  # for git's hook, for .ci/run
+
+
+def main(arguments: list[str]) -> int:
+    """Do one task; its exit status."""
+    name, *rest = arguments or ["help"]
+    task = {**TASKS, **HIDDEN}.get(name)
+    if task is None:
+        print(f"There is no task {name!r}. The tasks are {', '.join(TASKS)}.", file=sys.stderr)
+        return 2
+    try:
+        task(rest)
+    except Stop as stop:
+        if str(stop):
+            print(f"{name}: {stop}", file=sys.stderr)
+        return stop.status
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
