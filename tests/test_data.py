@@ -1,0 +1,841 @@
+"""Deliveries come in twice, late, wrong, broken off or all at once, and the tables stay what they must be."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from mlops_course.data import (
+    DataError,
+    Delivery,
+    Validation,
+    build_features,
+    check_rows,
+    conform,
+    feature_names,
+    ingest,
+    labelled_features,
+    month_after,
+    months,
+    parse_month,
+    read_table,
+    replace_months,
+    split_reference,
+    split_rows,
+    table_version,
+    validate,
+)
+from mlops_course.environment import CourseError, Settings, WorkspaceError
+from mlops_course.project import SourceError, find_file, flight_delay, late_label, read_delivery, supplier_folder
+
+pytestmark = pytest.mark.filterwarnings("ignore:Series.values returning:DeprecationWarning")  # inside pyarrow
+
+Tables = dict[str, pd.DataFrame]
+JANUARY, FEBRUARY, MARCH = "2013-01", "2013-02", "2013-03"
+KEY = list(flight_delay.key)
+posix_only = pytest.mark.skipif(os.name == "nt", reason="uses POSIX signals")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Small deliveries of real rows
+
+
+@pytest.fixture(scope="module")
+def delivered() -> dict[str, Tables]:
+    """Three months, as the supplier delivers them, but only every thirtieth flight."""
+    whole = {month: read_delivery(month) for month in (JANUARY, FEBRUARY, MARCH)}
+    return {month: tables | {"flights": tables["flights"].iloc[::30]} for month, tables in whole.items()}
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """An empty folder for deliveries."""
+    folder = tmp_path / "source"
+    folder.mkdir()
+    return folder
+
+
+def put(source: Path, month: str, tables: Tables, ending: str = "parquet") -> Path:
+    """Lay a delivery down in a folder of its own, in place of any that is there."""
+    folder = source / month
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for name, table in tables.items():
+        write = table.to_parquet if ending == "parquet" else table.to_csv
+        write(folder / f"{name}.{ending}", index=False)
+    return folder
+
+
+class Desk:
+    """A workspace and a folder of deliveries for it."""
+
+    def __init__(self, settings: Settings, source: Path) -> None:
+        self.settings, self.source = settings, source
+
+    def take(self, month: str, tables: Tables) -> Delivery:
+        """Let a delivery arrive, and take it in."""
+        put(self.source, month, tables)
+        return ingest(self.settings, flight_delay, month, self.source)
+
+    def check(self, *periods: str) -> Validation:
+        """Validate months of what has been taken in last."""
+        names = [table.name for table in flight_delay.tables]
+        raw = {name: f"raw_{name}@{table_version(self.settings, f'raw_{name}')}" for name in names}
+        return validate(self.settings, flight_delay, raw, periods)
+
+    def read(self, name: str, *periods: str) -> pd.DataFrame:
+        """The newest version of a table."""
+        return read_table(self.settings, f"{name}@{table_version(self.settings, name)}", periods or None)
+
+    def state(self) -> dict[str, list[str]]:
+        """Every file of every table."""
+        files = sorted(path.relative_to(self.settings.data) for path in self.settings.data.rglob("*") if path.is_file())
+        return {"versions": self.versions(), "files": [path.as_posix() for path in files]}
+
+    def versions(self) -> list[str]:
+        """Every table with its newest version."""
+        return [
+            f"{path.name}@{table_version(self.settings, path.name)}" for path in sorted(self.settings.data.iterdir())
+        ]
+
+
+@pytest.fixture
+def desk(settings: Settings, source: Path) -> Desk:
+    """An empty workspace."""
+    return Desk(settings, source)
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory, delivered: dict[str, Tables]) -> Path:
+    """The tables of a workspace with January and February in it, checked."""
+    folder = tmp_path_factory.mktemp("template")
+    desk = Desk(Settings(home=folder / "workspace").prepare(), folder)
+    for month in (JANUARY, FEBRUARY):
+        desk.take(month, delivered[month])
+    desk.check(JANUARY, FEBRUARY)
+    return desk.settings.data
+
+
+@pytest.fixture
+def full_desk(desk: Desk, template: Path) -> Desk:
+    """A workspace with January and February in it, checked."""
+    shutil.copytree(template, desk.settings.data, dirs_exist_ok=True)
+    return desk
+
+
+def change(tables: Tables, name: str, **columns: object) -> Tables:
+    """A delivery with other columns in one of its tables."""
+    return tables | {name: tables[name].assign(**columns)}
+
+
+def one_line(error: CourseError) -> bool:
+    """A message that a person can read: one line, not a page."""
+    return "\n" not in str(error) and 20 < len(str(error)) < 700
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Months and references
+
+
+@pytest.mark.parametrize(
+    "text", ["2013-1", "2013-13", "2013-00", "201301", "Jan 2013", "2013_01", "", "2013-01-01", "20x3-01"]
+)
+def test_a_month_in_another_form_is_refused(text: str) -> None:
+    with pytest.raises(DataError, match=r"not a month.*such as 2013-01"):
+        parse_month(text)
+
+
+def test_months_are_listed_and_counted_across_years() -> None:
+    assert months("2012-11", "2013-02") == ["2012-11", "2012-12", "2013-01", "2013-02"]
+    assert months("2013-05", "2013-05") == ["2013-05"]
+    assert (month_after("2013-12"), month_after("2013-01", -1)) == ("2014-01", "2012-12")
+    with pytest.raises(DataError, match="2013-01 lies before the first month 2013-02"):
+        months("2013-02", "2013-01")
+
+
+@pytest.mark.parametrize("reference", ["flights", "flights@", "@3", "flights@latest", "flights@-1", "flights@1.0"])
+def test_a_table_without_a_version_is_refused(reference: str) -> None:
+    with pytest.raises(DataError, match="name@version"):
+        split_reference(reference)
+
+
+@pytest.mark.parametrize("reference", ["flights@99", "trains@0"])
+def test_a_version_that_is_not_there_is_named(full_desk: Desk, reference: str) -> None:
+    with pytest.raises(DataError, match=f"cannot read {reference}") as caught:
+        read_table(full_desk.settings, reference)
+    assert one_line(caught.value)
+
+
+def test_a_version_whose_files_are_gone_is_named(full_desk: Desk) -> None:
+    for path in (full_desk.settings.data / "flights").rglob("*.parquet"):
+        path.unlink()
+    with pytest.raises(DataError, match=r"cannot read flights@.*gone or damaged") as caught:
+        full_desk.read("flights")
+    assert one_line(caught.value)
+
+
+def test_months_and_columns_can_be_read_alone(full_desk: Desk) -> None:
+    reference = f"flights@{table_version(full_desk.settings, 'flights')}"
+    rows = read_table(full_desk.settings, reference, [FEBRUARY], ["carrier", "period"])
+    assert list(rows.columns) == ["carrier", "period"]
+    assert set(rows["period"]) == {FEBRUARY}
+    assert read_table(full_desk.settings, reference, ["1999-01"]).empty
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Twice, corrected, late
+
+
+def test_the_same_delivery_twice_changes_nothing(full_desk: Desk, delivered: dict[str, Tables]) -> None:
+    before = full_desk.state()
+    again = full_desk.take(JANUARY, delivered[JANUARY])
+    assert again.changed == dict.fromkeys(("flights", "weather", "planes", "airports"), False)
+    checked = full_desk.check(JANUARY, FEBRUARY)
+    assert checked.changed == []
+    assert full_desk.state() == before
+
+
+def test_the_suppliers_whole_months_twice_change_nothing(settings: Settings) -> None:
+    first = [ingest(settings, flight_delay, month) for month in (JANUARY, FEBRUARY)][-1]
+    checked = validate(settings, flight_delay, first.tables, [JANUARY, FEBRUARY])
+    features = build_features(settings, flight_delay, checked.tables, JANUARY, FEBRUARY)
+    again = [ingest(settings, flight_delay, month) for month in (FEBRUARY, JANUARY)][-1]
+    assert again.tables == first.tables
+    assert validate(settings, flight_delay, again.tables, [JANUARY, FEBRUARY]).tables == checked.tables
+    assert build_features(settings, flight_delay, checked.tables, JANUARY, FEBRUARY) == features
+    assert build_features(settings, flight_delay, checked.tables, FEBRUARY, FEBRUARY) == features
+
+
+def test_a_corrected_month_replaces_only_itself(full_desk: Desk, delivered: dict[str, Tables]) -> None:
+    old, january = full_desk.versions(), full_desk.read("flights", JANUARY)
+    february = full_desk.read("flights", FEBRUARY)
+    flights = delivered[FEBRUARY]["flights"]
+    corrected = flights.assign(arr_delay=flights["arr_delay"] + 1).iloc[1:]
+    delivery = full_desk.take(FEBRUARY, delivered[FEBRUARY] | {"flights": corrected})
+    assert delivery.changed == {"flights": True, "weather": False, "planes": False, "airports": False}
+    assert delivery.periods == [FEBRUARY]
+    assert full_desk.check(*delivery.periods).changed == [FEBRUARY]
+    pd.testing.assert_frame_equal(full_desk.read("flights", JANUARY), january)
+    assert len(full_desk.read("flights", FEBRUARY)) == len(february) - 1
+    assert full_desk.read("flights", FEBRUARY)["arr_delay"].sum() != february["arr_delay"].sum()
+    before = next(reference for reference in old if reference.startswith("flights@"))
+    pd.testing.assert_frame_equal(read_table(full_desk.settings, before, [FEBRUARY]), february)
+
+
+def test_late_rows_land_in_the_month_they_are_about(desk: Desk, delivered: dict[str, Tables]) -> None:
+    january, february = delivered[JANUARY], delivered[FEBRUARY]
+    held_back = january["flights"].iloc[-5:]
+    short = january | {"flights": january["flights"].iloc[:-5]}
+    with_late = february | {"flights": pd.concat([held_back, february["flights"]])}
+    desk.take(JANUARY, short)
+    assert desk.check(JANUARY).rows["flights"] == len(january["flights"]) - 5
+    delivery = desk.take(FEBRUARY, with_late)
+    assert delivery.late == {"flights": 5, "weather": 0}
+    assert delivery.periods == [JANUARY, FEBRUARY]
+    assert desk.check(*delivery.periods).changed == [JANUARY, FEBRUARY]
+    complete = desk.read("flights", JANUARY)
+    assert len(complete) == len(january["flights"])
+    assert complete[KEY].equals(complete[KEY].sort_values(KEY, ignore_index=True))
+
+    redelivered = desk.take(JANUARY, change(short, "flights", distance=short["flights"]["distance"] + 1))
+    assert redelivered.changed["flights"]
+    assert desk.check(JANUARY).rows["flights"] == len(january["flights"]), "the late rows must survive"
+
+    without_late = desk.take(FEBRUARY, february)
+    assert without_late.periods == [JANUARY, FEBRUARY], "January lost rows, so it must be checked again"
+    assert desk.check(*without_late.periods).rows["flights"] == len(january["flights"]) + len(february["flights"]) - 5
+
+
+def test_the_newest_delivery_of_a_row_wins(full_desk: Desk, delivered: dict[str, Tables]) -> None:
+    flights = delivered[JANUARY]["flights"]
+    wrong = flights[flights["arr_delay"].notna()].iloc[[10]]
+    right = wrong.assign(arr_delay=77.0)
+    march = delivered[MARCH]
+    delivery = full_desk.take(MARCH, march | {"flights": pd.concat([march["flights"], right])})
+    checked = full_desk.check(*delivery.periods)
+    assert (checked.duplicates["flights"], checked.changed) == (1, [JANUARY, MARCH])
+    table = full_desk.read("flights", JANUARY)
+    assert len(table) == len(flights)
+    row = table[(table["flight"] == wrong["flight"].item()) & (table["dep_time"] == wrong["dep_time"].item())]
+    assert 77.0 in row["arr_delay"].to_numpy()
+
+
+def test_rows_of_a_later_month_are_refused(full_desk: Desk, delivered: dict[str, Tables]) -> None:
+    before = full_desk.state()
+    mixed = pd.concat([delivered[JANUARY]["flights"], delivered[MARCH]["flights"].head(1)])
+    with pytest.raises(DataError, match="flights of the delivery 2013-01 holds rows of 2013-03, which is later"):
+        full_desk.take(JANUARY, delivered[JANUARY] | {"flights": mixed})
+    assert full_desk.state() == before
+
+
+def test_the_order_of_deliveries_does_not_matter(tmp_path: Path, delivered: dict[str, Tables]) -> None:
+    tables = []
+    for order in ((JANUARY, FEBRUARY, MARCH), (MARCH, JANUARY, FEBRUARY)):
+        desk = Desk(Settings(home=tmp_path / order[0]).prepare(), tmp_path / order[0])
+        for month in order:
+            desk.take(month, delivered[month])
+        desk.check(*order)
+        tables.append(desk.read("flights").sort_values(KEY, ignore_index=True))
+    pd.testing.assert_frame_equal(*tables)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad rows
+
+
+def test_a_bad_row_is_put_aside_with_all_that_is_needed_to_complain(
+    full_desk: Desk, delivered: dict[str, Tables]
+) -> None:
+    flights = delivered[JANUARY]["flights"].copy()
+    place = flights.index[flights["dep_delay"].notna()][7]
+    flights.loc[place, ["dep_delay", "origin"]] = [99999.0, "BOS"]
+    full_desk.take(JANUARY, delivered[JANUARY] | {"flights": flights})
+    checked = full_desk.check(JANUARY)
+    assert checked.rows["flights"] == len(flights) - 1
+    report = checked.report.set_index("column")
+    assert set(report.index) == {"dep_delay", "origin"}
+    assert set(report["table"]) == {"flights"} and set(report["period"]) == {JANUARY}
+    assert report["value"].to_dict() == {"dep_delay": "99999.0", "origin": "BOS"}
+    assert re.search("-180.*2880", report.loc["dep_delay", "check"])
+    assert re.search("EWR.*JFK.*LGA", report.loc["origin", "check"])
+    row = json.loads(report.loc["origin", "row"])
+    assert (row["flight"], row["dep_delay"], row["origin"]) == (flights.loc[place, "flight"], 99999.0, "BOS")
+    assert len(full_desk.read("quarantine", JANUARY)) == 2
+    assert "BOS" not in set(full_desk.read("flights")["origin"])
+
+
+def test_the_quarantine_heals_when_a_corrected_delivery_comes(full_desk: Desk, delivered: dict[str, Tables]) -> None:
+    """The real hurricane of February stays in quarantine; January's bad row goes when January is corrected."""
+    assert full_desk.read("quarantine")["value"].tolist() == ["1048.36058"]
+    flights = delivered[JANUARY]["flights"]
+    full_desk.take(
+        JANUARY, change(delivered[JANUARY], "flights", distance=flights["distance"].where(flights.index > 0, 1))
+    )
+    full_desk.check(JANUARY)
+    assert sorted(full_desk.read("quarantine")["value"]) == ["1", "1048.36058"]
+    full_desk.take(JANUARY, delivered[JANUARY])
+    healed = full_desk.check(JANUARY)
+    assert healed.report.empty and healed.changed == [JANUARY]
+    assert full_desk.read("quarantine")["value"].tolist() == ["1048.36058"]
+    assert len(full_desk.read("flights", JANUARY)) == len(flights)
+
+
+def test_a_row_is_bad_only_once_however_often_it_is_checked(full_desk: Desk) -> None:
+    before = full_desk.state()
+    for _ in range(2):
+        assert full_desk.check(JANUARY, FEBRUARY).report["value"].tolist() == ["1048.36058"]
+    assert full_desk.state() == before
+
+
+def test_a_few_bad_rows_are_tolerated_and_many_are_not(delivered: dict[str, Tables]) -> None:
+    table, flights = flight_delay.tables[0], delivered[JANUARY]["flights"]
+    flights = conform(flights, table.contract()).assign(period=JANUARY)
+    tolerated = int(0.02 * len(flights))
+    for number in (tolerated, tolerated + 1):
+        bad = flights.assign(dest=flights["dest"].where(np.arange(len(flights)) >= number, "nowhere"))
+        if number == tolerated:
+            good, report = split_rows(bad, table, JANUARY)
+            assert (len(good), len(report)) == (len(flights) - number, number)
+        else:
+            with pytest.raises(
+                DataError, match=rf"^{number} of {len(flights)} rows of flights in 2013-01 are bad.*dest"
+            ):
+                split_rows(bad, table, JANUARY)
+
+
+def test_good_rows_break_no_promise(delivered: dict[str, Tables]) -> None:
+    for table in flight_delay.tables:
+        found = check_rows(conform(delivered[JANUARY][table.name], table.contract()), table.contract())
+        assert found.empty and list(found.columns) == ["column", "check", "value", "index"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Another shape, another meaning
+
+DRIFTS: dict[str, tuple[str, Callable[[pd.DataFrame], pd.DataFrame], str]] = {
+    "a renamed column": (
+        "flights",
+        lambda frame: frame.rename(columns={"dep_delay": "departure_delay"}),
+        r"flights has no column 'dep_delay'.*renamed to 'departure_delay'\?",
+    ),
+    "a column left out": ("weather", lambda frame: frame.drop(columns="visib"), "weather has no column 'visib'"),
+    "times without zone, as text": (
+        "flights",
+        lambda frame: frame.assign(time_hour=frame["time_hour"].str.rstrip("Z")),
+        r"flights.time_hour must hold times with a time zone.*row 0 holds '2013-",
+    ),
+    "times without zone": (
+        "weather",
+        lambda frame: frame.assign(time_hour=pd.to_datetime(frame["time_hour"]).dt.tz_localize(None)),
+        "weather.time_hour must hold times with a time zone",
+    ),
+    "a missing time": (
+        "flights",
+        lambda frame: frame.assign(time_hour=frame["time_hour"].where(np.arange(len(frame)) != 3)),
+        r"time_hour must hold times.*row 3 holds nan \(1 such rows\)",
+    ),
+    "no time at all": ("flights", lambda frame: frame.assign(time_hour="2013-99-01T10:00:00Z"), "row 0 holds '2013-99"),
+    "text in a number": (
+        "flights",
+        lambda frame: frame.assign(
+            arr_delay=frame["arr_delay"].astype("str").where(np.arange(len(frame)) != 5, "two hours")
+        ),
+        r"flights.arr_delay must hold a number, but row 5 holds 'two hours' \(1 such rows\)",
+    ),
+    "half a mile": (
+        "flights",
+        lambda frame: frame.assign(distance=frame["distance"] + 0.5),
+        "must hold a whole number",
+    ),
+    "a distance missing": (
+        "flights",
+        lambda frame: frame.assign(distance=frame["distance"].where(np.arange(len(frame)) != 2)),
+        r"flights.distance must hold a whole number, but row 2 holds .*nan",
+    ),
+    "seats missing": (
+        "planes",
+        lambda frame: frame.assign(seats=frame["seats"].where(frame.index > 0)),
+        "planes.seats",
+    ),
+}
+
+
+@pytest.mark.parametrize("drift", DRIFTS)
+def test_a_delivery_of_another_shape_is_refused_as_a_whole(
+    full_desk: Desk, delivered: dict[str, Tables], drift: str
+) -> None:
+    name, damage, message = DRIFTS[drift]
+    before, march = full_desk.state(), delivered[MARCH]
+    with pytest.raises(DataError, match=message) as caught:
+        full_desk.take(MARCH, march | {name: damage(march[name])})
+    assert one_line(caught.value)
+    assert full_desk.state() == before
+    assert full_desk.take(MARCH, march).changed["flights"], "the right delivery is taken in afterwards"
+
+
+MEANINGS: dict[str, tuple[str, Callable[[pd.DataFrame], pd.DataFrame], str]] = {
+    "km/h for mph": (
+        "weather",
+        lambda frame: frame.assign(wind_speed=frame["wind_speed"] * 1.609344),
+        "weather of 2013-03 breaks a promise about the whole table: wind_speed must have median 3 to 14 mph",
+    ),
+    "hectopascal for inches of mercury": (
+        "weather",
+        lambda frame: frame.assign(pressure=frame["pressure"] / 33.86),
+        r"most often pressure: .*900.*1100",
+    ),
+    "New York's clock called UTC": (
+        "flights",
+        lambda frame: frame.assign(
+            time_hour=pd.to_datetime(frame["time_hour"])
+            .dt.tz_convert("America/New_York").dt.tz_localize(None).dt.strftime("%Y-%m-%dT%H:%M:%SZ")
+        ),
+        r"flights in 2013-03 are bad, most often \(row\): time_hour \(UTC\) and hour \(New York\) agree",
+    ),
+    "minutes of the day for clock times": (
+        "flights",
+        lambda frame: frame.assign(sched_dep_time=frame["sched_dep_time"] // 100 * 60 + frame["sched_dep_time"] % 100),
+        "sched_dep_time: a clock time HHMM",
+    ),
+    "hours for minutes of delay": (
+        "flights",
+        lambda frame: frame.assign(dep_delay=frame["dep_delay"] * 3600),
+        r"most often dep_delay: .*-180.*2880",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("meaning", MEANINGS)
+def test_a_delivery_of_another_meaning_is_refused_until_it_is_corrected(
+    full_desk: Desk, delivered: dict[str, Tables], meaning: str
+) -> None:
+    name, damage, message = MEANINGS[meaning]
+    march = delivered[MARCH]
+    clean = ["airports", "flights", "planes", "quarantine", "weather"]
+    before = [table_version(full_desk.settings, table) for table in clean]
+    full_desk.take(MARCH, march | {name: damage(march[name])})
+    with pytest.raises(DataError, match=message) as caught:
+        full_desk.check(JANUARY, FEBRUARY, MARCH)
+    assert one_line(caught.value)
+    assert [table_version(full_desk.settings, table) for table in clean] == before
+    full_desk.take(MARCH, march)
+    assert full_desk.check(MARCH).changed == [MARCH]
+
+
+def test_new_columns_are_ignored(full_desk: Desk, delivered: dict[str, Tables]) -> None:
+    before = full_desk.state()
+    full_desk.take(JANUARY, change(delivered[JANUARY], "flights", gate="B12", distance_km=5))
+    assert full_desk.state() == before
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Nothing there, nothing readable
+
+
+def test_a_month_nobody_delivered_is_named_with_what_there_is(settings: Settings) -> None:
+    with pytest.raises(SourceError, match=r"no rows of 2014-01 in flights.*2013-01 to 2013-12"):
+        ingest(settings, flight_delay, "2014-01")
+    with pytest.raises(DataError, match="not a month"):
+        ingest(settings, flight_delay, "2013-1")
+    assert list(settings.data.iterdir()) == []
+
+
+def test_each_stage_names_the_month_it_misses(full_desk: Desk) -> None:
+    settings, tables = full_desk.settings, full_desk.check(JANUARY, FEBRUARY).tables
+    with pytest.raises(DataError, match=r"flights has no rows of 2013-04.*Ingest"):
+        full_desk.check(FEBRUARY, "2013-04")
+    with pytest.raises(DataError, match=r"flights has no rows of 2013-03.*Ingest and validate"):
+        build_features(settings, flight_delay, tables, FEBRUARY, MARCH)
+    features = build_features(settings, flight_delay, tables, FEBRUARY, FEBRUARY)
+    with pytest.raises(DataError, match=rf"{features} has no rows of 2013-01.*Build the features"):
+        labelled_features(settings, flight_delay, features, tables["flights"], JANUARY, FEBRUARY)
+
+
+def test_a_source_that_is_not_there_is_named(settings: Settings, tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="nowhere does not exist"):
+        ingest(settings, flight_delay, JANUARY, tmp_path / "nowhere")
+    with pytest.raises(SourceError, match="no file for the table flights"):
+        ingest(settings, flight_delay, JANUARY, tmp_path)
+
+
+def cut(path: Path) -> None:
+    """Keep the first half of a file."""
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def fill(content: bytes) -> Callable[[Path], object]:
+    """Replace a file's content."""
+    return lambda path: path.write_bytes(content)
+
+
+PNG = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR\x00\x00\x00\x01\x00\x00\x00\x01\x08\x06\x00\x00\x00\x1f\x15\xc4\x89" * 20
+
+
+@pytest.mark.parametrize(
+    ("ending", "damage"),
+    [
+        ("csv.zip", cut), ("csv.gz", cut), ("parquet", cut), ("parquet", fill(PNG)), ("parquet", fill(b"")),
+        ("csv", fill(b"")), ("csv", fill(PNG)), ("csv.zip", fill(PNG)), ("csv.gz", fill(b"year,month\n2013,3\n")),
+        ("csv", fill(b"year,month,day\n")), ("csv", fill(b'year,month\n2013,"3\n')),
+        ("csv", fill(b"a,b\n1,2\n3,4,5\n")),
+    ],
+)  # fmt: skip
+def test_an_unreadable_file_is_named_and_changes_nothing(
+    full_desk: Desk, delivered: dict[str, Tables], ending: str, damage: Callable[[Path], object]
+) -> None:
+    before = full_desk.state()
+    folder = put(full_desk.source, MARCH, delivered[MARCH], ending)
+    damage(folder / f"flights.{ending}")
+    with pytest.raises(SourceError, match=rf"{MARCH}.*flights\.{ending}.*Ask for the file again") as caught:
+        ingest(full_desk.settings, flight_delay, MARCH, full_desk.source)
+    assert one_line(caught.value)
+    assert full_desk.state() == before
+    put(full_desk.source, MARCH, delivered[MARCH], ending)
+    assert ingest(full_desk.settings, flight_delay, MARCH, full_desk.source).changed["flights"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files of one's own
+
+
+@pytest.fixture(scope="module")
+def supplied(tmp_path_factory: pytest.TempPathFactory) -> Tables:
+    """The raw tables of February, from the supplier."""
+    desk = Desk(Settings(home=tmp_path_factory.mktemp("supplied")).prepare(), Path())
+    ingest(desk.settings, flight_delay, FEBRUARY)
+    return {table.name: desk.read(f"raw_{table.name}") for table in flight_delay.tables}
+
+
+def as_typed(tables: Tables) -> Tables:
+    """The same content in the types that other programs write."""
+    flights, weather = (
+        tables[name].assign(
+            time_hour=lambda frame: pd.to_datetime(frame["time_hour"]).dt.tz_convert("America/New_York")
+        )
+        for name in ("flights", "weather")
+    )
+    flights = flights.astype({"carrier": "category", "distance": "int16", "dep_delay": "float32", "arr_delay": "Int64"})
+    return tables | {"flights": flights, "weather": weather.convert_dtypes(dtype_backend="pyarrow")}
+
+
+@pytest.mark.parametrize("layout", ["one file", "a folder a delivery"])
+@pytest.mark.parametrize("ending", ["csv", "csv.gz", "parquet", "typed parquet"])
+def test_own_files_give_the_same_tables_as_the_supplier(
+    settings: Settings, source: Path, supplied: Tables, layout: str, ending: str
+) -> None:
+    tables = {month: read_delivery(month) for month in (JANUARY, FEBRUARY)}
+    tables = {month: as_typed(some) if "typed" in ending else some for month, some in tables.items()}
+    if layout == "one file":
+        both = {name: pd.concat([tables[month][name] for month in tables]) for name in ("flights", "weather")}
+        put(source, ".", tables[FEBRUARY] | both, ending.split()[-1])
+    else:
+        put(source, FEBRUARY, tables[FEBRUARY], ending.split()[-1])
+    ingest(settings, flight_delay, FEBRUARY, source)
+    desk = Desk(settings, source)
+    for name, expected in supplied.items():
+        pd.testing.assert_frame_equal(desk.read(f"raw_{name}"), expected)
+
+
+def test_a_file_that_changes_is_read_again(full_desk: Desk, delivered: dict[str, Tables]) -> None:
+    shorter = delivered[JANUARY] | {"flights": delivered[JANUARY]["flights"].iloc[1:]}
+    assert full_desk.take(JANUARY, shorter).rows["flights"] == len(delivered[JANUARY]["flights"]) - 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The writer's rules
+
+
+def rows_of(month: str, number: int = 50, **columns: object) -> pd.DataFrame:
+    """A small table of one month."""
+    return pd.DataFrame({"period": [month] * number, "value": np.arange(number, dtype="float64")}).assign(**columns)
+
+
+def test_another_order_of_rows_is_another_content(settings: Settings) -> None:
+    first, _ = replace_months(settings, "table", rows_of(JANUARY))
+    second, changed = replace_months(settings, "table", rows_of(JANUARY).iloc[::-1])
+    assert (first != second, changed) == (True, [JANUARY])
+    assert read_table(settings, second)["value"].tolist() == list(range(49, -1, -1))
+
+
+def test_another_set_of_columns_is_refused_unless_the_table_can_be_made_again(settings: Settings) -> None:
+    reference, _ = replace_months(settings, "table", pd.concat([rows_of(JANUARY), rows_of(FEBRUARY)]))
+    wider = rows_of(FEBRUARY, extra=1.0)
+    with pytest.raises(DataError, match="the columns of table have changed") as caught:
+        replace_months(settings, "table", wider)
+    assert one_line(caught.value)
+    assert table_version(settings, "table") == split_reference(reference)[1]
+    derived, _ = replace_months(settings, "table", wider, derived=True)
+    pd.testing.assert_frame_equal(read_table(settings, derived)[wider.columns], wider)
+
+
+def test_text_where_numbers_were_is_refused(settings: Settings) -> None:
+    reference, _ = replace_months(settings, "table", rows_of(JANUARY))
+    with pytest.raises(CourseError, match="table") as caught:
+        replace_months(settings, "table", rows_of(FEBRUARY, value="nine"))
+    assert one_line(caught.value)
+    assert f"table@{table_version(settings, 'table')}" == reference
+
+
+def test_a_file_in_the_way_of_a_table_is_named(settings: Settings) -> None:
+    (settings.data / "table").write_text("not a table")
+    with pytest.raises(DataError, match=r"data.table is not a table.*Move it away") as caught:
+        replace_months(settings, "table", rows_of(JANUARY))
+    assert one_line(caught.value)
+
+
+def test_a_damaged_log_is_named(settings: Settings) -> None:
+    replace_months(settings, "table", rows_of(JANUARY))
+    for path in (settings.data / "table" / "_delta_log").glob("*.json"):
+        path.write_bytes(b"\x00\x01")
+    with pytest.raises(
+        DataError, match=r"data.table is not a table, or a damaged one.*run the pipeline again"
+    ) as caught:
+        read_table(settings, "table@1")
+    assert one_line(caught.value)
+
+
+def test_labels_meet_features_row_by_row(full_desk: Desk) -> None:
+    settings, tables = full_desk.settings, full_desk.check(JANUARY, FEBRUARY).tables
+    features = build_features(settings, flight_delay, tables, JANUARY, FEBRUARY)
+    frame = labelled_features(settings, flight_delay, features, tables["flights"], FEBRUARY, FEBRUARY)
+    flights = full_desk.read("flights", FEBRUARY)
+    arrived = flights[flights["arr_delay"].notna()]
+    assert len(frame) == len(arrived) < len(flights)
+    expected = late_label(arrived.set_index(KEY))
+    assert frame.set_index(KEY)["label"].sort_index().equals(expected.sort_index().rename("label"))
+    assert frame["scheduled_departure"].is_monotonic_increasing
+    names = feature_names(frame, flight_delay)
+    assert names[:3] == ["carrier", "origin", "dest"]
+    assert not {"label", "period", "minute", "flight", "scheduled_departure"} & set(names)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Killed, at the same time, no room
+
+# Each ends by os._exit: Arrow's threads now and then abort a process that is already done.
+WRITER = """
+import os, sys, time
+import numpy as np, pandas as pd
+from mlops_course.data import replace_months
+from mlops_course.environment import CourseError, Settings
+
+home, month, rounds, number = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+settings = Settings(home=home)
+replace_months(Settings(home=home + "-warm").prepare(), "warm", pd.DataFrame({"period": [month], "value": [0.0]}))
+print("ready", flush=True)
+sys.stdin.readline()
+for round in range(rounds):
+    frame = pd.DataFrame({"period": [month] * number, "value": np.full(number, float(round + os.getpid() * 1000))})
+    try:
+        replace_months(settings, "table", frame)
+    except CourseError as error:
+        print("failed", error, flush=True)
+print("done", flush=True)
+os._exit(0)
+"""
+
+
+class Writer:
+    """Another process that replaces a month again and again, each time with one value in all rows."""
+
+    def __init__(self, settings: Settings, month: str, rounds: int, number: int = 20_000) -> None:
+        command = [sys.executable, "-c", WRITER, str(settings.home), month, str(rounds), str(number)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def ready(self) -> None:
+        """Wait until it has loaded everything."""
+        assert self.process.stdout.readline() == "ready\n"
+
+    def go(self) -> None:
+        """Let it write."""
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+
+    def output(self) -> list[str]:
+        """What it has said, at its end."""
+        return self.process.communicate(timeout=60)[0].splitlines()
+
+
+@pytest.fixture
+def writers(settings: Settings) -> Iterator[Callable[..., Writer]]:
+    """Starts writers, and ends those that are left."""
+    started: list[Writer] = []
+
+    def start(*arguments: object) -> Writer:
+        started.append(Writer(settings, *arguments))
+        return started[-1]
+
+    yield start
+    for writer in started:
+        writer.process.kill()
+        writer.process.wait()
+        writer.process.stdout.close()
+
+
+def whole_or_nothing(settings: Settings, month: str, number: int = 20_000) -> bool:
+    """A month that is not there, or that has all of its rows and one value in all of them."""
+    version = table_version(settings, "table")
+    values = read_table(settings, f"table@{version}", [month])["value"] if version is not None else []
+    return len(values) == 0 or (len(values) == number and values.nunique() == 1)
+
+
+@posix_only
+def test_a_writer_that_is_killed_leaves_whole_months(settings: Settings, writers: Callable[..., Writer]) -> None:
+    chance = random.Random(8)
+    crowd = [writers(JANUARY, 10_000) for _ in range(3)]
+    for writer in crowd:
+        writer.ready()
+    for writer in crowd:
+        writer.go()
+        time.sleep(chance.uniform(0.05, 0.5))
+        writer.process.send_signal(signal.SIGKILL)
+        assert writer.process.wait() == -signal.SIGKILL
+        assert whole_or_nothing(settings, JANUARY)
+    assert table_version(settings, "table") > 0, "no writer wrote anything before it was killed"
+    reference, changed = replace_months(settings, "table", rows_of(JANUARY))
+    assert changed == [JANUARY]
+    assert read_table(settings, reference, [JANUARY])["value"].tolist() == list(range(50))
+
+
+@posix_only
+def test_an_ingestion_that_is_killed_is_completed_by_the_next(desk: Desk, delivered: dict[str, Tables]) -> None:
+    """It dies when the flights have landed and before the airports have."""
+    put(desk.source, JANUARY, delivered[JANUARY])
+    code = (
+        "import sys; from mlops_course.data import ingest; from mlops_course.environment import Settings;"
+        "from mlops_course.project import flight_delay;"
+        f"ingest(Settings(home=sys.argv[1]), flight_delay, {JANUARY!r}, sys.argv[2])"
+    )
+    command = [sys.executable, "-c", code, str(desk.settings.home), str(desk.source)]
+    landed, last = (
+        desk.settings.data / name / "_delta_log" / f"{1:020}.json" for name in ("raw_flights", "raw_airports")
+    )
+    with subprocess.Popen(command) as process:
+        until = time.monotonic() + 60
+        while not landed.exists() and process.poll() is None and time.monotonic() < until:
+            time.sleep(0.0005)
+        process.kill()
+    assert landed.exists() and not last.exists()
+    delivery = ingest(desk.settings, flight_delay, JANUARY, desk.source)
+    assert not delivery.changed["flights"] and delivery.changed["airports"]
+    assert desk.check(JANUARY).rows["flights"] == len(delivered[JANUARY]["flights"])
+
+
+@pytest.mark.parametrize("second", [FEBRUARY, JANUARY], ids=["different months", "the same month"])
+def test_two_processes_may_write_at_once(settings: Settings, writers: Callable[..., Writer], second: str) -> None:
+    """Both begin with a table that is not there yet."""
+    pair = [writers(JANUARY, 6), writers(second, 6)]
+    for writer in pair:
+        writer.ready()
+    for writer in pair:
+        writer.go()
+    assert [writer.output() for writer in pair] == [["done"], ["done"]]
+    months_written = read_table(settings, f"table@{table_version(settings, 'table')}")["period"].value_counts()
+    assert months_written.to_dict() == dict.fromkeys({JANUARY, second}, 20_000)
+    assert all(whole_or_nothing(settings, month) for month in (JANUARY, second))
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of two megabytes."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = shutil.which("mount")
+    command = [mount or "mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True) if mount else None
+    if done is None or done.returncode != 0:
+        pytest.skip(f"cannot mount a small disk here: {done.stderr.strip() if done else 'there is no mount command'}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.system
+def test_a_disk_too_small_is_noticed_before_anything_is_written(tiny_disk: Path) -> None:
+    settings = Settings(home=tiny_disk / "workspace").prepare()
+    first, _ = replace_months(settings, "table", rows_of(JANUARY))
+    before = Desk(settings, tiny_disk).state()
+    with pytest.raises(
+        WorkspaceError, match=r"to write, but only 2\.\d MB of disk are free.*free some space"
+    ) as caught:
+        replace_months(settings, "table", rows_of(FEBRUARY, 200_000))
+    assert one_line(caught.value)
+    assert Desk(settings, tiny_disk).state() == before
+    assert replace_months(settings, "table", rows_of(JANUARY)) == (first, [])
+
+
+@pytest.mark.system
+@pytest.mark.parametrize("left", [0, 4096, 8192, 12288])
+def test_a_disk_that_fills_up_while_writing_leaves_the_old_version(tiny_disk: Path, left: int) -> None:
+    """The rows would fit, but not the file, or not the log entry that makes it count."""
+    settings = Settings(home=tiny_disk / "workspace").prepare()
+    first, _ = replace_months(settings, "table", rows_of(JANUARY))
+    ballast = tiny_disk / "ballast"
+    ballast.write_bytes(bytes(shutil.disk_usage(tiny_disk).free - left))
+    values = np.random.default_rng(1).random(1500 if left == 12288 else 150)
+    frame = pd.DataFrame({"period": FEBRUARY, "value": values})
+    try:
+        replace_months(settings, "table", frame)
+    except WorkspaceError as error:
+        assert one_line(error)
+        assert f"table@{table_version(settings, 'table')}" == first
+    else:
+        assert left > 0, "a full disk took rows"
+    assert read_table(settings, first)["value"].tolist() == list(range(50))
+    ballast.unlink()
+    reference, _ = replace_months(settings, "table", frame)
+    assert read_table(settings, reference, [FEBRUARY])["value"].tolist() == frame["value"].tolist()
+
+
+def test_the_suppliers_files_are_where_they_are_expected() -> None:
+    assert all(find_file(supplier_folder(), table.name) for table in flight_delay.tables)
