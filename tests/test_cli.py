@@ -1,0 +1,346 @@
+"""The command line as a user has it: real processes, what they print, and how they end."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+
+from mlops_course import __version__
+from mlops_course.cli import _Watched, describe_error, parse_parameters
+from mlops_course.environment import CourseError, Settings
+from mlops_course.pipelines import ParameterError, PipelineRun, StageRun
+
+posix_only = pytest.mark.skipif(os.name == "nt", reason="uses POSIX signals")
+COMMAND = [sys.executable, "-c", "from mlops_course.cli import main; main()"]
+
+
+def course(*arguments: object, seconds: float = 60, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run the command; `done.stdout` and `done.stderr` are text."""
+    environment = {**os.environ, "COLUMNS": "160", **variables}
+    command = [*COMMAND, *map(str, arguments)]
+    return subprocess.run(
+        command, capture_output=True, text=True, encoding="utf-8", env=environment, timeout=seconds, check=False
+    )
+
+
+def write_pipeline(folder: Path, *cells: str) -> Path:
+    """A pipeline `greet` with one stage and one required parameter."""
+    code = nbformat.v4.new_code_cell
+    first = code("month: str = None", metadata={"tags": ["parameters"]})
+    nbformat.write(nbformat.v4.new_notebook(cells=[first, *map(code, cells)]), folder / "greet.ipynb")
+    text = """
+        name: greet
+        parameters:
+          month: {type: month, help: whom to greet}
+          source: {type: path, default: null}
+        stages:
+          - {name: greet, notebook: greet.ipynb, makes: a greeting, parameters: {month: "${month}"}}
+          - {name: again, notebook: greet.ipynb, parameters: {month: "${source}"}}
+    """
+    path = folder / "greet.yaml"
+    path.write_text(textwrap.dedent(text), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def greet(tmp_path: Path) -> Path:
+    result = """
+        from mlops_course.pipelines import record_result
+        rows = [{"model": "ours", "pr_auc": 0.56789}, {"model": "constant", "pr_auc": 0.25}]
+        record_result(made=f"hello {month}", figures={"n": 1}, comparison=rows, report="/tmp/drift[1].html")
+    """
+    return write_pipeline(tmp_path, "print(month)", textwrap.dedent(result))
+
+
+def one_error_line(done: subprocess.CompletedProcess[str]) -> str:
+    """The only line on standard error that reports an error; no traceback."""
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "Traceback" not in done.stderr + done.stdout
+    assert len(lines) == 1, done.stderr
+    return lines[0]
+
+
+# ---------------------------------------------------------------- quick to answer
+
+
+def test_version_and_help() -> None:
+    assert course("--version").stdout.strip() == __version__
+    shown = course("--help").stdout
+    assert all(name in shown for name in ("run", "pipelines", "runs", "doctor", "ui"))
+
+
+def test_help_imports_nothing_heavy() -> None:
+    script = "import sys, mlops_course.cli; print(*sys.modules)"
+    loaded = set(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout.split())
+    assert not loaded & {"pandas", "numpy", "pydantic", "mlflow", "papermill", "yaml", "rich.table", "IPython"}
+
+
+def test_help_answers_in_less_than_three_tenths_of_a_second() -> None:
+    def seconds() -> float:
+        begin = time.perf_counter()
+        course("--help")
+        return time.perf_counter() - begin
+
+    assert min(seconds() for _ in range(7)) < 0.3
+
+
+def test_no_command_shows_the_help_and_a_wrong_one_is_wrong_usage() -> None:
+    assert "Commands" in course().stdout + course().stderr
+    done = course("rnu")
+    assert done.returncode == 2
+    assert "rnu" in done.stderr
+
+
+# ---------------------------------------------------------------- parameters
+
+
+def test_parameters_may_contain_equals_signs() -> None:
+    assert parse_parameters(["a=b=c", "d="]) == {"a": "b=c", "d": ""}
+
+
+@pytest.mark.parametrize(
+    ("pairs", "message"), [(["month"], "name=value"), (["=x"], "name=value"), (["a=1", "a=2"], "twice")]
+)
+def test_what_is_no_parameter_is_refused(pairs: list[str], message: str) -> None:
+    with pytest.raises(ParameterError, match=message):
+        parse_parameters(pairs)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["-p", "mnoth=2013-10"], "no parameter 'mnoth'. Perhaps you meant 'month'"),
+        (["-p", "month=October"], "month is 'October', but should be a month like 2013-01. Give -p month=… (whom to"),
+        ([], "parameter month is missing"),
+        (["-p", "month=2013-10", "--source", "no/such"], "source is 'no/such', but should be a file or folder"),
+        (["-p", "month=2013-10", "--source", ".", "-p", "source=."], "source is given twice"),
+    ],
+)
+def test_wrong_parameters_are_one_line_and_wrong_usage(
+    greet: Path, settings: Settings, arguments: list[str], words: str
+) -> None:
+    done = course("run", greet, *arguments)
+    assert words in one_error_line(done)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert not list(settings.runs.iterdir())
+
+
+def test_an_unknown_pipeline_is_wrong_usage() -> None:
+    done = course("run", "trainign")
+    assert "Perhaps you meant 'training'" in one_error_line(done)
+    assert done.returncode == 2
+
+
+# ---------------------------------------------------------------- run
+
+
+def test_a_run_for_people(greet: Path, tmp_path: Path) -> None:
+    home = tmp_path / "elsewhere"
+    done = course("run", greet, "-p", "month=2013-10", "--source", tmp_path, "--home", home)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines()[0] == "[1/2] greet ..."
+    assert done.stderr.splitlines()[1].startswith("[1/2] greet: done in ")
+    assert done.stderr.splitlines()[1].endswith(" s: hello 2013-10")
+    for words in ("greet: done", "hello 2013-10", "n 1", "ours", "0.5679", "constant", "/tmp/drift[1].html"):
+        assert words in done.stdout
+    (folder,) = (home / "runs").iterdir()
+    assert str(folder) in done.stdout
+    assert f"mlops-course ui --home {home}" in done.stdout
+    listed = course("runs", "--home", home).stdout
+    assert folder.name in listed
+    assert "2 of 2" in listed
+    assert json.loads(course("runs", "--json", "--home", home).stdout)[0]["parameters"]["source"] == str(tmp_path)
+
+
+def test_a_run_for_programs_fails_with_the_same_document(tmp_path: Path, settings: Settings) -> None:
+    failing = write_pipeline(tmp_path, "print('{')", "raise RuntimeError(f'no [bold]{month}[/bold]')")
+    done = course("run", failing, "-p", "month=2013-10", "--json")
+    document = json.loads(done.stdout)
+    assert done.returncode == 1
+    assert [stage["status"] for stage in document["stages"]] == ["failed", "not run"]
+    assert "RuntimeError: no [bold]2013-10[/bold]" in document["error"]
+    assert one_error_line(done) == f"error: {document['error']}"
+    assert json.loads((settings.runs / document["id"] / "run.json").read_text()) == document
+
+
+def test_a_refused_run_for_programs_is_a_document_too(greet: Path) -> None:
+    done = course("run", greet, "--json")
+    assert json.loads(done.stdout)["status"] == "refused"
+    assert done.returncode == 2
+
+
+def test_a_failure_shows_people_what_was_done(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    stages = [
+        StageRun("ingest", tmp_path, "raw tables", "done", 1.25, results={"made": "336,776 [rows]"}),
+        StageRun("train", tmp_path, "a model", "failed", 2.0),
+        StageRun("score", tmp_path, "predictions", "not run"),
+    ]
+    watched = _Watched()
+    watched.run = PipelineRun("id", "training", tmp_path, {}, stages, "2013-01-01", "failed")
+    watched.show_failed(CourseError("no"), as_json=False)
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert [line.split() for line in shown.err.splitlines() if line.strip()][3:] == [
+        ["ingest", "1.2", "336,776", "[rows]"],
+        ["train", "2.0", "failed"],
+        ["score", "not", "run"],
+    ]
+
+
+@pytest.mark.parametrize("debug", [["--debug"], []])
+def test_debug_shows_the_traceback_wherever_it_stands(greet: Path, debug: list[str]) -> None:
+    done = course("run", greet, *debug, **({} if debug else {"MLOPS_COURSE_DEBUG": "1"}))
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert "ParameterError" in done.stderr
+
+
+def test_a_workspace_that_is_a_file_is_one_line(greet: Path, tmp_path: Path) -> None:
+    (tmp_path / "taken").touch()
+    done = course("run", greet, "-p", "month=2013-10", "--home", tmp_path / "taken")
+    assert f"can't write {tmp_path / 'taken'}: a file stands where a folder should be" in one_error_line(done)
+    assert done.returncode == 1
+
+
+def test_a_bad_setting_is_one_line(greet: Path) -> None:
+    done = course("run", greet, "-p", "month=2013-10", MLOPS_COURSE_SEED="many")
+    assert "MLOPS_COURSE_SEED is 'many'" in one_error_line(done)
+    assert done.returncode == 1
+
+
+def test_errors_for_people() -> None:
+    assert describe_error(CourseError("no tea", "Boil water")) == ("no tea. Boil water.", 1)
+    assert describe_error(ParameterError("no tea")) == ("no tea.", 2)
+    line, status = describe_error(ValueError("two\nlines"))
+    assert line.startswith("unexpected ValueError: two lines. ")
+    assert "--debug" in line
+    assert status == 1
+
+
+# ---------------------------------------------------------------- stopped from outside
+
+
+def living() -> dict[int, int]:
+    """Each process and its parent, from /proc; zombies are not alive."""
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if fields[0] != "Z":
+            parents[int(path.parent.name)] = int(fields[1])
+    return parents
+
+
+def descendants(number: int) -> set[int]:
+    """All living processes below one."""
+    parents, found = living(), {number}
+    while more := {child for child, parent in parents.items() if parent in found} - found:
+        found |= more
+    return found - {number}
+
+
+def start_a_long_run(folder: Path) -> subprocess.Popen[str]:
+    spawn = "import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', 'import time; time.sleep(99)'])\n"
+    tell = f"open({str(folder / 'began')!r}, 'w').close()"
+    pipeline = write_pipeline(folder, spawn + tell, "import time\ntime.sleep(99)")
+    restore = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    command = [sys.executable, "-c", restore + COMMAND[2], "run", str(pipeline), "-p", "month=2013-10"]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def wait_for(condition: Any, seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it took too long"
+        time.sleep(0.05)
+
+
+@posix_only
+def test_an_interrupted_run_leaves_no_process_and_says_so(tmp_path: Path, settings: Settings) -> None:
+    process = start_a_long_run(tmp_path)
+    wait_for((tmp_path / "began").exists)
+    started = descendants(process.pid)
+    assert len(started) == 2, "a kernel and its child"
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert [line for line in errors.splitlines() if line.startswith("error: ")] == [errors.splitlines()[-1]]
+    assert "interrupted" in errors.splitlines()[-1]
+    assert "Traceback" not in errors
+    assert "Task" not in errors, "asyncio has nothing to complain about"
+    assert not started & set(living())
+    (folder,) = settings.runs.iterdir()
+    told = json.loads((folder / "run.json").read_text())
+    assert (told["status"], told["error"]) == ("interrupted", "interrupted by SIGINT")
+    assert sorted(path.name for path in folder.iterdir()) == ["01_greet.ipynb", "run.json"]
+
+
+@posix_only
+def test_a_run_can_be_stopped_before_its_kernel_is_ready(tmp_path: Path, settings: Settings) -> None:
+    process = start_a_long_run(tmp_path)
+    wait_for(lambda: descendants(process.pid))
+    started = descendants(process.pid)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=20)
+    assert process.returncode == 143
+    assert not started & set(living())
+    (folder,) = settings.runs.iterdir()
+    assert json.loads((folder / "run.json").read_text())["status"] == "interrupted"
+
+
+@posix_only
+def test_a_killed_run_does_not_leave_its_kernel_for_long(tmp_path: Path, settings: Settings) -> None:
+    process = start_a_long_run(tmp_path)
+    wait_for((tmp_path / "began").exists)
+    kernel = next(child for child, parent in living().items() if parent == process.pid)
+    process.kill()
+    process.communicate(timeout=20)
+    wait_for(lambda: kernel not in living(), 15)
+    (folder,) = settings.runs.iterdir()
+    assert json.loads((folder / "run.json").read_text())["stages"][0]["status"] == "running"
+
+
+# ---------------------------------------------------------------- the other commands
+
+
+def test_pipelines_can_be_listed() -> None:
+    listed = {each["name"]: each for each in json.loads(course("pipelines", "--json").stdout)}
+    assert listed["training"]["stages"][0]["name"] == "ingest"
+    assert "train_last" in course("pipelines").stdout
+
+
+def test_runs_of_an_empty_workspace(tmp_path: Path) -> None:
+    done = course("runs", "--home", tmp_path / "none")
+    assert "nothing was run" in done.stdout
+    assert done.returncode == 0
+    assert not (tmp_path / "none").exists(), "looking creates nothing"
+
+
+def test_doctor_for_people_and_programs() -> None:
+    tools = {tool["name"]: tool for tool in json.loads(course("doctor", "--json").stdout)}
+    assert tools["python"]["ok"]
+    assert "python" in course("doctor").stdout
+
+
+def test_doctor_says_by_its_exit_status_that_something_is_missing(tmp_path: Path) -> None:
+    done = course("doctor", PATH=str(tmp_path))
+    assert done.returncode == 1
+    assert "MISSING" in done.stdout
+
+
+def test_ui_without_runs_says_what_to_do(settings: Settings) -> None:
+    done = course("ui")
+    assert "First run: mlops-course run training" in one_error_line(done)
+    assert done.returncode == 1

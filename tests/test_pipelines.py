@@ -1,0 +1,597 @@
+"""The runner: what it refuses before anything runs, what flows between stages, and what a failure leaves behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+
+from mlops_course import pipelines
+from mlops_course.environment import Settings, WorkspaceError, load_settings
+from mlops_course.pipelines import (
+    Parameter,
+    ParameterError,
+    Pipeline,
+    PipelineError,
+    PipelineRun,
+    ResultError,
+    StageError,
+    check_parameters,
+    fill,
+    find_pipeline,
+    list_pipelines,
+    list_runs,
+    notebook_parameters,
+    read_result,
+    record_result,
+    references,
+    run,
+)
+from mlops_course.pipelines.definition import TYPES, recorded_names
+
+posix_only = pytest.mark.skipif(os.name == "nt", reason="uses POSIX signals")
+RECORD = "from mlops_course.pipelines import record_result\n"
+
+
+def write_notebook(path: Path, parameters: str | None, *cells: str) -> Path:
+    """A stage notebook; the first cell gets the tag."""
+    tagged = [] if parameters is None else [nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]})]
+    notebook = nbformat.v4.new_notebook(cells=[*tagged, *map(nbformat.v4.new_code_cell, cells)])
+    notebook.metadata["kernelspec"] = {"name": "python3", "language": "python", "display_name": "Python 3"}
+    nbformat.write(notebook, path)
+    return path
+
+
+def write_pipeline(folder: Path, text: str, name: str = "demo") -> Path:
+    path = folder / f"{name}.yaml"
+    path.write_text(textwrap.dedent(text), encoding="utf-8")
+    return path
+
+
+def one_stage(folder: Path, *cells: str, parameters: str = "") -> Pipeline:
+    """A pipeline of a single notebook that takes no parameters unless told."""
+    write_notebook(folder / "only.ipynb", parameters, *cells)
+    text = "name: small\nstages: [{name: only, notebook: only.ipynb}]\n"
+    return Pipeline.read(write_pipeline(folder, text, "small"))
+
+
+def process_is_there(number: int) -> bool:
+    """Whether a process is alive (a zombie isn't)."""
+    try:
+        return "Z" not in Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+
+
+def write_demo(folder: Path) -> Path:
+    """Three stages: numbers, their sum, which may be too much, and an end."""
+    write_notebook(
+        folder / "count.ipynb",
+        "upto: int = 10  # how many",
+        "numbers = list(range(upto))",
+        RECORD + "record_result(numbers=numbers, made=f'{upto} numbers', figures={'upto': upto})",
+    )
+    write_notebook(
+        folder / "total.ipynb",
+        "numbers: list = None  # from count\nlimit: int = 100\ntitle: str = ''",
+        "import os, sys\n\ntotal = sum(numbers)",
+        "# is it too much?\nif total > limit:\n    raise ValueError(f'{total} is more\\nthan {limit}')",
+        RECORD + "record_result(total=total, title=title, limit=limit)",
+    )
+    write_notebook(folder / "last.ipynb", "total: int = None", "print(total)")
+    return write_pipeline(
+        folder,
+        """
+        name: demo
+        description: for tests
+        parameters:
+          upto: {type: integer, default: 5, help: how many}
+          limit: {type: integer, default: 100}
+        stages:
+          - {name: count, notebook: count.ipynb, makes: numbers, parameters: {upto: "${upto}"}}
+          - name: total
+            notebook: total.ipynb
+            parameters: {numbers: "${count.numbers}", limit: "${limit}", title: "${upto} of ${limit}"}
+          - {name: last, notebook: last.ipynb, parameters: {total: "${total.total}"}}
+        """,
+    )
+
+
+@pytest.fixture
+def demo(tmp_path: Path) -> Path:
+    return write_demo(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def failed(tmp_path_factory: pytest.TempPathFactory) -> tuple[StageError, dict[str, Any]]:
+    """The error of a run whose second stage fails, and its run.json."""
+    folder = tmp_path_factory.mktemp("failed")
+    settings = Settings(home=folder / "workspace")
+    with pytest.raises(StageError) as caught:
+        run(write_demo(folder), {"upto": 4, "limit": 5}, settings)
+    (told,) = list_runs(settings)
+    return caught.value, told
+
+
+# ---------------------------------------------------------------- parameters
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "expected"),
+    [
+        ("month", "2013-01", "2013-01"),
+        ("integer", "500", 500),
+        ("integer", 500, 500),
+        ("integer", "-3", -3),
+        ("number", "0.05", 0.05),
+        ("number", "1e-3", 0.001),
+        ("number", 3, 3.0),
+        ("text", "a=b c", "a=b c"),
+        ("boolean", "True", True),
+        ("boolean", False, False),
+        ("path", "s3://bucket/folder", "s3://bucket/folder"),
+    ],
+)
+def test_a_value_gets_its_type(kind: str, value: object, expected: object) -> None:
+    found = Parameter("value", kind, required=True).convert(value)
+    assert found == expected
+    assert type(found) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [
+        ("month", "2013-13"),
+        ("month", "2013-1"),
+        ("month", "2013-01-01"),
+        ("month", "²013-01"),
+        ("month", 201301),
+        ("integer", "1.0"),
+        ("integer", "1e3"),
+        ("integer", "1_000"),
+        ("integer", ""),
+        ("integer", True),
+        ("integer", "9" * 10_000),
+        ("number", "nan"),
+        ("number", "inf"),
+        ("number", "many"),
+        ("number", True),
+        ("text", 5),
+        ("boolean", "yes"),
+        ("boolean", 1),
+        ("path", "no/such/folder"),
+        ("path", "~nobody-of-this-name/x"),
+        ("path", "x\0y"),
+        ("month", None),
+        ("integer", "none"),
+    ],
+)
+def test_a_value_of_another_type_is_refused_in_one_line(kind: str, value: object) -> None:
+    with pytest.raises(ParameterError) as caught:
+        Parameter("size", kind, "the size", required=True).convert(value)
+    line = str(caught.value)
+    assert "\n" not in line
+    assert "size" in line
+    assert TYPES[kind][0] in line
+    assert "the size" in line
+    assert kind == "path" or repr(value) in line
+
+
+@pytest.mark.parametrize("value", ["none", "None", "null", "", None])
+def test_only_an_optional_parameter_can_be_none(value: object) -> None:
+    assert Parameter("seed", "integer").convert(value) is None
+    with pytest.raises(ParameterError):
+        Parameter("seed", "integer", default=3).convert(value)
+
+
+def test_a_path_is_made_absolute_because_stages_run_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.csv").touch()
+    monkeypatch.chdir(tmp_path)
+    assert Parameter("source", "path").convert("mine.csv") == str(tmp_path / "mine.csv")
+
+
+def test_all_of_a_runs_values(demo: Path) -> None:
+    assert check_parameters(Pipeline.read(demo), {"upto": "7"}) == {"upto": 7, "limit": 100}
+
+
+def test_unknown_and_missing_parameters_are_named(demo: Path) -> None:
+    with pytest.raises(ParameterError, match=r"no parameter 'uptoo'.*'upto'"):
+        check_parameters(Pipeline.read(demo), {"uptoo": "7"})
+    demo.write_text(demo.read_text().replace("default: 5, ", ""))
+    with pytest.raises(ParameterError, match=r"parameter upto is missing. Give -p upto=… \(a whole number.*: how many"):
+        check_parameters(Pipeline.read(demo), {})
+
+
+def test_a_wrong_parameter_stops_before_anything_is_made(demo: Path, tmp_path: Path) -> None:
+    settings = load_settings(home=tmp_path / "elsewhere")
+    with pytest.raises(ParameterError):
+        run(demo, {"upto": "many"}, settings)
+    assert not settings.home.exists()
+
+
+# ---------------------------------------------------------------- the file
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("name: demo", "nmae: demo", "demo.yaml has an unknown entry 'nmae'. Perhaps you meant 'name'"),
+        ("name: demo", "name: ../up", "'../up' can't be a name"),
+        ("name: demo", "", "demo.yaml has no 'name'"),
+        ("type: integer, default: 5", "type: int, default: 5", "parameter upto has the type 'int'.*'integer'"),
+        ("type: integer, default: 5", "default: 5", "parameter upto has no 'type'"),
+        ("default: 5", "default: five", "parameter upto is 'five'"),
+        ("default: 5", "defualt: 5", "unknown entry 'defualt'.*'default'"),
+        ("limit: {type", "up-to: {type", "'up-to' can't be a name"),
+        ("limit: {type", "upto: {type", "'upto' stands twice"),
+        ("{name: last", "{name: count", "two stages named 'count'"),
+        ("makes: numbers", "make: numbers", "a stage has an unknown entry 'make'.*'makes'"),
+        ("last.ipynb", "lost.ipynb", "there is no notebook .*lost.ipynb. Perhaps you meant 'last.ipynb'"),
+        ("last.ipynb", "demo.yaml", "demo.yaml can't be read as a notebook"),
+        ('upto: "${upto}"', 'uptoo: "${upto}"', "passes 'uptoo', but count.ipynb has no such parameter.*'upto'"),
+        ('{total: "${total.total}"}', "{}", "stage last doesn't pass 'total', which last.ipynb needs"),
+        ("${total.total}", "${total.totals}", "total.ipynb records no 'totals'.*'total'"),
+        ("${count.numbers}", "${last.total}", "but last doesn't run before it"),
+        ("${count.numbers}", "${total.total}", "which is its own result"),
+        ("${count.numbers}", "${cuont.numbers}", "there is no stage 'cuont'.*'count'"),
+        ("${count.numbers}", "${number}", "which is no parameter of the pipeline"),
+        ("${count.numbers}", "${count.numbers", "without its }"),
+        ('limit: "${limit}", title: "${upto} of ${limit}"', "limit: 3", "no stage uses the parameter 'limit'"),
+        ("stages:", "stages: none\nother:", "unknown entry 'other'"),
+        ("description: for tests", "description: [", "is no proper YAML"),
+        ("parameters: {upto:", "parameters: [upto,", "is no proper YAML"),
+    ],
+)
+def test_a_mistake_in_the_file_is_named(demo: Path, old: str, new: str, message: str) -> None:
+    text = demo.read_text()
+    assert old in text
+    demo.write_text(text.replace(old, new, 1))
+    with pytest.raises(PipelineError, match=message) as caught:
+        Pipeline.read(demo)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "just words", "name: x\nstages: {}", "name: x\nstages: [5]", "? [a]\n: b"])
+def test_a_file_that_is_no_pipeline_is_refused(tmp_path: Path, text: str) -> None:
+    with pytest.raises(PipelineError):
+        Pipeline.read(write_pipeline(tmp_path, text))
+
+
+def test_a_pipeline_is_found_by_name_or_path(demo: Path, tmp_path: Path) -> None:
+    assert find_pipeline(str(demo)).name == "demo"
+    with pytest.raises(ParameterError, match=r"no pipeline 'trainign'. Perhaps you meant 'training'"):
+        find_pipeline("trainign")
+    with pytest.raises(PipelineError, match=r"can't read the pipeline .*gone.yaml"):
+        find_pipeline(tmp_path / "gone.yaml")
+
+
+@pytest.mark.parametrize("path", list_pipelines(), ids=lambda path: path.stem)
+def test_the_courses_own_pipelines_agree_with_their_notebooks(path: Path) -> None:
+    pipeline = Pipeline.read(path)
+    assert pipeline.name == path.stem
+    assert pipeline.description
+    assert all(parameter.help for parameter in pipeline.parameters)
+    assert all(stage.makes for stage in pipeline.stages)
+
+
+# ---------------------------------------------------------------- notebooks as stages
+
+
+def test_a_notebooks_parameters_and_which_must_be_passed(tmp_path: Path) -> None:
+    cell = """
+        %matplotlib inline
+        run_id: str = None  # must be passed
+        tables: dict[str, str]
+        source: str | None = None
+        other: "str or None" = None
+        rows: int = 100
+        month = "2013-01"
+    """
+    path = write_notebook(tmp_path / "stage.ipynb", textwrap.dedent(cell).strip(), "later: int = 3")
+    assert notebook_parameters(path) == {
+        "run_id": True,
+        "tables": True,
+        "source": False,
+        "other": False,
+        "rows": False,
+        "month": False,
+    }
+
+
+def test_a_notebook_that_lost_its_tag_is_refused(demo: Path) -> None:
+    write_notebook(demo.parent / "last.ipynb", None, "total = 3")
+    with pytest.raises(PipelineError, match=r"no cell of last.ipynb has the tag `parameters`"):
+        Pipeline.read(demo)
+
+
+def test_a_parameters_cell_that_is_not_python_is_refused(demo: Path) -> None:
+    write_notebook(demo.parent / "last.ipynb", "total: int =")
+    with pytest.raises(PipelineError, match=r"parameters cell of .*last.ipynb isn't Python"):
+        Pipeline.read(demo)
+
+
+def test_recorded_names_are_known_only_where_the_source_says_so(tmp_path: Path) -> None:
+    plain = write_notebook(tmp_path / "a.ipynb", "", "%%bash\necho x", "!ls\npipelines.record_result(x=1, y=2)")
+    hidden = write_notebook(tmp_path / "b.ipynb", "", "record_result(x=1, **more)")
+    assert recorded_names(plain) == {"x", "y"}
+    assert recorded_names(hidden) is None
+
+
+def test_references_and_what_is_filled_in() -> None:
+    known = {"first": "2013-01", "train.run": "abc", "train.rows": 3, "ingest.tables": {"flights": "raw@1"}}
+    value = {"a": "${ingest.tables}", "b": ["${train.rows}", "from ${first} with ${train.rows}"], "c": 5, "d": "$first"}
+    assert references(value) == ["ingest.tables", "train.rows", "first", "train.rows"]
+    filled = {"a": {"flights": "raw@1"}, "b": [3, "from 2013-01 with 3"], "c": 5, "d": "$first"}
+    assert fill(value, known) == filled
+
+
+@pytest.mark.parametrize(
+    ("value", "where"),
+    [
+        ({"pr_auc": float("nan")}, r"values.pr_auc is nan"),
+        ([1, {2, 3}], r"values\[1\] is {2, 3}, of type set"),
+        ({1: "a"}, r"values is {1: 'a'}"),
+        (Path("x"), "PosixPath|WindowsPath"),
+    ],
+)
+def test_only_what_json_can_hold_is_recorded(value: object, where: str) -> None:
+    with pytest.raises(ResultError, match=where):
+        record_result(values=value)
+
+
+def test_results_can_be_read_from_a_notebook_that_plain_papermill_ran(
+    demo: Path, failed: tuple[StageError, dict[str, Any]]
+) -> None:
+    out = demo.parent / "out.ipynb"
+    command = [sys.executable, "-m", "papermill", demo.parent / "count.ipynb", out, "-p", "upto", "4"]
+    subprocess.run([str(part) for part in command], check=True, capture_output=True)
+    assert read_result(out) == failed[1]["stages"][0]["results"]
+    assert read_result(out) == {"numbers": [0, 1, 2, 3], "made": "4 numbers", "figures": {"upto": 4}}
+
+
+def test_reading_results_of_nothing(tmp_path: Path) -> None:
+    assert read_result(write_notebook(tmp_path / "plain.ipynb", None, "1")) == {}
+    (tmp_path / "half.ipynb").write_text('{"cells": [')
+    for name in ("half.ipynb", "gone.ipynb"):
+        with pytest.raises(ResultError, match=name):
+            read_result(tmp_path / name)
+
+
+# ---------------------------------------------------------------- running
+
+
+def test_a_run_from_beginning_to_end(demo: Path, settings: Settings) -> None:
+    told: list[tuple[str, str | None]] = []
+
+    def listen(kind: str, record: PipelineRun, stage: Any) -> None:
+        if kind != "cell":
+            told.append((kind, stage and stage.name))
+
+    before, here = dict(os.environ), Path.cwd()
+    record = run(demo, {"upto": "4"}, settings, listen)
+    assert record.status == "done"
+    assert record.results["count"] == {"numbers": [0, 1, 2, 3], "made": "4 numbers", "figures": {"upto": 4}}
+    assert record.results["last"] == {}
+    assert told == [
+        ("run started", None),
+        *[(kind, name) for name in ("count", "total", "last") for kind in ("stage started", "stage ended")],
+        ("run ended", None),
+    ]
+    assert sorted(path.name for path in record.folder.iterdir()) == [
+        "01_count.ipynb",
+        "02_total.ipynb",
+        "03_last.ipynb",
+        "run.json",
+    ]
+    assert record.folder.parent == settings.runs
+    assert all(stage.seconds and stage.seconds > 0 for stage in record.stages)
+    assert (dict(os.environ), Path.cwd()) == (before, here)
+    nbformat.validate(nbformat.read(record.stages[1].notebook, 4))
+
+
+def test_run_json_tells_the_whole_story(failed: tuple[StageError, dict[str, Any]]) -> None:
+    told = failed[1]
+    assert told["pipeline"] == "demo"
+    assert told["status"] == "failed"
+    assert told["parameters"] == {"upto": 4, "limit": 5}
+    assert [stage["status"] for stage in told["stages"]] == ["done", "failed", "not run"]
+    assert told["stages"][1]["parameters"] == {"numbers": [0, 1, 2, 3], "limit": 5, "title": "4 of 5"}
+    assert "6 is more than 5" in told["error"]
+    assert told["error"] == told["stages"][1]["error"]
+    assert told["fingerprint"]["packages"]["papermill"]
+    assert Path(told["stages"][1]["notebook"]).is_file()
+
+
+def test_a_failure_names_pipeline_stage_notebook_cell_and_error(failed: tuple[StageError, dict[str, Any]]) -> None:
+    error = failed[0]
+    assert (error.pipeline, error.stage, error.notebook.name) == ("demo", "total", "total.ipynb")
+    assert (error.cell, error.source) == (4, "# is it too much?")
+    assert (error.error_class, error.message) == ("ValueError", "6 is more than 5")
+    executed = nbformat.read(error.executed, 4)
+    shown = next(cell for cell in executed.cells if cell.get("execution_count") == 4)
+    assert shown.source.startswith("# is it too much?")
+    assert shown.outputs[0].ename == "ValueError"
+    line = str(error)
+    assert "\n" not in line
+    assert "Traceback" not in line
+    assert str(error.executed) in line
+
+
+def test_an_error_raised_on_purpose_is_shown_with_its_remedy(tmp_path: Path, settings: Settings) -> None:
+    raising = "from mlops_course.environment import CourseError\nraise CourseError('there is no tea', 'Boil water')"
+    with pytest.raises(StageError, match=r"CourseError: there is no tea\. Boil water\. The executed notebook is"):
+        run(one_stage(tmp_path, raising), settings=settings)
+
+
+@posix_only
+@pytest.mark.parametrize(
+    ("deed", "words", "error_class"),
+    [
+        ("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)", "ended by SIGKILL, as the system", "StageError"),
+        ("import os\nos._exit(3)", "ended by itself, with exit status 3", "StageError"),
+        ("import sys\nsys.exit(4)", "SystemExit: 4", "SystemExit"),
+    ],
+)
+def test_a_stage_that_ends_its_process_is_an_error_like_any_other(
+    tmp_path: Path, settings: Settings, deed: str, words: str, error_class: str
+) -> None:
+    with pytest.raises(StageError, match=words) as caught:
+        run(one_stage(tmp_path, "print('so far')", deed), settings=settings)
+    assert caught.value.cell == 2
+    executed = nbformat.read(caught.value.executed, 4)
+    outputs = [output for cell in executed.cells for output in cell.get("outputs", [])]
+    texts = [output.get("text", output.get("evalue", "")) for output in outputs]
+    assert texts[0] == "so far\n"
+    assert any(error_class in output.get("ename", "") for output in outputs), "the notebook says why it ends"
+
+
+def test_a_result_that_was_not_recorded_after_all(tmp_path: Path, settings: Settings) -> None:
+    write_notebook(tmp_path / "a.ipynb", "", RECORD + "if 1 > 2:\n    record_result(x=1)")
+    write_notebook(tmp_path / "b.ipynb", "x: int = None", "print(x)")
+    second = "{name: b, notebook: b.ipynb, parameters: {x: '${a.x}'}}"
+    text = f"name: two\nstages:\n- {{name: a, notebook: a.ipynb}}\n- {second}\n"
+    with pytest.raises(ResultError, match=r"\$\{a.x\} was not recorded. Call record_result\(x=…\)"):
+        run(write_pipeline(tmp_path, text), settings=settings)
+    assert [stage["status"] for stage in list_runs(settings)[0]["stages"]] == ["done", "failed"]
+
+
+def test_a_stage_has_this_python_its_own_folder_and_the_settings(
+    tmp_path: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stranger = tmp_path / "jupyter" / "kernels" / "python3"
+    stranger.mkdir(parents=True)
+    wrong = {"argv": ["/no/such/python"], "display_name": "old", "language": "python"}
+    (stranger / "kernel.json").write_text(json.dumps(wrong))
+    monkeypatch.setenv("JUPYTER_PATH", str(stranger.parent.parent))
+    monkeypatch.setenv("MLOPS_COURSE_THREADS", "1")
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "beside.py").write_text("value = 42\n")
+    (mine / "json.py").write_text("raise ImportError('shadowed')\n")
+    monkeypatch.chdir(mine)
+    cell = """
+        import os, sys, json
+        from mlops_course.environment import load_settings
+        import beside
+        found = load_settings()
+        record_result(python=sys.executable, folder=os.getcwd(), home=str(found.home), seed=found.seed,
+                      threads=found.threads, beside=beside.value)
+    """
+    pipeline = one_stage(tmp_path, RECORD + textwrap.dedent(cell))
+    record = run(pipeline, settings=Settings(home=settings.home, seed=7, threads=None))
+    assert record.results["only"] == {
+        "python": sys.executable,
+        "folder": str(record.folder),
+        "home": str(settings.home),
+        "seed": 7,
+        "threads": None,
+        "beside": 42,
+    }
+
+
+def test_what_a_stage_prints_stays_in_its_notebook(
+    tmp_path: Path, settings: Settings, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run(one_stage(tmp_path, "import os\nos.system('echo from a child')\nprint('from Python')"), settings=settings)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_kernel_that_cannot_start_says_why(
+    tmp_path: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "ipykernel_launcher.py").write_text("raise SystemExit('the launcher is broken')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(StageError, match=r"before its first cell.*exit status 1: the launcher is broken"):
+        run(one_stage(tmp_path, "1"), settings=settings)
+
+
+def test_a_run_outside_the_main_thread(tmp_path: Path, settings: Settings) -> None:
+    pipeline, found = one_stage(tmp_path, RECORD + "record_result(x=1)"), []
+    thread = threading.Thread(target=lambda: found.append(run(pipeline, settings=settings)))
+    thread.start()
+    thread.join(60)
+    assert found[0].results == {"only": {"x": 1}}
+
+
+@posix_only
+def test_an_interrupt_ends_the_kernel_and_is_written_down(tmp_path: Path, settings: Settings) -> None:
+    pid = tmp_path / "pid"
+    child = "import subprocess, sys\nchild = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(99)'])\n"
+    tell = f"import os, time\nopen({str(pid)!r}, 'w').write(f'{{os.getpid()}} {{child.pid}}')\nprint('began')"
+    pipeline = one_stage(tmp_path, child + tell, "time.sleep(99)")
+
+    def interrupt(kind: str, record: PipelineRun, stage: Any) -> None:
+        if kind == "cell" and stage.cell == 3:
+            threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGINT]).start()
+
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt, match="SIGINT"):
+        run(pipeline, settings=settings, on_event=interrupt)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+    assert not [number for number in pid.read_text().split() if process_is_there(int(number))]
+    (told,) = list_runs(settings)
+    assert (told["status"], told["error"]) == ("interrupted", "interrupted by SIGINT")
+    assert [stage["status"] for stage in told["stages"]] == ["interrupted"]
+    assert "began" in Path(told["stages"][0]["notebook"]).read_text()
+
+
+# ---------------------------------------------------------------- the disk
+
+
+def test_a_workspace_that_is_a_file(demo: Path, tmp_path: Path) -> None:
+    (tmp_path / "taken").touch()
+    with pytest.raises(WorkspaceError, match="taken"):
+        run(demo, settings=load_settings(home=tmp_path / "taken"))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Any:
+    """A file system of 200 kB, where the machine lets us make one."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    try:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", folder], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("can't mount a small file system here")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_disk_that_gets_full_while_a_pipeline_runs(small_disk: Path, tmp_path: Path) -> None:
+    settings = load_settings(home=small_disk / "workspace")
+    big = one_stage(tmp_path, "print('x' * 400_000)")
+    with pytest.raises(WorkspaceError, match="the disk is full"):
+        run(big, settings=settings)
+    (told,) = list_runs(settings)
+    assert told["status"] == "failed"
+    assert sorted(path.name for path in Path(told["folder"]).iterdir()) == ["run.json"]
+    small = one_stage(tmp_path, "1")
+    assert run(small, settings=settings).status == "done", "the next run carries on"
+
+
+@posix_only
+def test_a_stage_that_meets_a_full_disk(tmp_path: Path, settings: Settings) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    with pytest.raises(StageError, match=r"OSError: .*No space left on device"):
+        run(one_stage(tmp_path, "with open('/dev/full', 'w') as file:\n    file.write('x')"), settings=settings)
+
+
+def test_a_run_whose_record_is_broken_is_listed_all_the_same(demo: Path, settings: Settings) -> None:
+    folder = settings.runs / "20130101T000000Z-demo-abcdef"
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text('{"id"')
+    assert list_runs(settings) == [{"id": folder.name, "folder": str(folder), "status": "unreadable"}]
+
+
+def test_what_people_call_is_public() -> None:
+    wanted: dict[str, Callable[..., Any]] = {"run": run, "read_result": read_result, "Pipeline": Pipeline.read}
+    assert set(wanted) <= set(pipelines.__all__)
