@@ -75,7 +75,7 @@ def month_after(
     "Name the month that lies some steps after another."
     return str(parse_month(month) + steps)
 
-# %% ../nbs/05_data.ipynb #55d1466f
+# %% ../nbs/05_data.ipynb #66e86a5b
 def table_version(
     settings: Settings,  # where the workspace is
     name: str,  # name of the table
@@ -95,7 +95,7 @@ def table_version(
         problem = f"{location} is not a table, or a damaged one: {str(error).splitlines()[0]}"
         raise DataError(problem, "Move it away, and run the pipeline again from the start") from error
 
-
+# %% ../nbs/05_data.ipynb #e69a042f
 def split_reference(
     reference: str,  # such as `flights@3`
 ) -> tuple[str, int]:  # name and version
@@ -217,7 +217,7 @@ def _overwrite(location: str, rows: pyarrow.Table, by: str, changed: list[str], 
         predicate = f"{by} IN ({', '.join(repr(month) for month in changed)})"
         write_deltalake(location, rows, mode="overwrite", predicate=predicate)
 
-# %% ../nbs/05_data.ipynb #f3fb584e
+# %% ../nbs/05_data.ipynb #af204285
 def conform(
     frame: pd.DataFrame,  # a table as delivered
     contract: pandera.DataFrameSchema,  # what was agreed
@@ -233,9 +233,11 @@ def conform(
         close = get_close_matches(missing[0], unknown, 1, cutoff=0.4)
         hint = f"Was it renamed to {close[0]!r}?" if close else f"The delivery has {', '.join(map(str, frame.columns))}"
         raise DataError(f"the table {contract.name} has no column {', '.join(map(repr, missing))}", hint)
-    return pd.DataFrame({name: _typed(frame[name], str(column.dtype), contract.name) for name, column in contract.columns.items()})
+    return pd.DataFrame(
+        {name: _typed(frame[name], str(column.dtype), contract.name) for name, column in contract.columns.items()}
+    )
 
-# %% ../nbs/05_data.ipynb #1875d457
+# %% ../nbs/05_data.ipynb #9fc73969
 def _typed(column: pd.Series, dtype: str, table: str | None) -> pd.Series:
     """Convert one column; a value that cannot be converted is an error, never a silent gap."""
     if dtype.startswith("datetime64"):
@@ -253,8 +255,10 @@ def _typed(column: pd.Series, dtype: str, table: str | None) -> pd.Series:
 
 def _refuse(column: pd.Series, wrong: pd.Series, table: str | None, expected: str) -> None:
     row = int(np.flatnonzero(wrong)[0])
-    problem = f"{table}.{column.name} must hold {expected}, but row {row} holds {column.iloc[row]!r} ({int(wrong.sum())} such rows)"
-    raise DataError(problem, "Nothing was taken in; ask for a corrected delivery")
+    found = f"row {row} holds {column.iloc[row]!r} ({int(wrong.sum())} such rows)"
+    raise DataError(
+        f"{table}.{column.name} must hold {expected}, but {found}", "Nothing was taken in; ask for a corrected delivery"
+    )
 
 # %% ../nbs/05_data.ipynb #01b975fd
 def _instants(column: pd.Series, table: str | None) -> pd.Series:
@@ -281,7 +285,7 @@ class Delivery:
     periods: list[str]  # months whose rows may differ from before
     tables: dict[str, str]  # references to the raw tables, such as `raw_flights@3`
 
-# %% ../nbs/05_data.ipynb #71046bac
+# %% ../nbs/05_data.ipynb #927fe0cf
 def ingest(
     settings: Settings,  # where the workspace is
     use_case: UseCase,  # which tables, and how they are read
@@ -297,34 +301,40 @@ def ingest(
     parse_month(month)
     delivered = use_case.read(month, source)
     typed = {table.name: conform(delivered[table.name], table.contract()) for table in use_case.tables}
-    about = {table.name: table.period(typed[table.name]) for table in use_case.tables if table.period}
-    for name, period in about.items():
-        if (period > month).any():
-            problem = f"{name} of the delivery {month} holds rows of {period.max()}, which is later"
-            raise DataError(problem, "Deliver them with their own month")
-    landed = {table.name: _land(settings, table, typed[table.name], month, about) for table in use_case.tables}
-    late = {name: int((period < month).sum()) for name, period in about.items()}
-    touched = {month}.union(*(periods for _, _, periods in landed.values()))
+    about = {table.name: _about(table, typed[table.name], month) for table in use_case.tables}
+    landed = [_land(settings, table, typed[table.name], about[table.name], month) for table in use_case.tables]
     return Delivery(
-        month, {name: len(frame) for name, frame in typed.items()}, late,
-        {name: changed for name, (_, changed, _) in landed.items()}, sorted(touched),
-        {name: reference for name, (reference, _, _) in landed.items()},
+        month=month,
+        rows={name: len(frame) for name, frame in typed.items()},
+        late={table.name: int((about[table.name] < month).sum()) for table in use_case.tables if table.period},
+        changed={table.name: changed for table, (_, changed, _) in zip(use_case.tables, landed, strict=True)},
+        periods=sorted({month}.union(*(periods for _, _, periods in landed))),
+        tables={table.name: reference for table, (reference, _, _) in zip(use_case.tables, landed, strict=True)},
     )
 
-# %% ../nbs/05_data.ipynb #1628f4b2
+# %% ../nbs/05_data.ipynb #b433b24a
+def _about(table: Table, frame: pd.DataFrame, month: str) -> pd.Series:
+    """The month that each row is about; nothing can be about a month after its delivery."""
+    period = table.period(frame) if table.period else pd.Series(month, index=frame.index)
+    if (period > month).any():
+        problem = f"{table.name} of the delivery {month} holds rows of {period.max()}, which is later"
+        raise DataError(problem, "Deliver them with their own month")
+    return period
+
+
 def _land(
-    settings: Settings, table: Table, frame: pd.DataFrame, month: str, about: Mapping[str, pd.Series]
+    settings: Settings, table: Table, frame: pd.DataFrame, about: pd.Series, month: str
 ) -> tuple[str, bool, set[str]]:
     """Write one table of a delivery: reference, whether it changed, months whose rows it holds or held."""
     name = f"raw_{table.name}"
     if table.period is None:
-        reference, changed = replace_months(settings, name, frame.sort_values(list(table.key)).assign(delivery="all"), "delivery")
+        whole = frame.sort_values(list(table.key)).assign(delivery="all")
+        reference, changed = replace_months(settings, name, whole, "delivery")
         return reference, bool(changed), set()
-    marked = frame.assign(period=about[table.name], delivery=month)
-    periods, version = set(marked["period"]), table_version(settings, name)
+    periods, version = set(about), table_version(settings, name)
     if version is not None:
         periods |= set(read_table(settings, f"{name}@{version}", [month], ["period"], by="delivery")["period"])
-    reference, changed = replace_months(settings, name, marked, "delivery")
+    reference, changed = replace_months(settings, name, frame.assign(period=about, delivery=month), "delivery")
     return reference, bool(changed), periods
 
 # %% ../nbs/05_data.ipynb #c750a0e9
@@ -350,7 +360,7 @@ def check_rows(
         return found.drop_duplicates(["column", "check", "index"])[["column", "check", "value", "index"]]
     return pd.DataFrame({name: [] for name in ("column", "check", "value", "index")})
 
-# %% ../nbs/05_data.ipynb #17fee8e9
+# %% ../nbs/05_data.ipynb #f820f555
 def split_rows(
     frame: pd.DataFrame,  # one month of one table, with the column `period`
     table: Table,  # its contract and key
@@ -365,17 +375,24 @@ def split_rows(
     found = check_rows(frame, table.contract())
     of_table, of_rows = found[found["index"].isna()], found[found["index"].notna()]
     bad = of_rows["index"].astype("int64").unique()
-    if len(of_table):
-        worst = of_table.iloc[0]
-        problem = f"{table.name} of {period} breaks a promise about the whole table: {worst['column']} must have {worst['check']}"
-        raise DataError(problem, "Its unit or meaning may have changed; ask the supplier")
-    if len(bad) > TOLERATED * len(frame):
-        worst = of_rows.value_counts(["column", "check"]).index[0]
-        problem = f"{len(bad)} of {len(frame)} rows of {table.name} in {period} are bad, most often {worst[0]}: {worst[1]}"
-        raise DataError(problem, "That is a broken delivery, not a few bad rows; ask for a corrected one")
+    _refuse_month(table.name, period, of_table, of_rows, len(bad), len(frame))
     rows = frame.loc[of_rows["index"].astype("int64")].to_json(orient="records", lines=True, date_format="iso")
     report = of_rows.assign(table=table.name, period=period, row=rows.split("\n")[: len(of_rows)])
     return frame.drop(index=bad).sort_values(list(table.key), kind="stable"), report[REPORT].astype("str")
+
+# %% ../nbs/05_data.ipynb #09ed2bd5
+def _refuse_month(
+    name: str, period: str, of_table: pd.DataFrame, of_rows: pd.DataFrame, bad: int, rows: int
+) -> None:
+    """Stop when a promise about the whole table is broken, or when too many rows are bad."""
+    if len(of_table):
+        column, check = of_table.iloc[0][["column", "check"]]
+        problem = f"{name} of {period} breaks a promise about the whole table: {column} must have {check}"
+        raise DataError(problem, "Its unit or meaning may have changed; ask the supplier")
+    if bad > TOLERATED * rows:
+        column, check = of_rows.value_counts(["column", "check"]).index[0]
+        problem = f"{bad} of {rows} rows of {name} in {period} are bad, most often {column}: {check}"
+        raise DataError(problem, "That is a broken delivery, not a few bad rows; ask for a corrected one")
 
 # %% ../nbs/05_data.ipynb #4c1f12f1
 @dataclass(frozen=True)
@@ -388,7 +405,7 @@ class Validation:
     report: pd.DataFrame  # one line for each bad value: table, period, column, check, value, row
     changed: list[str]  # months of any table that are different now
 
-# %% ../nbs/05_data.ipynb #bb39a453
+# %% ../nbs/05_data.ipynb #aca03178
 def validate(
     settings: Settings,  # where the workspace is
     use_case: UseCase,  # contracts and keys
@@ -402,20 +419,21 @@ def validate(
     """
     periods = sorted(set(periods))
     parts = {table.name: _checked(settings, table, raw[table.name], periods) for table in use_case.tables}
-    reports = [report for _, _, report in parts.values() if len(report)]
-    report = pd.concat(reports, ignore_index=True) if reports else pd.DataFrame({name: [] for name in REPORT}, dtype="str")
-    tables, changed = {}, set()
-    for name, (good, _, _) in parts.items():
-        tables[name], months_changed = replace_months(settings, name, good)
-        changed |= set(months_changed) - {"all"}
+    report = pd.concat([report for _, _, report in parts.values()], ignore_index=True).astype("str")
+    written = {name: replace_months(settings, name, good) for name, (good, _, _) in parts.items()}
     keep_quarantine(settings, report, periods)
     return Validation(
-        tables, {name: len(good) for name, (good, _, _) in parts.items()},
-        {name: double for name, (_, double, _) in parts.items()}, report, sorted(changed),
+        tables={name: reference for name, (reference, _) in written.items()},
+        rows={name: len(good) for name, (good, _, _) in parts.items()},
+        duplicates={name: replaced for name, (_, replaced, _) in parts.items()},
+        report=report,
+        changed=sorted({month for _, changed in written.values() for month in changed} - {"all"}),
     )
 
-# %% ../nbs/05_data.ipynb #8613776d
-def _checked(settings: Settings, table: Table, reference: str, periods: list[str]) -> tuple[pd.DataFrame, int, pd.DataFrame]:
+# %% ../nbs/05_data.ipynb #a9fbf308
+def _checked(
+    settings: Settings, table: Table, reference: str, periods: list[str]
+) -> tuple[pd.DataFrame, int, pd.DataFrame]:
     """Read raw months, keep the newest delivery of each row, check: good rows, number of duplicates, report."""
     if table.period is None:
         frame = read_table(settings, reference).drop(columns="delivery").assign(period="all")
@@ -428,7 +446,7 @@ def _checked(settings: Settings, table: Table, reference: str, periods: list[str
     good, reports = (pd.concat(frames, ignore_index=True) for frames in zip(*parts, strict=True))
     return good, len(frame) - len(newest), reports
 
-
+# %% ../nbs/05_data.ipynb #78b26972
 def keep_quarantine(settings: Settings, report: pd.DataFrame, periods: Iterable[str]) -> None:
     "Make the table `quarantine` hold the bad rows of these months, and no older ones of them."
     from deltalake import DeltaTable
@@ -508,7 +526,7 @@ def timeline(
         landed=landed, arrival=scheduled + block + delay, arrival_delay=delay,
     )
 
-# %% ../nbs/05_data.ipynb #194a19b5
+# %% ../nbs/05_data.ipynb #50817523
 def pack(
     group: np.ndarray,  # (n,) int64 codes
     time: np.ndarray,  # (n,) int64 minutes, 0 … 2³¹
@@ -516,7 +534,7 @@ def pack(
     "Write group and time as one integer."
     return (group << 32) + time
 
-
+# %% ../nbs/05_data.ipynb #dc3226ba
 class EventLog:
     "Events by group and by the time at which they became known, ready for sums over windows."
 
@@ -669,10 +687,10 @@ def overdue_features(
         f"overdue_minutes_{group.name}": _scatter(waited.astype(np.float32), order),
     }
 
-# %% ../nbs/05_data.ipynb #b4741ee5
+# %% ../nbs/05_data.ipynb #027c0951
 NONE, NOT_DUE, WAITING, FLYING, LANDED = -1, 0, 1, 2, 3  # state of a previous leg, as known at T
 
-
+# %% ../nbs/05_data.ipynb #68e8dd84
 def previous_leg(
     aircraft: Group,  # flights by tail number
     time: Timeline,  # what happened when
@@ -711,10 +729,17 @@ def _known(value: np.ndarray, where: np.ndarray) -> np.ndarray:
     """The value as float32, NaN where it is not known."""
     return np.where(where, value, np.nan).astype(np.float32)
 
-# %% ../nbs/05_data.ipynb #a5e3149c
+# %% ../nbs/05_data.ipynb #dcb9e2d6
 WEATHER = {
-    "temp": "temperature", "dewp": "dew_point", "humid": "humidity", "wind_dir": "wind_direction", "wind_speed": "wind_speed",
-    "wind_gust": "wind_gust", "precip": "precipitation", "pressure": "pressure", "visib": "visibility",
+    "temp": "temperature",
+    "dewp": "dew_point",
+    "humid": "humidity",
+    "wind_dir": "wind_direction",
+    "wind_speed": "wind_speed",
+    "wind_gust": "wind_gust",
+    "precip": "precipitation",
+    "pressure": "pressure",
+    "visib": "visibility",
 }
 CHANGES = ("temperature", "humidity", "wind_speed", "precipitation", "pressure", "visibility")
 PUBLISHED_AFTER = HOUR  # minutes from the hour of a report to when it can be used
@@ -750,11 +775,11 @@ def weather_features(
     changed = [names.index(name) for name in CHANGES]
     return features | {f"{names[column]}_change_4h": now[:, column] - before[:, column] for column in changed}
 
-# %% ../nbs/05_data.ipynb #ce0cebc3
+# %% ../nbs/05_data.ipynb #536e17a7
 def _weather_names() -> list[str]:
     return [*WEATHER.values(), *(f"{name}_change_4h" for name in CHANGES)]
 
-
+# %% ../nbs/05_data.ipynb #074ef932
 def schedule_features(
     flights: pd.DataFrame,  # sorted by scheduled departure
     planes: pd.DataFrame,  # with `tailnum`, `seats`, `year`
@@ -767,17 +792,26 @@ def schedule_features(
     distance = flights["distance"].to_numpy()
     weekday = (_minutes(flights["time_hour"].dt.tz_convert("America/New_York")) // DAY + 3) % 7
     features = {
-        "scheduled_hour": flights["hour"].to_numpy(), "scheduled_minute_of_day": _of_day(flights["sched_dep_time"].to_numpy()),
-        "scheduled_arrival_minute_of_day": _of_day(flights["sched_arr_time"].to_numpy()), "weekday": weekday,
-        "block_minutes": time.block, "distance": distance, "planned_speed": distance / np.maximum(time.block, 1),
-        "seats": seats, "aircraft_age": flights["year"].to_numpy() - built,
+        "scheduled_hour": flights["hour"].to_numpy(),
+        "scheduled_minute_of_day": _of_day(flights["sched_dep_time"].to_numpy()),
+        "scheduled_arrival_minute_of_day": _of_day(flights["sched_arr_time"].to_numpy()),
+        "weekday": weekday,
+        "block_minutes": time.block,
+        "distance": distance,
+        "planned_speed": distance / np.maximum(time.block, 1),
+        "seats": seats,
+        "aircraft_age": flights["year"].to_numpy() - built,
     }
-    for crowd in crowds:
-        codes = pd.factorize(crowd.codes)[0]
-        features[f"departures_same_hour_{crowd.name}"] = np.bincount(codes)[codes]
+    features |= {f"departures_same_hour_{crowd.name}": _group_sizes(crowd) for crowd in crowds}
     return {name: np.asarray(value, np.float32) for name, value in features.items()}
 
-# %% ../nbs/05_data.ipynb #889587bc
+# %% ../nbs/05_data.ipynb #51624ecf
+def _group_sizes(group: Group) -> np.ndarray:
+    """How many flights are in the group of each flight."""
+    codes = pd.factorize(group.codes)[0]
+    return np.bincount(codes)[codes]
+
+# %% ../nbs/05_data.ipynb #7e503ea1
 def _groups(flights: pd.DataFrame) -> tuple[dict[str, Group], list[Group], pd.Index]:
     """All groups of flights that features speak of, the crowds of an hour, and the origins by code."""
     carrier, origin, dest, aircraft = (
@@ -793,7 +827,11 @@ def _groups(flights: pd.DataFrame) -> tuple[dict[str, Group], list[Group], pd.In
     clock_hour -= clock_hour.min(initial=clock_hour[0])
     crowds = [group_by("origin", origin, clock_hour), group_by("origin_carrier", origin, carrier, clock_hour)]
     crowds.append(group_by("dest", dest, clock_hour))
-    return {name: group_by(name, *codes) for name, codes in columns.items()}, crowds, pd.Index(flights["origin"].unique())
+    return (
+        {name: group_by(name, *codes) for name, codes in columns.items()},
+        crowds,
+        pd.Index(flights["origin"].unique()),
+    )
 
 # %% ../nbs/05_data.ipynb #18164f06
 def _group_features(group: Group, time: Timeline) -> dict[str, np.ndarray]:
@@ -809,14 +847,16 @@ def _group_features(group: Group, time: Timeline) -> dict[str, np.ndarray]:
         features |= previous_leg(group, time, 1) | previous_leg(group, time, 2)
     return features
 
-# %% ../nbs/05_data.ipynb #6d2d7e2a
+# %% ../nbs/05_data.ipynb #c3c261a5
 IDENTITY = ["time_hour", "minute", "carrier", "flight", "origin", "dest"]
 
-
+# %% ../nbs/05_data.ipynb #201542a3
 def flight_features(
     tables: Mapping[str, pd.DataFrame],  # clean `flights`, `weather`, `planes`, `airports`
     threads: int | None = None,  # how many threads work; None: one a core
-) -> pd.DataFrame:  # a row a flight by time: key, carrier, origin, dest, scheduled_departure, predicted_at, float32 features
+) -> (
+    pd.DataFrame
+):  # a row a flight by time: key, carrier, origin, dest, scheduled_departure, predicted_at, float32 features
     """Compute every feature of every flight, as known two hours before its scheduled departure.
 
     Raises:
@@ -846,7 +886,7 @@ def _frame(flights: pd.DataFrame, features: Mapping[str, np.ndarray]) -> pd.Data
     who = who.assign(scheduled_departure=scheduled, predicted_at=scheduled - pd.Timedelta(minutes=HORIZON))
     return pd.concat([who, frame], axis=1)
 
-# %% ../nbs/05_data.ipynb #c4864b29
+# %% ../nbs/05_data.ipynb #21de8dfa
 def build_features(
     settings: Settings,  # where the workspace is
     use_case: UseCase,  # which features, and how much history they need
@@ -860,19 +900,19 @@ def build_features(
         DataError: a month has no rows.
     """
     wanted = months(first, last)
-    start = parse_month(first).start_time - use_case.lookback
-    history = months(f"{start:%Y-%m}", last)
+    history = months(f"{parse_month(first).start_time - use_case.lookback:%Y-%m}", last)
     frames = {
-        table.name: read_table(settings, tables[table.name], history if table.period else None) for table in use_case.tables
+        table.name: read_table(settings, tables[table.name], history if table.period else None)
+        for table in use_case.tables
     }
     features = load_object(use_case.features)(frames)
     features = features[features["period"].isin(wanted)]
     if absent := sorted(set(wanted) - set(features["period"])):
-        raise DataError(f"{use_case.tables[0].name} has no rows of {', '.join(absent)}", "Ingest and validate those months first")
-    reference, _ = replace_months(settings, "features", features, derived=True)
-    return reference
+        problem = f"{use_case.tables[0].name} has no rows of {', '.join(absent)}"
+        raise DataError(problem, "Ingest and validate those months first")
+    return replace_months(settings, "features", features, derived=True)[0]
 
-# %% ../nbs/05_data.ipynb #1f2ec6af
+# %% ../nbs/05_data.ipynb #8676e329
 def labelled_features(
     settings: Settings,  # where the workspace is
     use_case: UseCase,  # key and label
@@ -880,7 +920,9 @@ def labelled_features(
     rows: str,  # reference to the clean table whose rows are predicted
     first: str,  # first month
     last: str,  # last month, included
-) -> pd.DataFrame:  # the features with the column `label` (1.0 or 0.0), in the order of time; rows without a label are left out
+) -> (
+    pd.DataFrame
+):  # the features with the column `label` (1.0 or 0.0), in the order of time; rows without a label are left out
     "Bring features and labels together, for training and for testing."
     wanted, key = months(first, last), list(use_case.key)
     outcomes = read_table(settings, rows, wanted)
@@ -890,7 +932,7 @@ def labelled_features(
         raise DataError(f"{features} has no rows of {', '.join(absent)}", "Build the features of those months first")
     return frame[frame["label"].notna()].sort_values([use_case.time, *key], kind="stable", ignore_index=True)
 
-
+# %% ../nbs/05_data.ipynb #c20affaf
 def feature_names(
     frame: pd.DataFrame,  # a feature table
     use_case: UseCase,  # which columns hold text

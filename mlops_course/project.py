@@ -158,7 +158,7 @@ class Costs:
         "Probability from which a warning is cheaper than silence."
         return self.warning / self.missed
 
-# %% ../nbs/04_project.ipynb #38a8c5d2
+# %% ../nbs/04_project.ipynb #f66ee3f6
 @dataclass(frozen=True)
 class SuccessMetrics:
     "The bars a model must reach on months it has not seen."
@@ -172,13 +172,13 @@ class SuccessMetrics:
         metrics: dict[str, float],  # measured values by the same names
     ) -> list[str]:  # one sentence for each bar that is missed; empty when all are reached
         "Name each bar that was missed, with the value and the bar."
-        misses = [
-            f"{name} is {metrics[name]:.4f}, below {getattr(self, name)}"
-            for name in ("pr_auc", "roc_auc")
-            if metrics[name] < getattr(self, name)
-        ]
-        if metrics["log_loss"] > self.log_loss:
-            misses.append(f"log_loss is {metrics['log_loss']:.4f}, above {self.log_loss}")
+        misses = []
+        for name, missed, reached in (
+            ("pr_auc", "below", float.__ge__), ("roc_auc", "below", float.__ge__), ("log_loss", "above", float.__le__)
+        ):
+            value, bar = float(metrics[name]), float(getattr(self, name))
+            if not reached(value, bar):  # a value that is not a number reaches nothing
+                misses.append(f"{name} is {value:.4f}, {missed} {bar}")
         return misses
 
 # %% ../nbs/04_project.ipynb #a33ab576

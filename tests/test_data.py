@@ -214,7 +214,6 @@ def test_the_suppliers_whole_months_twice_change_nothing(settings: Settings) -> 
     assert again.tables == first.tables
     assert validate(settings, flight_delay, again.tables, [JANUARY, FEBRUARY]).tables == checked.tables
     assert build_features(settings, flight_delay, checked.tables, JANUARY, FEBRUARY) == features
-    assert build_features(settings, flight_delay, checked.tables, FEBRUARY, FEBRUARY) == features
 
 
 def test_a_corrected_month_replaces_only_itself(full_desk: Desk, delivered: dict[str, Tables]) -> None:
@@ -348,9 +347,7 @@ def test_a_few_bad_rows_are_tolerated_and_many_are_not(delivered: dict[str, Tabl
             good, report = split_rows(bad, table, JANUARY)
             assert (len(good), len(report)) == (len(flights) - number, number)
         else:
-            with pytest.raises(
-                DataError, match=rf"^{number} of {len(flights)} rows of flights in 2013-01 are bad.*dest"
-            ):
+            with pytest.raises(DataError, match=r"rows of flights in 2013-01 are bad, most often dest"):
                 split_rows(bad, table, JANUARY)
 
 

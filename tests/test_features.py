@@ -50,8 +50,9 @@ def features_of(tables: Tables, threads: int | None = None) -> pd.DataFrame:
 def assert_equal(actual: pd.DataFrame, expected: pd.DataFrame) -> None:
     """Equal to the last bit of each float32; NaN equals NaN. Names the column and the flight that differ."""
     assert list(actual.columns) == list(expected.columns)
+    expected = expected.loc[actual.index]
     for name in actual.columns:
-        left, right = actual[name], expected.loc[actual.index, name]
+        left, right = actual[name], expected[name]
         different = (left != right) & (left.notna() | right.notna())
         assert not different.any(), f"{name}: {left[different].iloc[0]!r}, not {right[different].iloc[0]!r}; " + (
             f"flight {left[different].index[0]}; {different.sum()} flights differ"
@@ -275,7 +276,7 @@ def sample_of_the_year(flights: pd.DataFrame) -> list[int]:
     random = np.random.default_rng(2013)
     local_day = list(zip(flights["month"], flights["day"], strict=True))
     at_once = flights["tailnum"].notna() & flights.duplicated(["tailnum", "scheduled"], keep=False)
-    kinds = {f"month {month}": (flights["month"] == month, 7) for month in range(1, 13)} | {
+    kinds = {f"month {month}": (flights["month"] == month, 5) for month in range(1, 13)} | {
         "first days": (flights["scheduled"] < pd.Timestamp("2013-01-03T12:00Z"), 6),
         "spring forward": (pd.Series([day == (3, 10) for day in local_day]), 5),
         "fall back": (pd.Series([day == (11, 3) for day in local_day]), 5),
@@ -302,7 +303,7 @@ def sample_of_the_year(flights: pd.DataFrame) -> list[int]:
 
 def test_features_equal_those_computed_by_hand(year: Tables, year_features: pd.DataFrame) -> None:
     expected = all_by_hand(year, sample_of_the_year)
-    assert len(expected) > 130
+    assert len(expected) > 110
     assert set(expected.columns) == set(year_features.columns) - set(WHO), "a feature was not recomputed"
     compare(expected, year_features)
     empty = [name for name in expected if expected[name].nunique() < 2]
@@ -341,7 +342,7 @@ def small_world(seed: int) -> Tables:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_features_equal_those_computed_by_hand_when_times_coincide(seed: int) -> None:
     tables = small_world(seed)
     compare(all_by_hand(tables, lambda flights: range(len(flights))), features_of(tables))
@@ -485,7 +486,7 @@ def test_the_input_is_left_as_it_was(weeks: Tables) -> None:
 def test_a_month_alone_has_the_features_it_has_in_the_whole_year(
     settings: Settings, year: Tables, year_features: pd.DataFrame, month: str
 ) -> None:
-    near = pd.period_range(pd.Period(month) - 2, pd.Period(month) + 1, freq="M").astype("str")
+    near = pd.period_range(pd.Period(month) - 2, pd.Period(month), freq="M").astype("str")
     references = {}
     for table in flight_delay.tables:
         frame = year[table.name]
