@@ -182,6 +182,8 @@ def run(arguments: list[str]) -> None:
     ensure_installed()
     named = arguments and not arguments[0].startswith("-")
     need(tool("mlops-course"), "run", *([] if named else ["training"]), *arguments)
+    if "--json" not in arguments:
+        print("From here: make ui opens the runs and models in the browser, make lab the lessons.")
 
 
 def test(arguments: list[str]) -> None:

@@ -181,7 +181,7 @@ class SuccessMetrics:
                 misses.append(f"{name} is {value:.4f}, {missed} {bar}")
         return misses
 
-# %% ../nbs/04_project.ipynb #a33ab576
+# %% ../nbs/04_project.ipynb #90125dc0
 def _column(dtype: str, *checks: pandera.Check, nullable: bool = False) -> pandera.Column:
     import pandera.pandas as pandera
 
@@ -191,13 +191,13 @@ def _column(dtype: str, *checks: pandera.Check, nullable: bool = False) -> pande
 def _between(low: float, high: float) -> pandera.Check:
     import pandera.pandas as pandera
 
-    return pandera.Check.in_range(low, high, name=f"between {low:g} and {high:g}")
+    return pandera.Check.in_range(low, high, error=f"between {low:g} and {high:g}")
 
 
 def _matches(pattern: str) -> pandera.Check:
     import pandera.pandas as pandera
 
-    return pandera.Check.str_matches(pattern, name=f"matches {pattern}")
+    return pandera.Check.str_matches(pattern, error=f"matches {pattern}")
 
 # %% ../nbs/04_project.ipynb #acfe9322
 NEW_YORK = "America/New_York"
@@ -218,13 +218,19 @@ def _same_hour() -> pandera.Check:
         name="time_hour (UTC) and hour (New York) agree",
     )
 
-# %% ../nbs/04_project.ipynb #28d0851e
+# %% ../nbs/04_project.ipynb #cd12ac48
+def _typical(low: float, high: float, unit: str) -> pandera.Check:
+    import pandera.pandas as pandera
+
+    return pandera.Check(lambda column: bool(low <= column.median() <= high), name=f"median {low:g} to {high:g} {unit}")
+
+
 def _calendar() -> dict[str, pandera.Column]:
     """The columns that say when, on New York's calendar and clock."""
     limits = {"year": (1987, 2100), "month": (1, 12), "day": (1, 31), "hour": (0, 23)}
     return {name: _column("int64", _between(low, high)) for name, (low, high) in limits.items()}
 
-# %% ../nbs/04_project.ipynb #601fa5a8
+# %% ../nbs/04_project.ipynb #a611d94a
 @cache
 def flights_contract() -> pandera.DataFrameSchema:  # checks of one month of flights
     "The contract for flights: one row a scheduled departure, delays in minutes, distance in miles."
@@ -242,31 +248,25 @@ def flights_contract() -> pandera.DataFrameSchema:  # checks of one month of fli
         "carrier": _column("str", _matches(r"^[A-Z0-9]{2}$")),
         "flight": _column("int64", _between(1, 9999)),
         "tailnum": _column("str", nullable=True),
-        "origin": _column("str", pandera.Check.isin(ORIGINS, name=f"one of {', '.join(ORIGINS)}")),
+        "origin": _column("str", pandera.Check.isin(ORIGINS, error=f"one of {', '.join(ORIGINS)}")),
         "dest": _column("str", _matches(r"^[A-Z]{3}$")),
         "air_time": _column("float64", _between(5, 1200), nullable=True),
-        "distance": _column("int64", _between(10, 12000)),
+        "distance": _column("int64", _between(10, 12000), _typical(600, 1200, "miles")),
         "minute": _column("int64", _between(0, 59)),
         "time_hour": _column("datetime64[us, UTC]"),
     }
     return pandera.DataFrameSchema(columns, checks=[_same_hour()], name="flights")
 
-# %% ../nbs/04_project.ipynb #bf4f8ff7
-def _typical(low: float, high: float, unit: str) -> pandera.Check:
-    import pandera.pandas as pandera
-
-    return pandera.Check(lambda column: bool(low <= column.median() <= high), name=f"median {low:g} to {high:g} {unit}")
-
-# %% ../nbs/04_project.ipynb #060b536b
+# %% ../nbs/04_project.ipynb #6460d3a9
 @cache
 def weather_contract() -> pandera.DataFrameSchema:  # checks of one month of weather
     "The contract for weather: one row an airport and hour; °F, mph, inches, millibars, miles."
     import pandera.pandas as pandera
 
     columns = {
-        "origin": _column("str", pandera.Check.isin(ORIGINS, name=f"one of {', '.join(ORIGINS)}")),
+        "origin": _column("str", pandera.Check.isin(ORIGINS, error=f"one of {', '.join(ORIGINS)}")),
         **_calendar(),
-        "temp": _column("float64", _between(-40, 130), _typical(0, 100, "°F"), nullable=True),
+        "temp": _column("float64", _between(-40, 130), _typical(28, 95, "°F"), nullable=True),
         "dewp": _column("float64", _between(-60, 100), nullable=True),
         "humid": _column("float64", _between(0, 100), nullable=True),
         "wind_dir": _column("float64", _between(0, 360), nullable=True),
@@ -381,7 +381,7 @@ def find_use_case(
         raise CourseError(f"{name!r} is a {type(found).__name__}, not a UseCase", "Name a UseCase object")
     return found
 
-# %% ../nbs/04_project.ipynb #5ac329df
+# %% ../nbs/04_project.ipynb #38b55d6a
 flight_delay = UseCase(
     name="flight-delay",
     question="Two hours before scheduled departure: how likely does this flight arrive more than 15 minutes late?",
@@ -398,7 +398,7 @@ flight_delay = UseCase(
     categorical=("carrier", "origin", "dest"),
     slices=("carrier", "origin", "scheduled_hour"),
     horizon=timedelta(hours=2),
-    lookback=timedelta(days=30),
+    lookback=timedelta(days=31),
     label_delay=timedelta(hours=30),
     costs=Costs(missed=150, warning=40),
     success=SuccessMetrics(pr_auc=0.56, roc_auc=0.77, log_loss=0.435),
