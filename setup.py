@@ -1,11 +1,15 @@
 """Builds the package. Everything it says comes from settings.ini, read with the standard library alone."""
 
+import hashlib
+import json
 import shutil
+import subprocess
 from configparser import ConfigParser
 from pathlib import Path
 
 from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
+from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).parent.resolve()
 STATUS = {"3": "3 - Alpha", "4": "4 - Beta", "5": "5 - Production/Stable"}
@@ -21,6 +25,40 @@ def read_settings() -> dict[str, str]:
     return dict(parser["DEFAULT"])
 
 
+def build_state() -> str:
+    """Which code is built, as JSON: git's answer, or in an unpacked sdist what the sdist's maker wrote down."""
+    written = ROOT / read_settings()["lib_name"] / "_build.json"
+    if written.is_file():
+        return written.read_text(encoding="utf-8")
+    state: dict[str, object] = {"commit": None, "dirty": None, "lock": None}
+    lock = ROOT / "requirements.lock"
+    if lock.is_file():
+        state["lock"] = hashlib.sha256(lock.read_bytes()).hexdigest()
+    if (ROOT / ".git").exists():  # else git would answer for a repository around this folder
+        state["commit"] = ask_git("rev-parse", "--verify", "HEAD")
+        changed = ask_git("status", "--porcelain")
+        state["dirty"] = None if changed is None else bool(changed)
+    return json.dumps(state) + "\n"
+
+
+def ask_git(*arguments: str) -> "str | None":
+    """What git says; None when it can't."""
+    try:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+class SourceWithState(sdist):
+    """Writes down which code it is, since an sdist has no git history."""
+
+    def make_release_tree(self, base_dir: str, files: list[str]) -> None:
+        """Copy as usual, then add the file to the copy."""
+        super().make_release_tree(base_dir, files)
+        path = Path(base_dir) / read_settings()["lib_name"] / "_build.json"
+        path.write_text(build_state(), encoding="utf-8")
+
+
 class BuildWithNotebooks(build_py):
     """Puts the lessons and the pipelines' notebooks into the package, so that an installed one can run them."""
 
@@ -29,7 +67,9 @@ class BuildWithNotebooks(build_py):
         super().run()
         if self.editable_mode:
             return
-        target = Path(self.build_lib) / read_settings()["lib_name"] / "_notebooks"
+        package = Path(self.build_lib) / read_settings()["lib_name"]
+        (package / "_build.json").write_text(build_state(), encoding="utf-8")
+        target = package / "_notebooks"
         shutil.rmtree(target, ignore_errors=True)
         for source in self.notebooks():
             copy = target / source.relative_to(ROOT / "nbs")
@@ -76,5 +116,5 @@ setup(
         "nbdev": [f"{name} = {name}._modidx:d"],
     },
     zip_safe=False,
-    cmdclass={"build_py": BuildWithNotebooks},
+    cmdclass={"build_py": BuildWithNotebooks, "sdist": SourceWithState},
 )

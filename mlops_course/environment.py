@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['PACKAGE', 'MARKER', 'CAUSES', 'COMMANDS', 'CourseError', 'SettingsError', 'WorkspaceError', 'find_project',
            'locked_versions', 'lock_differences', 'requirements', 'default_home', 'notebooks_folder', 'Workspace',
-           'Folders', 'Settings', 'workspace_error', 'write_atomic', 'load_settings', 'seed_everything', 'fingerprint',
-           'run_quietly', 'version_of', 'cores', 'memory', 'Tool', 'doctor']
+           'Folders', 'Settings', 'workspace_error', 'write_atomic', 'load_settings', 'seed_everything', 'own_clone',
+           'fingerprint', 'run_quietly', 'version_of', 'cores', 'memory', 'Tool', 'doctor']
 
-# %% ../nbs/02_environment.ipynb #5be540cc
+# %% ../nbs/02_environment.ipynb #af3017c2
 import difflib
 import errno
 import hashlib
+import json
 import os
 import platform
 import random
@@ -153,17 +154,13 @@ class Workspace(BaseSettings):
             raise ValueError("Input should be a folder on this machine")
         return Path(os.path.abspath(Path(str(value)).expanduser()))  # noqa: PTH100 (keeps links, drops ..)
 
-# %% ../nbs/02_environment.ipynb #3c4ff863
+# %% ../nbs/02_environment.ipynb #8df937db
 class Folders(Workspace):
     """What the workspace holds."""
 
     @property
     def data(self) -> Path:  # Delta tables, one folder for each
         return self.home / "data"
-
-    @property
-    def cache(self) -> Path:  # what stages made, by content
-        return self.home / "cache"
 
     @property
     def runs(self) -> Path:  # executed notebooks: the reports
@@ -173,11 +170,7 @@ class Folders(Workspace):
     def artifacts(self) -> Path:  # MLflow's files: models, figures
         return self.home / "mlartifacts"
 
-    @property
-    def predictions(self) -> Path:  # what batch scoring wrote
-        return self.home / "predictions"
-
-# %% ../nbs/02_environment.ipynb #35edb109
+# %% ../nbs/02_environment.ipynb #3e256e9f
 class Settings(Folders):
     """Where results go and how runs are made, from MLOPS_COURSE_* variables. `load_settings` makes one."""
 
@@ -191,7 +184,7 @@ class Settings(Folders):
 
     def prepare(self) -> "Settings":  # itself, so that it can be chained
         """Make the folders. Raises: WorkspaceError when that can't be done."""
-        _make_folders(self.home, (self.data, self.cache, self.runs, self.artifacts, self.predictions))
+        _make_folders(self.home, (self.data, self.runs, self.artifacts))
         return self
 
 # %% ../nbs/02_environment.ipynb #9d51aff7
@@ -297,18 +290,43 @@ def seed_everything(
     os.environ["PYTHONHASHSEED"] = str(seed)
     return numpy.random.default_rng(seed)
 
-# %% ../nbs/02_environment.ipynb #2d482f5e
-def fingerprint(
-    root: Path | None = None,  # the clone; None: the one at the current folder or above
-) -> dict[str, Any]:  # ready for JSON; what can't be known is None
-    """Which code, which packages, which machine: what to compare when two results differ."""
-    root = root or find_project()
-    commit, dirty = _git_state(root) if root else (None, None)
-    lock = root / "requirements.lock" if root else None
+# %% ../nbs/02_environment.ipynb #f5750970
+def own_clone() -> Path | None:  # None: an installed wheel
+    """The clone that this very code is in, wherever the program stands."""
+    if "__file__" not in globals():
+        return find_project()
+    folder = Path(__file__).resolve().parent.parent
+    return folder if _is_project(folder) else None
+
+
+def _code_state(root: Path) -> dict[str, Any]:
+    """What a clone says about its code."""
+    commit, dirty = _git_state(root)
+    lock = root / "requirements.lock"
     return {
         "commit": commit,
         "dirty": dirty,
-        "lock": hashlib.sha256(lock.read_bytes()).hexdigest() if lock and lock.is_file() else None,
+        "lock": hashlib.sha256(lock.read_bytes()).hexdigest() if lock.is_file() else None,
+    }
+
+# %% ../nbs/02_environment.ipynb #c7d07d7d
+def _build_state() -> dict[str, Any]:
+    """What a wheel says about the clone that it was built from."""
+    state: dict[str, Any] = dict.fromkeys(("commit", "dirty", "lock"))
+    try:
+        written = json.loads((Path(__file__).resolve().parent / "_build.json").read_text(encoding="utf-8"))
+        return {name: written.get(name) for name in state}
+    except (NameError, OSError, ValueError, AttributeError):
+        return state
+
+
+def fingerprint(
+    root: Path | None = None,  # a clone; None: the one that this code is in
+) -> dict[str, Any]:  # ready for JSON; what can't be known is None
+    """Which code, which packages, which machine: what to compare when two results differ."""
+    root = root or own_clone()
+    return {
+        **(_code_state(root) if root else _build_state()),
         "python": platform.python_version(),
         "packages": {name: version_of(name) for name in [_normal(PACKAGE), *requirements()]},
         "machine": {"system": platform.system(), "processor": platform.machine(), "cores": cores(), "memory": memory()},

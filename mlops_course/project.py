@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ['FORMATS', 'LATE_AFTER', 'NEW_YORK', 'ORIGINS', 'flight_delay', 'SourceError', 'find_file', 'supplier_folder',
            'read_file', 'read_delivery', 'calendar_month', 'of_month', 'late_label', 'Costs', 'SuccessMetrics',
            'flights_contract', 'weather_contract', 'planes_contract', 'airports_contract', 'Table', 'UseCase',
-           'load_object', 'find_use_case']
+           'local_day', 'load_object', 'find_use_case']
 
 # %% ../nbs/04_project.ipynb #04f3aac0
 class SourceError(CourseError):
@@ -104,15 +104,20 @@ def read_delivery(
         delivery[table] = frame if whole else of_month(frame, month, path)
     return delivery
 
-# %% ../nbs/04_project.ipynb #a9425b6e
+# %% ../nbs/04_project.ipynb #e745031e
 def calendar_month(
     frame: pd.DataFrame,  # a table with the columns `year` and `month`
 ) -> pd.Series:  # str, the month of each row, such as `2013-01`
     "Say which month each row belongs to."
-    number = frame["year"] * 12 + frame["month"] - 1
+    import pandas as pd
+
+    year, month = (pd.to_numeric(frame[name], errors="coerce") for name in ("year", "month"))
+    number = (year * 12 + month - 1).fillna(
+        0
+    )  # what is no month at all becomes 0000-01, and the types are checked later
     return number.map({value: f"{value // 12:04.0f}-{value % 12 + 1:02.0f}" for value in number.unique()}).astype("str")
 
-
+# %% ../nbs/04_project.ipynb #792123b4
 def of_month(
     frame: pd.DataFrame,  # a table with the columns `year` and `month`
     month: str,  # such as `2013-01`
@@ -158,10 +163,10 @@ class Costs:
         "Probability from which a warning is cheaper than silence."
         return self.warning / self.missed
 
-# %% ../nbs/04_project.ipynb #f66ee3f6
+# %% ../nbs/04_project.ipynb #9df4dc0b
 @dataclass(frozen=True)
 class SuccessMetrics:
-    "The bars a model must reach on months it has not seen."
+    "The bars a model should reach on months it has not seen."
 
     pr_auc: float  # at least; area under the precision-recall curve (average precision)
     roc_auc: float  # at least; area under the ROC curve
@@ -315,7 +320,7 @@ class Table:
     key: tuple[str, ...]  # columns that name a row
     period: Callable[[pd.DataFrame], pd.Series] | None = calendar_month  # None: a list, delivered whole each time
 
-# %% ../nbs/04_project.ipynb #d1fc9a1e
+# %% ../nbs/04_project.ipynb #6a91622e
 @dataclass(frozen=True)
 class UseCase:
     "All that is special about one prediction problem."
@@ -329,6 +334,7 @@ class UseCase:
     time: str  # column of the features: when the predicted event is due, UTC
     categorical: tuple[str, ...]  # columns of the features that hold text
     slices: tuple[str, ...]  # columns by which the evaluation is broken down
+    time_zone: str  # where a day begins and ends for the people concerned
     horizon: timedelta  # how long before `time` the prediction is made
     lookback: timedelta  # how much history the features need
     label_delay: timedelta  # how long after `time` a label is known
@@ -339,6 +345,14 @@ class UseCase:
     def key(self) -> tuple[str, ...]:
         "Columns that name a row to predict."
         return self.tables[0].key
+
+# %% ../nbs/04_project.ipynb #bdb8f48b
+def local_day(
+    use_case: UseCase,  # its time column and its time zone
+    frame: pd.DataFrame,  # with the time column, UTC
+) -> pd.Series:  # date on the clock of the people concerned
+    "Say which day each row belongs to: a storm in the evening is not tomorrow's storm."
+    return frame[use_case.time].dt.tz_convert(use_case.time_zone).dt.date
 
 # %% ../nbs/04_project.ipynb #90ad2b46
 def load_object(
@@ -381,7 +395,7 @@ def find_use_case(
         raise CourseError(f"{name!r} is a {type(found).__name__}, not a UseCase", "Name a UseCase object")
     return found
 
-# %% ../nbs/04_project.ipynb #38b55d6a
+# %% ../nbs/04_project.ipynb #fa8a8420
 flight_delay = UseCase(
     name="flight-delay",
     question="Two hours before scheduled departure: how likely does this flight arrive more than 15 minutes late?",
@@ -397,6 +411,7 @@ flight_delay = UseCase(
     time="scheduled_departure",
     categorical=("carrier", "origin", "dest"),
     slices=("carrier", "origin", "scheduled_hour"),
+    time_zone=NEW_YORK,
     horizon=timedelta(hours=2),
     lookback=timedelta(days=31),
     label_delay=timedelta(hours=30),

@@ -45,11 +45,12 @@ def check_features(
     text = {name: frame[name].astype("str") for name in categorical}
     return pd.DataFrame(text | {name: _finite(frame[name]) for name in numbers}, index=frame.index)
 
-# %% ../nbs/07_packaging.ipynb #39182bb4
+# %% ../nbs/07_packaging.ipynb #eccec702
 def _finite(column: pd.Series) -> pd.Series:
     """The column as float32; a missing value stays missing, anything else must be a finite number."""
     single = column.dtype == np.float32
-    values = column if single else pd.to_numeric(column, errors="coerce").astype(np.float32)
+    with np.errstate(over="ignore"):  # a number too large for float32 becomes infinite, and is refused as such
+        values = column if single else pd.to_numeric(column, errors="coerce").astype(np.float32)
     wrong = (values.isna() & column.notna()) | np.isinf(values)
     if wrong.any():
         row = int(np.flatnonzero(wrong)[0])

@@ -1,11 +1,19 @@
 """What the tests share."""
 
+import os
+import shutil
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
+from mlops_course.data import build_features, ingest, labelled_features, month_after, validate
 from mlops_course.environment import Settings
+from mlops_course.experiments import _make_store
+from mlops_course.project import flight_delay, read_delivery
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait don't spin: tests may share a busy machine
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -27,3 +35,57 @@ def settings(tmp_path: Path) -> Settings:
 def root() -> Path:
     """The project's folder."""
     return ROOT
+
+
+@dataclass(frozen=True)
+class Quarter:
+    """A workspace with every fifth flight of January to March 2013 in its tables, and an empty tracking store."""
+
+    settings: Settings
+    tables: dict[str, str]  # references to the clean tables
+    features: str  # reference to the features
+
+    @property
+    def rows(self) -> str:
+        """Reference to the clean flights."""
+        return self.tables["flights"]
+
+    def labelled(self, first: str, last: str | None = None) -> pd.DataFrame:
+        """Features and labels of some months."""
+        return labelled_features(self.settings, flight_delay, self.features, self.rows, first, last or first)
+
+    def copy(self, home: Path) -> "Quarter":
+        """The same in another folder."""
+        shutil.copytree(self.settings.home, home, dirs_exist_ok=True)
+        return replace(self, settings=settings_in(home))
+
+
+def settings_in(home: Path) -> Settings:
+    """Settings that depend on nobody's environment."""
+    return Settings(home=home, seed=2013, threads=None, tracking_uri=None).prepare()
+
+
+@pytest.fixture(scope="session")
+def quarter(tmp_path_factory: pytest.TempPathFactory) -> Quarter:
+    """Shared by all tests: they read its tables and train in it, and neither change a table nor register a model."""
+    folder = tmp_path_factory.mktemp("quarter")
+    settings, periods = settings_in(folder / "workspace"), [month_after("2013-01", steps) for steps in range(3)]
+    for month in periods:
+        source = folder / "source" / month
+        source.mkdir(parents=True)
+        for name, table in read_delivery(month).items():
+            (table.iloc[::5] if name == "flights" else table).to_parquet(source / f"{name}.parquet", index=False)
+        delivery = ingest(settings, flight_delay, month, folder / "source")
+    tables = validate(settings, flight_delay, delivery.tables, periods).tables
+    features = build_features(settings, flight_delay, tables, periods[0], periods[-1])
+    _make_store(settings)
+    (folder / "template").mkdir()
+    shutil.copytree(settings.home, folder / "template", dirs_exist_ok=True)
+    return Quarter(settings, tables, features)
+
+
+@pytest.fixture
+def own_quarter(quarter: Quarter, tmp_path: Path) -> Quarter:
+    """One that the test may change as it likes: it begins with an empty tracking store."""
+    template = replace(quarter, settings=settings_in(quarter.settings.home.parent / "template"))
+    return template.copy(tmp_path / "workspace")

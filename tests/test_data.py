@@ -270,6 +270,52 @@ def test_the_newest_delivery_of_a_row_wins(full_desk: Desk, delivered: dict[str,
     assert 77.0 in row["arr_delay"].to_numpy()
 
 
+def test_a_bad_correction_does_not_wipe_out_a_good_row(full_desk: Desk, delivered: dict[str, Tables]) -> None:
+    before = full_desk.read("flights", JANUARY)
+    wrong = delivered[JANUARY]["flights"].iloc[[0]].assign(dest="nowhere")
+    flights = pd.concat([delivered[MARCH]["flights"], wrong])
+    checked_months = full_desk.take(MARCH, delivered[MARCH] | {"flights": flights}).periods
+    checked = full_desk.check(*checked_months)
+    assert JANUARY in checked_months
+    pd.testing.assert_frame_equal(full_desk.read("flights", JANUARY), before)
+    assert checked.report.query("table == 'flights'")["value"].tolist() == ["nowhere"]
+
+
+def test_two_different_rows_with_one_key_in_a_delivery_are_both_put_aside(
+    full_desk: Desk, delivered: dict[str, Tables]
+) -> None:
+    flights = delivered[JANUARY]["flights"]
+    twin, same = flights.iloc[[0]].assign(distance=lambda row: row["distance"] + 1), flights.iloc[[1]]
+    full_desk.take(JANUARY, delivered[JANUARY] | {"flights": pd.concat([flights, twin, same])})
+    checked = full_desk.check(JANUARY)
+    found = checked.report.query("table == 'flights'")
+    assert found["check"].tolist() == ["one row for each key"] * 2
+    assert len(full_desk.read("flights", JANUARY)) == len(flights) - 1
+
+
+def test_the_list_of_the_newest_month_counts_whenever_it_comes(
+    full_desk: Desk, delivered: dict[str, Tables]
+) -> None:
+    before = full_desk.read("planes")
+    shorter = delivered[JANUARY]["planes"].iloc[:100]
+    full_desk.take(JANUARY, delivered[JANUARY] | {"planes": shorter})
+    full_desk.check(JANUARY)
+    pd.testing.assert_frame_equal(full_desk.read("planes"), before)
+
+
+def test_features_are_not_built_over_a_gap(full_desk: Desk, delivered: dict[str, Tables]) -> None:
+    april = delivered[MARCH]["flights"].assign(month=4)
+    april["time_hour"] = april["time_hour"].str.replace("-03-", "-04-")
+    weather = delivered[MARCH]["weather"].assign(month=4)
+    weather["time_hour"] = weather["time_hour"].str.replace("-03-", "-04-")
+    tables = delivered[MARCH] | {"flights": april, "weather": weather}
+    keep = {name: frame[frame["day"].between(14, 29)] if "day" in frame else frame for name, frame in tables.items()}
+    full_desk.take("2013-04", keep)
+    clean = full_desk.check("2013-04").tables
+    with pytest.raises(DataError, match=r"need flights of 2013-03, which are not there"):
+        build_features(full_desk.settings, flight_delay, clean, "2013-04", "2013-04")
+
+
 def test_rows_of_a_later_month_are_refused(full_desk: Desk, delivered: dict[str, Tables]) -> None:
     before = full_desk.state()
     mixed = pd.concat([delivered[JANUARY]["flights"], delivered[MARCH]["flights"].head(1)])
@@ -339,7 +385,7 @@ def test_a_row_is_bad_only_once_however_often_it_is_checked(full_desk: Desk) -> 
 
 def test_a_few_bad_rows_are_tolerated_and_many_are_not(delivered: dict[str, Tables]) -> None:
     table, flights = flight_delay.tables[0], delivered[JANUARY]["flights"]
-    flights = conform(flights, table.contract()).assign(period=JANUARY)
+    flights = conform(flights, table.contract()).assign(period=JANUARY, delivery=JANUARY)
     tolerated = int(0.02 * len(flights))
     for number in (tolerated, tolerated + 1):
         bad = flights.assign(dest=flights["dest"].where(np.arange(len(flights)) >= number, "nowhere"))
@@ -492,7 +538,7 @@ def test_each_stage_names_the_month_it_misses(full_desk: Desk) -> None:
     settings, tables = full_desk.settings, full_desk.check(JANUARY, FEBRUARY).tables
     with pytest.raises(DataError, match=r"flights has no rows of 2013-04.*Ingest"):
         full_desk.check(FEBRUARY, "2013-04")
-    with pytest.raises(DataError, match=r"flights has no rows of 2013-03.*Ingest and validate"):
+    with pytest.raises(DataError, match=r"need flights of 2013-03, which are not there.*Ingest and validate"):
         build_features(settings, flight_delay, tables, FEBRUARY, MARCH)
     features = build_features(settings, flight_delay, tables, FEBRUARY, FEBRUARY)
     with pytest.raises(DataError, match=rf"{features} has no rows of 2013-01.*Build the features"):

@@ -1,9 +1,11 @@
 """The ground that everything stands on: settings, workspace, whole files, fingerprint, doctor."""
 
 import errno
+import json
 import os
 import pickle
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import threading
 import time
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
@@ -52,6 +55,7 @@ def leftovers(folder: Path) -> list[str]:
         ("no month '2013-13'", "Give another", "no month '2013-13'. Give another."),
         ("no month '2013-13'.", "", "no month '2013-13'."),
         ("no setting X", "Did you mean Y?", "no setting X. Did you mean Y?"),
+        ("no use case", "Did you mean 'flight_delay'?", "no use case. Did you mean 'flight_delay'?"),
         ("two\n  lines", "of\ttext", "two lines. of text."),
     ],
 )
@@ -328,6 +332,42 @@ def test_the_fingerprint_names_the_commit_and_whether_it_was_changed(clone: Path
     assert fingerprint(clone)["dirty"] is False
     (clone / "new.py").write_text("x = 1\n", encoding="utf-8")
     assert fingerprint(clone)["dirty"] is True
+
+
+ASK = "import json; from mlops_course.environment import fingerprint; print(json.dumps(fingerprint()))"
+
+
+def asked_from(folder: Path, **variables: str) -> dict[str, Any]:
+    """The fingerprint that a program gives which stands somewhere else."""
+    command, environment = [sys.executable, "-c", ASK], {**os.environ, **variables}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def test_the_fingerprint_is_that_of_the_running_code_wherever_it_runs(clone: Path, tmp_path: Path, root: Path) -> None:
+    (tmp_path / "far").mkdir()
+    mine = fingerprint(root)
+    assert mine["lock"] is not None
+    for place in (tmp_path / "far", clone):
+        found = asked_from(place, MLOPS_COURSE_HOME=str(tmp_path / "elsewhere"))
+        assert (found["commit"], found["lock"]) == (mine["commit"], mine["lock"])
+        assert found["commit"] != fingerprint(clone)["commit"]
+
+
+@pytest.mark.parametrize(
+    ("written", "commit"),
+    [('{"commit": "abc", "dirty": false, "lock": "0"}', "abc"), ("[]", None), ("{", None), ("", None)],
+)
+def test_a_wheel_knows_what_it_was_built_from(
+    clone: Path, tmp_path: Path, root: Path, written: str, commit: str | None
+) -> None:
+    site = clone / "site-packages"  # as in a clone's .venv: not the clone's code for that
+    shutil.copytree(root / "mlops_course", site / "mlops_course", ignore=shutil.ignore_patterns("__pycache__"))
+    if written:
+        (site / "mlops_course" / "_build.json").write_text(written, encoding="utf-8")
+    found = asked_from(tmp_path, PYTHONPATH=str(site))
+    assert (found["commit"], found["lock"]) == (commit, "0" if commit else None)
+    assert found["machine"]["cores"] >= 1
 
 
 def test_the_fingerprint_changes_with_the_lock(clone: Path) -> None:

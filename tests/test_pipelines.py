@@ -7,11 +7,13 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import nbformat
+import psutil
 import pytest
 
 from mlops_course import pipelines
@@ -66,8 +68,8 @@ def one_stage(folder: Path, *cells: str, parameters: str = "") -> Pipeline:
 def process_is_there(number: int) -> bool:
     """Whether a process is alive (a zombie isn't)."""
     try:
-        return "Z" not in Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
+        return psutil.Process(number).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
         return False
 
 
@@ -208,6 +210,57 @@ def test_unknown_and_missing_parameters_are_named(demo: Path) -> None:
     demo.write_text(demo.read_text().replace("default: 5, ", ""))
     with pytest.raises(ParameterError, match=r"parameter upto is missing. Give -p upto=… \(a whole number.*: how many"):
         check_parameters(Pipeline.read(demo), {})
+
+
+ORDERED = """
+name: small
+parameters:
+  first: {type: month}
+  last: {type: month, default: null}
+  end: {type: month, default: "2013-05"}
+  share: {type: number, default: 1}
+order: [first <= last < end, first < end]
+stages:
+  - {name: only, notebook: only.ipynb, parameters: {x: ["${first}", "${last}", "${end}", "${share}"]}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"first": "2013-02", "last": "2013-01"}, "first is 2013-02, but should lie at or before last"),
+        ({"first": "2013-02", "last": "2013-05"}, "last is 2013-05, but should lie before end, which is 2013-05"),
+        ({"first": "2013-05"}, "first is 2013-05, but should lie before end"),
+        ({"first": "2013-02", "last": "2013-02"}, None),
+        ({"first": "2013-04"}, None),
+    ],
+)
+def test_parameters_are_in_order(tmp_path: Path, given: dict[str, str], message: str | None) -> None:
+    write_notebook(tmp_path / "only.ipynb", "x: list = None")
+    pipeline = Pipeline.read(write_pipeline(tmp_path, ORDERED, "small"))
+    if message is None:
+        assert check_parameters(pipeline, given).items() >= given.items()
+    else:
+        with pytest.raises(ParameterError, match=message):
+            check_parameters(pipeline, given)
+
+
+@pytest.mark.parametrize(
+    ("order", "message"),
+    [
+        ("[first < lost]", "'lost', which is no parameter. Perhaps you meant 'last'"),
+        ("[first > last]", "order has 'first > last'. Write a list of lines"),
+        ("[first]", "order has 'first'"),
+        ("[first <]", "order has 'first <'"),
+        ("{first: last}", "Write a list of lines"),
+        ("[first < share]", "can't compare month with number"),
+    ],
+)
+def test_a_mistake_in_the_order_is_named(tmp_path: Path, order: str, message: str) -> None:
+    write_notebook(tmp_path / "only.ipynb", "x: list = None")
+    text = ORDERED.replace("[first <= last < end, first < end]", order)
+    with pytest.raises(PipelineError, match=message):
+        Pipeline.read(write_pipeline(tmp_path, text, "small"))
 
 
 def test_a_wrong_parameter_stops_before_anything_is_made(demo: Path, tmp_path: Path) -> None:
@@ -541,6 +594,63 @@ def test_an_interrupt_ends_the_kernel_and_is_written_down(tmp_path: Path, settin
     assert (told["status"], told["error"]) == ("interrupted", "interrupted by SIGINT")
     assert [stage["status"] for stage in told["stages"]] == ["interrupted"]
     assert "began" in Path(told["stages"][0]["notebook"]).read_text()
+
+
+@posix_only
+@pytest.mark.parametrize("polite", [True, False])
+def test_an_interrupted_cell_can_clean_up_but_not_for_ever(tmp_path: Path, settings: Settings, polite: bool) -> None:
+    """What MLflow's `with start_run()` needs to mark its run as ended."""
+    ended, endless = tmp_path / "ended", "while True:\n    try: time.sleep(99)\n    except BaseException: pass"
+    kind = f"try:\n    time.sleep(99)\nfinally:\n    open({str(ended)!r}, 'w').close()"
+    pipeline = one_stage(tmp_path, f"import time\n{kind if polite else endless}")
+    asked: list[float] = []
+
+    def stop() -> None:
+        asked.append(time.monotonic())
+        os.kill(os.getpid(), signal.SIGINT)
+
+    def interrupt(kind: str, record: PipelineRun, stage: Any) -> None:
+        if kind == "cell" and stage.cell == 2:
+            threading.Timer(0.7, stop).start()
+
+    with pytest.raises(KeyboardInterrupt):
+        run(pipeline, settings=settings, on_event=interrupt)
+    assert ended.exists() == polite
+    assert time.monotonic() - asked[0] < 2 * pipelines.GRACE + 5
+    assert [child for child in psutil.Process().children() if "ipykernel_launcher" in child.cmdline()] == []
+
+
+@posix_only
+def test_a_run_stopped_at_its_very_beginning_has_its_record(
+    demo: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(kind: str, record: PipelineRun, stage: Any) -> None:
+        if kind == "run started":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def looks_around() -> dict[str, Any]:
+        assert not settings.runs.exists() or not list(settings.runs.iterdir()), "no folder before there is a record"
+        return {"python": "3"}
+
+    monkeypatch.setattr(pipelines, "fingerprint", looks_around)
+    with pytest.raises(KeyboardInterrupt, match="SIGTERM"):
+        run(demo, settings=settings, on_event=interrupt)
+    (told,) = list_runs(settings)
+    assert (told["status"], told["fingerprint"]) == ("interrupted", {"python": "3"})
+    assert {stage["status"] for stage in told["stages"]} == {"not run"}
+
+
+@pytest.mark.parametrize("threads", [1, None])
+def test_stages_use_as_many_threads_as_the_settings_say(
+    settings: Settings, threads: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    found = pipelines.kernel_environment(Settings(home=settings.home, threads=threads))
+    assert found["OMP_NUM_THREADS"] == ("7" if threads is None else "1")
+    assert found.get("MLOPS_COURSE_THREADS") == (None if threads is None else "1")
+    script = "from sklearn.utils._openmp_helpers import _openmp_effective_n_threads as n; print(n())"
+    counted = subprocess.run([sys.executable, "-c", script], env=found, capture_output=True, text=True, check=True)
+    assert threads is None or counted.stdout.strip() == "1"
 
 
 # ---------------------------------------------------------------- the disk

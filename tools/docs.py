@@ -98,6 +98,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as workspace:  # nbdev runs the cells that it needs to show functions
         os.environ["MLOPS_COURSE_HOME"] = workspace
         folder = Path(proc_nbs(force=True, n_workers=0))
+    copy = folder / "_quarto.yml"  # where git can't make links, nbs/_quarto.yml is a text file with the link's target
+    copy.unlink(missing_ok=True)
+    shutil.copyfile(ROOT / copy.name, copy)
     (quarto_site if shutil.which("quarto") else plain_site)(folder)
 
 
