@@ -101,7 +101,7 @@ def _drift_and_floor(reference: pd.Series, current: pd.Series, period: np.ndarra
     )
     return stability_index(total, np.bincount(now, minlength=bins)), floor
 
-# %% ../nbs/12_monitoring.ipynb #a79cad32
+# %% ../nbs/12_monitoring.ipynb #987ea2d5
 def _require_comparable(reference: pd.DataFrame, current: pd.DataFrame, names: list[str]) -> None:
     """There are rows on both sides, and the month has all columns."""
     if reference.empty or current.empty:
@@ -111,7 +111,7 @@ def _require_comparable(reference: pd.DataFrame, current: pd.DataFrame, names: l
         problem = f"the features of the month lack {', '.join(absent[:3])}, which the model was trained on"
         raise MonitoringError(problem, "Build them again with the code that trained the model")
 
-
+# %% ../nbs/12_monitoring.ipynb #1cb1a844
 def drift(
     reference: pd.DataFrame,  # features of the training, with `period`
     current: pd.DataFrame,  # features of the month to look at
