@@ -55,8 +55,13 @@ class Quarter:
         return labelled_features(self.settings, flight_delay, self.features, self.rows, first, last or first)
 
     def copy(self, home: Path) -> "Quarter":
-        """The same in another folder."""
+        """The same in another folder; its runs' artifacts stay where they are."""
         shutil.copytree(self.settings.home, home, dirs_exist_ok=True)
+        return replace(self, settings=settings_in(home))
+
+    def fresh(self, home: Path) -> "Quarter":
+        """As it was in the beginning, in another folder: the tracking store is empty."""
+        shutil.copytree(self.settings.home.parent / "template", home, dirs_exist_ok=True)
         return replace(self, settings=settings_in(home))
 
 
@@ -79,13 +84,11 @@ def quarter(tmp_path_factory: pytest.TempPathFactory) -> Quarter:
     tables = validate(settings, flight_delay, delivery.tables, periods).tables
     features = build_features(settings, flight_delay, tables, periods[0], periods[-1])
     _make_store(settings)
-    (folder / "template").mkdir()
-    shutil.copytree(settings.home, folder / "template", dirs_exist_ok=True)
+    shutil.copytree(settings.home, folder / "template")
     return Quarter(settings, tables, features)
 
 
 @pytest.fixture
 def own_quarter(quarter: Quarter, tmp_path: Path) -> Quarter:
     """One that the test may change as it likes: it begins with an empty tracking store."""
-    template = replace(quarter, settings=settings_in(quarter.settings.home.parent / "template"))
-    return template.copy(tmp_path / "workspace")
+    return quarter.fresh(tmp_path / "workspace")

@@ -280,7 +280,7 @@ def test_outcomes_are_joined_by_key_and_may_be_unknown(quarter: Quarter) -> None
 @pytest.fixture(scope="module")
 def monitored(quarter: Quarter, tmp_path_factory: pytest.TempPathFactory) -> tuple[Quarter, str, dict[str, str]]:
     """A workspace in which March was scored by a model of January, which was tested on February."""
-    own = quarter.copy(tmp_path_factory.mktemp("monitored") / "workspace")
+    own = quarter.fresh(tmp_path_factory.mktemp("monitored") / "workspace")
     run_id = train_run(own.settings, flight_delay, own.features, own.rows, JANUARY, JANUARY, QUICK)
     evaluate_run(own.settings, flight_delay, run_id, FEBRUARY, FEBRUARY)
     untested = train_run(

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from mlops_course.experiments import (
     Evaluation,
     ExperimentError,
     TrainingConfig,
+    alone,
     evaluate,
     evaluate_run,
     find_run,
@@ -30,6 +32,7 @@ from mlops_course.experiments import (
 from mlops_course.project import flight_delay
 from mlops_course.registry import (
     RegistryError,
+    _new_version,
     champion_reference,
     decide,
     fair_rivals,
@@ -54,7 +57,7 @@ Runs = dict[str, str]
 @pytest.fixture(scope="module")
 def trained(quarter: Quarter, tmp_path_factory: pytest.TempPathFactory) -> tuple[Quarter, Runs]:
     """A workspace with runs, none of them registered; the tests copy it."""
-    template = quarter.copy(tmp_path_factory.mktemp("trained") / "workspace")
+    template = quarter.fresh(tmp_path_factory.mktemp("trained") / "workspace")
     wanted = {"small": (JANUARY, SMALL), "same": (JANUARY, SMALL), "good": (JANUARY, GOOD), "longer": (FEBRUARY, SMALL)}
     runs = {}
     for name, (last, config) in wanted.items():
@@ -140,23 +143,39 @@ print(register(load_settings(), flight_delay, sys.argv[1]))
 """
 
 
-@pytest.mark.parametrize(("second", "count"), [("same", 1), ("good", 2)])
-def test_two_processes_may_register_at_once(home: Settings, runs: Runs, second: str, count: int) -> None:
-    variables = {**os.environ, "MLOPS_COURSE_HOME": str(home.home)}
+def start_to_register(settings: Settings, run_id: str) -> subprocess.Popen[str]:
+    """A process that registers a run's model as soon as it is told to."""
+    variables = {**os.environ, "MLOPS_COURSE_HOME": str(settings.home)}
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    processes = [
-        subprocess.Popen([sys.executable, "-c", REGISTER, runs[name]], text=True, env=variables, **pipes)
-        for name in ("small", second)
-    ]
+    process = subprocess.Popen([sys.executable, "-c", REGISTER, run_id], text=True, env=variables, **pipes)
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    return process
+
+
+def test_who_registers_waits_for_another_process_that_does(home: Settings, runs: Runs) -> None:
+    with alone(home):
+        process = start_to_register(home, runs["same"])
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+        time.sleep(2)
+        assert (process.poll(), references(home)) == (None, [])
+        _new_version(registry(home, flight_delay), flight_delay, find_run(home, flight_delay, runs["small"]))
+    output, errors = process.communicate(timeout=60)
+    assert output == "flight-delay@1\n", errors
+    assert references(home) == ["flight-delay@1"]
+
+
+def test_two_processes_may_register_the_first_models_at_once(home: Settings, runs: Runs) -> None:
+    processes = [start_to_register(home, runs[name]) for name in ("small", "good")]
     for process in processes:
-        assert process.stdout.readline() == "ready\n"
-    for process in processes:
+        assert process.stdin is not None
         process.stdin.write("go\n")
         process.stdin.flush()
     ended = [process.communicate(timeout=60) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], ended
-    assert len({output for output, _ in ended}) == count
-    assert references(home) == [f"flight-delay@{number}" for number in range(1, count + 1)]
+    assert {output for output, _ in ended} == {"flight-delay@1\n", "flight-delay@2\n"}
+    assert references(home) == ["flight-delay@1", "flight-delay@2"]
 
 
 # ---------------------------------------------------------------- the champion
