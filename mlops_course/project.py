@@ -18,16 +18,51 @@ from typing import TYPE_CHECKING, Any
 from zipfile import BadZipFile
 
 from .environment import CourseError
+from .framing import Costs
 
 if TYPE_CHECKING:
     import pandas as pd
     import pandera.pandas as pandera
 
 # %% auto #0
-__all__ = ['FORMATS', 'LATE_AFTER', 'NEW_YORK', 'ORIGINS', 'flight_delay', 'SourceError', 'find_file', 'supplier_folder',
-           'read_file', 'read_delivery', 'calendar_month', 'of_month', 'late_label', 'Costs', 'SuccessMetrics',
+__all__ = ['LATE_AFTER', 'FORMATS', 'NEW_YORK', 'ORIGINS', 'flight_delay', 'late_label', 'SuccessMetrics', 'SourceError',
+           'find_file', 'supplier_folder', 'read_file', 'read_delivery', 'calendar_month', 'of_month',
            'flights_contract', 'weather_contract', 'planes_contract', 'airports_contract', 'Table', 'UseCase',
            'local_day', 'load_object', 'find_use_case']
+
+# %% ../nbs/04_project.ipynb #d6b32946
+LATE_AFTER = 15  # minutes; the definition of the US Department of Transportation
+
+
+def late_label(
+    flights: pd.DataFrame,  # flights with the column `arr_delay`, minutes
+) -> pd.Series:  # float64: 1.0 late, 0.0 not late, NaN where the flight never arrived
+    "Say of each flight whether it arrived more than 15 minutes late."
+    delay = flights["arr_delay"]
+    return (delay > LATE_AFTER).astype("float64").where(delay.notna())
+
+# %% ../nbs/04_project.ipynb #9df4dc0b
+@dataclass(frozen=True)
+class SuccessMetrics:
+    "The bars a model should reach on months it has not seen."
+
+    pr_auc: float  # at least; area under the precision-recall curve (average precision)
+    roc_auc: float  # at least; area under the ROC curve
+    log_loss: float  # at most; nats
+
+    def shortfalls(
+        self,
+        metrics: dict[str, float],  # measured values by the same names
+    ) -> list[str]:  # one sentence for each bar that is missed; empty when all are reached
+        "Name each bar that was missed, with the value and the bar."
+        misses = []
+        for name, missed, reached in (
+            ("pr_auc", "below", float.__ge__), ("roc_auc", "below", float.__ge__), ("log_loss", "above", float.__le__)
+        ):
+            value, bar = float(metrics[name]), float(getattr(self, name))
+            if not reached(value, bar):  # a value that is not a number reaches nothing
+                misses.append(f"{name} is {value:.4f}, {missed} {bar}")
+        return misses
 
 # %% ../nbs/04_project.ipynb #04f3aac0
 class SourceError(CourseError):
@@ -133,58 +168,6 @@ def of_month(
     if rows.empty:
         raise SourceError(f"no rows of {month} in {path.name}", f"That file holds {period.min()} to {period.max()}")
     return rows
-
-# %% ../nbs/04_project.ipynb #d6b32946
-LATE_AFTER = 15  # minutes; the definition of the US Department of Transportation
-
-
-def late_label(
-    flights: pd.DataFrame,  # flights with the column `arr_delay`, minutes
-) -> pd.Series:  # float64: 1.0 late, 0.0 not late, NaN where the flight never arrived
-    "Say of each flight whether it arrived more than 15 minutes late."
-    delay = flights["arr_delay"]
-    return (delay > LATE_AFTER).astype("float64").where(delay.notna())
-
-# %% ../nbs/04_project.ipynb #5f8cd2ea
-@dataclass(frozen=True)
-class Costs:
-    "What the two mistakes cost, in the same unit of money; a warning that was right costs the help, too."
-
-    missed: float  # a late flight that nobody was warned of
-    warning: float  # acting on one warning, right or wrong
-
-    def __post_init__(self) -> None:
-        if not 0 < self.warning < self.missed:
-            problem = f"costs must satisfy 0 < warning < missed, not warning={self.warning}, missed={self.missed}"
-            raise CourseError(problem, "If a warning costs more than the mistake it prevents, never warn")
-
-    @property
-    def threshold(self) -> float:
-        "Probability from which a warning is cheaper than silence."
-        return self.warning / self.missed
-
-# %% ../nbs/04_project.ipynb #9df4dc0b
-@dataclass(frozen=True)
-class SuccessMetrics:
-    "The bars a model should reach on months it has not seen."
-
-    pr_auc: float  # at least; area under the precision-recall curve (average precision)
-    roc_auc: float  # at least; area under the ROC curve
-    log_loss: float  # at most; nats
-
-    def shortfalls(
-        self,
-        metrics: dict[str, float],  # measured values by the same names
-    ) -> list[str]:  # one sentence for each bar that is missed; empty when all are reached
-        "Name each bar that was missed, with the value and the bar."
-        misses = []
-        for name, missed, reached in (
-            ("pr_auc", "below", float.__ge__), ("roc_auc", "below", float.__ge__), ("log_loss", "above", float.__le__)
-        ):
-            value, bar = float(metrics[name]), float(getattr(self, name))
-            if not reached(value, bar):  # a value that is not a number reaches nothing
-                misses.append(f"{name} is {value:.4f}, {missed} {bar}")
-        return misses
 
 # %% ../nbs/04_project.ipynb #90125dc0
 def _column(dtype: str, *checks: pandera.Check, nullable: bool = False) -> pandera.Column:
