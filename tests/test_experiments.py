@@ -380,6 +380,70 @@ def test_a_search_on_one_core_and_on_two_finds_the_same(quarter: Quarter) -> Non
     assert one["log_loss"].iloc[0] == pytest.approx(np.mean(losses), rel=1e-12)
 
 
+def logged_search(
+    own: Quarter, jobs: int, data: dict[str, str]
+) -> tuple[pd.DataFrame, list[Any], Any]:  # what was found, the tries' runs, the search's run
+    frame, splits = own.labelled(JANUARY, MARCH).iloc[::4], time_splits(JANUARY, MARCH, 1)
+    configs = sample_configs({"iterations": [2, 4, 6]}, 3, TrainingConfig(leaves=4, leaf_samples=20))
+    found = search(frame, flight_delay, configs, splits, jobs, settings=own.settings, data=data)
+    experiment = connect(own.settings, flight_delay)
+    runs = quiet_mlflow().search_runs([experiment], output_format="list")
+    (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    return found, [run for run in runs if run is not parent], parent
+
+
+def test_a_search_writes_down_every_try(own_quarter: Quarter) -> None:
+    found, tries, parent = logged_search(own_quarter, 2, {"features": own_quarter.features})
+    assert {run.info.run_id for run in tries} == set(found["run"])
+    assert {run.data.tags["mlflow.parentRunId"] for run in tries} == {parent.info.run_id}
+    assert {run.info.status for run in [*tries, parent]} == {"FINISHED"}
+    by_id = {run.info.run_id: run for run in tries}
+    for row in found.to_dict("records"):
+        run = by_id[row["run"]]
+        assert {name: run.data.params[name] for name in ("iterations", "leaves", "seed")} == {
+            name: str(row[name]) for name in ("iterations", "leaves", "seed")
+        }
+        assert {name: run.data.metrics[f"mean.{name}"] for name in METRICS} == pytest.approx(
+            {name: row[name] for name in METRICS}, rel=1e-12
+        )
+        history = quiet_mlflow().MlflowClient().get_metric_history(row["run"], "split.log_loss")
+        assert sorted(each.step for each in history) == [0, 1], "one value a split"
+        assert np.mean([each.value for each in history]) == pytest.approx(row["log_loss"], rel=1e-12)
+    assert parent.data.tags["data.features"] == own_quarter.features
+    assert (parent.data.params["trials"], parent.data.params["tested_on"]) == ("3", "2013-02, 2013-03")
+    assert parent.data.tags["best_run"] == found.loc[0, "run"]
+    assert parent.data.metrics["best.log_loss"] == found["log_loss"].min()
+
+
+def test_what_a_search_writes_down_changes_nothing_that_it_finds(own_quarter: Quarter) -> None:
+    found, tries, _ = logged_search(own_quarter, 1, {})
+    frame, splits = own_quarter.labelled(JANUARY, MARCH).iloc[::4], time_splits(JANUARY, MARCH, 1)
+    configs = sample_configs({"iterations": [2, 4, 6]}, 3, TrainingConfig(leaves=4, leaf_samples=20))
+    alone = search(frame, flight_delay, configs, splits, 1)
+    pd.testing.assert_frame_equal(found.drop(columns="run"), alone, check_exact=True)
+    assert len(tries) == 3
+
+
+def test_a_search_that_fails_keeps_the_tries_that_were_done(own_quarter: Quarter) -> None:
+    frame = own_quarter.labelled(JANUARY, FEBRUARY).iloc[::4]
+    bad = TrainingConfig(iterations=2)
+    object.__setattr__(bad, "leaves", 1)  # past its own checks: scikit-learn refuses it in the middle of the search
+    with pytest.raises(ValueError, match="max_leaf_nodes"):
+        search(frame, flight_delay, [QUICK, bad], [([JANUARY], [FEBRUARY])], 1, settings=own_quarter.settings)
+    runs = quiet_mlflow().search_runs([connect(own_quarter.settings, flight_delay)], output_format="list")
+    assert {"mlflow.parentRunId" in run.data.tags: run.info.status for run in runs} == {
+        False: "FAILED",
+        True: "FINISHED",
+    }
+    assert quiet_mlflow().active_run() is None
+
+
+@pytest.mark.parametrize(("configs", "splits"), [([], [([JANUARY], [FEBRUARY])]), ([QUICK], [])])
+def test_a_search_of_nothing_is_refused(january: pd.DataFrame, configs: list[Any], splits: list[Any]) -> None:
+    with pytest.raises(ExperimentError, match=f"nothing to try: {len(configs)} settings, {len(splits)} splits"):
+        search(january, flight_delay, configs, splits)
+
+
 def test_settings_are_drawn_without_repeating_and_unknown_ones_are_refused() -> None:
     drawn = sample_configs({"leaves": [4, 8, 16], "l2": [0.0, 1.0]}, 100)
     assert len(set(drawn)) == len(drawn) == 6

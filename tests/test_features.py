@@ -7,7 +7,7 @@ nonsense, and nothing that was asked before that moment may move.
 
 from collections.abc import Callable, Iterable
 from datetime import date
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -15,6 +15,8 @@ import pytest
 
 from mlops_course import data
 from mlops_course.data import DataError, build_features, conform, flight_features, read_table, replace_months
+from mlops_course.data import features as features_room
+from mlops_course.data import windows as windows_room
 from mlops_course.environment import Settings
 from mlops_course.project import calendar_month, find_file, flight_delay, read_file, supplier_folder
 
@@ -436,14 +438,17 @@ def test_every_feature_that_is_not_planned_moves_with_the_past(weeks: Tables, we
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "caught"),
-    [("PUBLISHED_AFTER", 0, "temperature"), ("HORIZON", 60, "departure_delay_system_30m")],
+    ("room", "name", "value", "caught"),
+    [
+        (features_room, "PUBLISHED_AFTER", 0, "temperature"),
+        (windows_room, "HORIZON", 60, "departure_delay_system_30m"),
+    ],
 )
 def test_a_planted_leak_is_caught(
-    weeks: Tables, monkeypatch: pytest.MonkeyPatch, name: str, value: int, caught: str
+    weeks: Tables, monkeypatch: pytest.MonkeyPatch, room: ModuleType, name: str, value: int, caught: str
 ) -> None:
     """The proof fails when weather is used in the hour in which it is measured, or when the desk asks too late."""
-    monkeypatch.setattr(data, name, value)
+    monkeypatch.setattr(room, name, value)
     moment = moments_of(weeks, 1, seed=3)[0]
     assert caught in leaks(weeks, features_of(weeks), moment, np.random.default_rng(1))
 
@@ -456,7 +461,7 @@ def test_a_planted_leak_of_arrivals_is_caught(weeks: Tables, monkeypatch: pytest
         time = honest(*arguments)
         return data.Timeline(**{**vars(time), "arrival": time.scheduled + time.block})
 
-    monkeypatch.setattr(data, "timeline", leaky)
+    monkeypatch.setattr(features_room, "timeline", leaky)
     moved = leaks(weeks, features_of(weeks), moments_of(weeks, 1, seed=3)[0], np.random.default_rng(1))
     assert {"mean_delay_carrier_2h", "late_rate_aircraft_7d"} <= set(moved)
 
