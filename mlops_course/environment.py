@@ -154,7 +154,7 @@ class Workspace(BaseSettings):
             raise ValueError("Input should be a folder on this machine")
         return Path(os.path.abspath(Path(str(value)).expanduser()))  # noqa: PTH100 (keeps links, drops ..)
 
-# %% ../nbs/02_environment.ipynb #8df937db
+# %% ../nbs/02_environment.ipynb #548b76d0
 class Folders(Workspace):
     """What the workspace holds."""
 
@@ -167,10 +167,14 @@ class Folders(Workspace):
         return self.home / "runs"
 
     @property
+    def cache(self) -> Path:  # what stages made, by content
+        return self.home / "cache"
+
+    @property
     def artifacts(self) -> Path:  # MLflow's files: models, figures
         return self.home / "mlartifacts"
 
-# %% ../nbs/02_environment.ipynb #3e256e9f
+# %% ../nbs/02_environment.ipynb #a7ebc58d
 class Settings(Folders):
     """Where results go and how runs are made, from MLOPS_COURSE_* variables. `load_settings` makes one."""
 
@@ -184,7 +188,7 @@ class Settings(Folders):
 
     def prepare(self) -> "Settings":  # itself, so that it can be chained
         """Make the folders. Raises: WorkspaceError when that can't be done."""
-        _make_folders(self.home, (self.data, self.runs, self.artifacts))
+        _make_folders(self.home, (self.data, self.runs, self.cache, self.artifacts))
         return self
 
 # %% ../nbs/02_environment.ipynb #9d51aff7
