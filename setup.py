@@ -109,11 +109,13 @@ setup(
     install_requires=settings["requirements"].split(),
     extras_require={
         "course": settings["course_requirements"].split(),
+        "cluster": settings["cluster_requirements"].split(),
         "dev": settings["dev_requirements"].split(),
     },
     entry_points={
         "console_scripts": settings["console_scripts"].split(),
         "nbdev": [f"{name} = {name}._modidx:d"],
+        "papermill.engine": [f"mlops-course = {name}.pipelines.engine:WarmEngine"],
     },
     zip_safe=False,
     cmdclass={"build_py": BuildWithNotebooks, "sdist": SourceWithState},

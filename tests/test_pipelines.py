@@ -17,27 +17,29 @@ import psutil
 import pytest
 
 from mlops_course import pipelines
-from mlops_course.environment import Settings, WorkspaceError, load_settings
+from mlops_course.environment import Settings, WorkspaceError, cores, load_settings
 from mlops_course.pipelines import (
+    Options,
     Parameter,
     ParameterError,
     Pipeline,
     PipelineError,
     PipelineRun,
     ResultError,
+    Stage,
     StageError,
     check_parameters,
-    fill,
     find_pipeline,
     list_pipelines,
     list_runs,
-    notebook_parameters,
     read_result,
     record_result,
-    references,
     run,
 )
-from mlops_course.pipelines.definition import TYPES, recorded_names
+from mlops_course.pipelines.definition import TYPES, fill, references
+from mlops_course.pipelines.notebooks import Taken, notebook_parameters, recorded_names
+from mlops_course.pipelines.scheduler import stage_environment
+from mlops_course.pipelines.workers import GRACE
 
 posix_only = pytest.mark.skipif(os.name == "nt", reason="uses POSIX signals")
 RECORD = "from mlops_course.pipelines import record_result\n"
@@ -98,11 +100,17 @@ def write_demo(folder: Path) -> Path:
           upto: {type: integer, default: 5, help: how many}
           limit: {type: integer, default: 100}
         stages:
-          - {name: count, notebook: count.ipynb, makes: numbers, parameters: {upto: "${upto}"}}
+          - name: count
+            notebook: count.ipynb
+            makes: numbers
+            parameters: {upto: "${upto}"}
+            outputs: {numbers: value}
           - name: total
             notebook: total.ipynb
-            parameters: {numbers: "${count.numbers}", limit: "${limit}", title: "${upto} of ${limit}"}
-          - {name: last, notebook: last.ipynb, parameters: {total: "${total.total}"}}
+            parameters: {limit: "${limit}", title: "${upto} of ${limit}"}
+            inputs: [numbers]
+            outputs: {total: value}
+          - {name: last, notebook: last.ipynb, inputs: {total: total}}
         """,
     )
 
@@ -290,14 +298,26 @@ def test_a_wrong_parameter_stops_before_anything_is_made(demo: Path, tmp_path: P
         ("last.ipynb", "lost.ipynb", "there is no notebook .*lost.ipynb. Perhaps you meant 'last.ipynb'"),
         ("last.ipynb", "demo.yaml", "demo.yaml can't be read as a notebook"),
         ('upto: "${upto}"', 'uptoo: "${upto}"', "passes 'uptoo', but count.ipynb has no such parameter.*'upto'"),
-        ('{total: "${total.total}"}', "{}", "stage last doesn't pass 'total', which last.ipynb needs"),
-        ("${total.total}", "${total.totals}", "total.ipynb records no 'totals'.*'total'"),
-        ("${count.numbers}", "${last.total}", "but last doesn't run before it"),
-        ("${count.numbers}", "${total.total}", "which is its own result"),
-        ("${count.numbers}", "${cuont.numbers}", "there is no stage 'cuont'.*'count'"),
-        ("${count.numbers}", "${number}", "which is no parameter of the pipeline"),
-        ("${count.numbers}", "${count.numbers", "without its }"),
+        ("inputs: {total: total}", "inputs: {}", "stage last doesn't pass 'total', which last.ipynb needs"),
+        ("inputs: {total: total}", "inputs: {total: totals}", "last needs 'totals', which no stage makes.*'total'"),
+        ("inputs: [numbers]", "inputs: [number]", "total needs 'number', which no stage makes.*'numbers'"),
+        ("inputs: [numbers]", "inputs: {numbers: total}", "total needs 'total', which it makes itself"),
+        ("inputs: [numbers]", "inputs: numbers", r"inputs are 'numbers'. Write them as `\[name, …\]`"),
+        ("inputs: [numbers]", "parameters: {}", "'parameters' stands twice"),
+        ("{total: value}", "{numbers: value}", "stage total makes 'numbers', which count makes too"),
+        ("{total: total}}", "{total: total}, outputs: {end: value}}", "promises .* 'end', but last.ipynb records no"),
+        ("{total: value}", "{total: vaule}", "output total has the kind 'vaule'.*'value'"),
+        ("{total: value}", "[total]", "outputs are .'total'.. Write them as `{name: …}`"),
+        ("${limit}", "${numbers.x}", "refers to ..numbers.x., which is no parameter.*flow through `inputs`"),
+        ("${limit}", "${limi}", "refers to ..limi., which is no parameter of the pipeline.*'limit'"),
+        ('limit: "${limit}"', 'limit: "${limit"', "without its }"),
         ('limit: "${limit}", title: "${upto} of ${limit}"', "limit: 3", "no stage uses the parameter 'limit'"),
+        ('limit: "${limit}"', 'limit: "x${limit}"', r"passes limit = .*\(str\), but its notebook declares 'int'"),
+        ("{type: integer, default: 5", "{type: text, default: x", "upto.*declares 'int'"),
+        ("outputs: {total: value}", "outputs: {total: value}\n    cache: maybe", "cache is 'maybe'.*true or false"),
+        ("outputs: {total: value}", "outputs: {total: value}\n    timeout: -1", "timeout is -1, but should be seconds"),
+        ("outputs: {total: value}", "outputs: {total: value}\n    retries: 1.5", "retries is 1.5.*a whole number"),
+        ("outputs: {total: value}", "outputs: {total: value}\n    secrets: KEY", "secrets is 'KEY', but should be"),
         ("stages:", "stages: none\nother:", "unknown entry 'other'"),
         ("description: for tests", "description: [", "is no proper YAML"),
         ("parameters: {upto:", "parameters: [upto,", "is no proper YAML"),
@@ -310,6 +330,26 @@ def test_a_mistake_in_the_file_is_named(demo: Path, old: str, new: str, message:
     with pytest.raises(PipelineError, match=message) as caught:
         Pipeline.read(demo)
     assert "\n" not in str(caught.value)
+
+
+def test_stages_that_wait_for_each_other_are_named(tmp_path: Path) -> None:
+    for name, needed, made in [("one", "c", "a"), ("two", "a", "b"), ("three", "b", "c")]:
+        write_notebook(tmp_path / f"{name}.ipynb", f"{needed}: int = None", f"record_result({made}=1)")
+    stages = [
+        Stage("one", tmp_path / "one.ipynb", inputs=["c"], outputs={"a": "value"}),
+        Stage("two", tmp_path / "two.ipynb", inputs=["a"], outputs={"b": "value"}),
+        Stage("three", tmp_path / "three.ipynb", inputs=["b"], outputs={"c": "value"}),
+    ]
+    with pytest.raises(PipelineError, match=r"these stages wait for each other: \w+( -> (one|two|three)){3}"):
+        Pipeline("round", tuple(stages))
+
+
+def test_stages_are_sorted_by_what_they_need(demo: Path) -> None:
+    pipeline = Pipeline.read(demo)
+    backwards = Pipeline("demo", pipeline.stages[::-1], pipeline.parameters, path=demo)
+    assert [stage.name for stage in backwards.stages] == ["count", "total", "last"]
+    assert backwards.needs == {"count": set(), "total": {"count"}, "last": {"total"}}
+    assert backwards.after({"total"}) == {"total", "last"}
 
 
 @pytest.mark.parametrize("text", ["", "[]", "just words", "name: x\nstages: {}", "name: x\nstages: [5]", "? [a]\n: b"])
@@ -349,7 +389,8 @@ def test_a_notebooks_parameters_and_which_must_be_passed(tmp_path: Path) -> None
         month = "2013-01"
     """
     path = write_notebook(tmp_path / "stage.ipynb", textwrap.dedent(cell).strip(), "later: int = 3")
-    assert notebook_parameters(path) == {
+    taken = notebook_parameters(path) or {}
+    assert {name: each.required for name, each in taken.items()} == {
         "run_id": True,
         "tables": True,
         "source": False,
@@ -357,6 +398,25 @@ def test_a_notebooks_parameters_and_which_must_be_passed(tmp_path: Path) -> None
         "rows": False,
         "month": False,
     }
+
+
+@pytest.mark.parametrize(
+    ("annotation", "fits", "differs"),
+    [
+        ("int", [3], [True, 3.0, "3", None]),
+        ("float", [3, 0.5], [True, "3"]),
+        ("bool", [True], [1]),
+        ("str | None", ["x", None], [1]),
+        ("str or None", ["x", None], [1]),
+        ("dict[str, str]", [{}], [[]]),
+        ("list[dict[str, int]]", [[]], [{}]),
+        ("pd.DataFrame", [1, "x"], []),
+        ("", [1, "x"], []),
+    ],
+)
+def test_values_are_held_against_the_annotation(annotation: str, fits: list[Any], differs: list[Any]) -> None:
+    assert all(Taken(annotation).accepts(value) for value in fits)
+    assert not any(Taken(annotation).accepts(value) for value in differs)
 
 
 def test_a_notebook_that_lost_its_tag_is_refused(demo: Path) -> None:
@@ -379,9 +439,9 @@ def test_recorded_names_are_known_only_where_the_source_says_so(tmp_path: Path) 
 
 
 def test_references_and_what_is_filled_in() -> None:
-    known = {"first": "2013-01", "train.run": "abc", "train.rows": 3, "ingest.tables": {"flights": "raw@1"}}
-    value = {"a": "${ingest.tables}", "b": ["${train.rows}", "from ${first} with ${train.rows}"], "c": 5, "d": "$first"}
-    assert references(value) == ["ingest.tables", "train.rows", "first", "train.rows"]
+    known = {"first": "2013-01", "rows": 3, "tables": {"flights": "raw@1"}}
+    value = {"a": "${tables}", "b": ["${rows}", "from ${first} with ${rows}"], "c": 5, "d": "$first"}
+    assert references(value) == ["tables", "rows", "first", "rows"]
     filled = {"a": {"flights": "raw@1"}, "b": [3, "from 2013-01 with 3"], "c": 5, "d": "$first"}
     assert fill(value, known) == filled
 
@@ -425,7 +485,7 @@ def test_a_run_from_beginning_to_end(demo: Path, settings: Settings) -> None:
     told: list[tuple[str, str | None]] = []
 
     def listen(kind: str, record: PipelineRun, stage: Any) -> None:
-        if kind != "cell":
+        if kind not in ("started", "cell", "line"):
             told.append((kind, stage and stage.name))
 
     before, here = dict(os.environ), Path.cwd()
@@ -488,8 +548,8 @@ def test_an_error_raised_on_purpose_is_shown_with_its_remedy(tmp_path: Path, set
 @pytest.mark.parametrize(
     ("deed", "words", "error_class"),
     [
-        ("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)", "ended by SIGKILL, as the system", "StageError"),
-        ("import os\nos._exit(3)", "ended by itself, with exit status 3", "StageError"),
+        ("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)", "ended by SIGKILL, as the system", "WorkerDied"),
+        ("import os\nos._exit(3)", "ended by itself, with exit status 3", "WorkerDied"),
         ("import sys\nsys.exit(4)", "SystemExit: 4", "SystemExit"),
     ],
 )
@@ -509,11 +569,10 @@ def test_a_stage_that_ends_its_process_is_an_error_like_any_other(
 def test_a_result_that_was_not_recorded_after_all(tmp_path: Path, settings: Settings) -> None:
     write_notebook(tmp_path / "a.ipynb", "", RECORD + "if 1 > 2:\n    record_result(x=1)")
     write_notebook(tmp_path / "b.ipynb", "x: int = None", "print(x)")
-    second = "{name: b, notebook: b.ipynb, parameters: {x: '${a.x}'}}"
-    text = f"name: two\nstages:\n- {{name: a, notebook: a.ipynb}}\n- {second}\n"
-    with pytest.raises(ResultError, match=r"\$\{a.x\} was not recorded. Call record_result\(x=…\)"):
-        run(write_pipeline(tmp_path, text), settings=settings)
-    assert [stage["status"] for stage in list_runs(settings)[0]["stages"]] == ["done", "failed"]
+    first, second = "{name: a, notebook: a.ipynb, outputs: {x: value}}", "{name: b, notebook: b.ipynb, inputs: [x]}"
+    with pytest.raises(ResultError, match=r"stage a promises 'x', but did not record it. Call record_result\(x=…\)"):
+        run(write_pipeline(tmp_path, f"name: two\nstages: [{first}, {second}]\n"), settings=settings)
+    assert [stage["status"] for stage in list_runs(settings)[0]["stages"]] == ["failed", "not run"]
 
 
 def test_a_stage_has_this_python_its_own_folder_and_the_settings(
@@ -562,8 +621,8 @@ def test_a_kernel_that_cannot_start_says_why(
 ) -> None:
     (tmp_path / "ipykernel_launcher.py").write_text("raise SystemExit('the launcher is broken')\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    with pytest.raises(StageError, match=r"before its first cell.*exit status 1: the launcher is broken"):
-        run(one_stage(tmp_path, "1"), settings=settings)
+    with pytest.raises(StageError, match=r"before its first cell.*status 1; its last words: the launcher is broken"):
+        run(one_stage(tmp_path, "1"), settings=settings, options=Options(engine="kernel"))
 
 
 def test_a_run_outside_the_main_thread(tmp_path: Path, settings: Settings) -> None:
@@ -616,7 +675,7 @@ def test_an_interrupted_cell_can_clean_up_but_not_for_ever(tmp_path: Path, setti
     with pytest.raises(KeyboardInterrupt):
         run(pipeline, settings=settings, on_event=interrupt)
     assert ended.exists() == polite
-    assert time.monotonic() - asked[0] < 2 * pipelines.GRACE + 5
+    assert time.monotonic() - asked[0] < 2 * GRACE + 5
     assert [child for child in psutil.Process().children() if "ipykernel_launcher" in child.cmdline()] == []
 
 
@@ -632,7 +691,7 @@ def test_a_run_stopped_at_its_very_beginning_has_its_record(
         assert not settings.runs.exists() or not list(settings.runs.iterdir()), "no folder before there is a record"
         return {"python": "3"}
 
-    monkeypatch.setattr(pipelines, "fingerprint", looks_around)
+    monkeypatch.setattr("mlops_course.pipelines.runs.fingerprint", looks_around)
     with pytest.raises(KeyboardInterrupt, match="SIGTERM"):
         run(demo, settings=settings, on_event=interrupt)
     (told,) = list_runs(settings)
@@ -640,17 +699,22 @@ def test_a_run_stopped_at_its_very_beginning_has_its_record(
     assert {stage["status"] for stage in told["stages"]} == {"not run"}
 
 
-@pytest.mark.parametrize("threads", [1, None])
-def test_stages_use_as_many_threads_as_the_settings_say(
-    settings: Settings, threads: int | None, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("threads", "width", "expected"), [(1, None, "1"), (None, 2, str(max(1, cores() // 2)))])
+def test_stages_share_the_cores(
+    tmp_path: Path, settings: Settings, threads: int | None, width: int | None, expected: str
 ) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    found = pipelines.kernel_environment(Settings(home=settings.home, threads=threads))
-    assert found["OMP_NUM_THREADS"] == ("7" if threads is None else "1")
-    assert found.get("MLOPS_COURSE_THREADS") == (None if threads is None else "1")
-    script = "from sklearn.utils._openmp_helpers import _openmp_effective_n_threads as n; print(n())"
-    counted = subprocess.run([sys.executable, "-c", script], env=found, capture_output=True, text=True, check=True)
-    assert threads is None or counted.stdout.strip() == "1"
+    count = "import os\nrecord_result(threads=os.environ['OMP_NUM_THREADS'], said=os.environ.get(NAME))"
+    count = count.replace("NAME", "'MLOPS_COURSE_THREADS'")
+    mine = Settings(home=settings.home, threads=threads)
+    record = run(one_stage(tmp_path, RECORD + count), settings=mine, options=Options(width=width))
+    assert record.results["only"] == {"threads": expected, "said": None if threads is None else "1"}
+
+
+def test_a_stages_variables_say_what_the_settings_are(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLOPS_COURSE_THREADS", "7")
+    found = stage_environment(Settings(home=settings.home, seed=5, threads=None))
+    assert (found["MLOPS_COURSE_HOME"], found["MLOPS_COURSE_SEED"]) == (str(settings.home), "5")
+    assert "MLOPS_COURSE_THREADS" not in found
 
 
 # ---------------------------------------------------------------- the disk
@@ -682,7 +746,8 @@ def test_a_disk_that_gets_full_while_a_pipeline_runs(small_disk: Path, tmp_path:
         run(big, settings=settings)
     (told,) = list_runs(settings)
     assert told["status"] == "failed"
-    assert sorted(path.name for path in Path(told["folder"]).iterdir()) == ["run.json"]
+    left = {path.name for path in Path(told["folder"]).iterdir()}
+    assert left <= {"run.json", "01_only.ipynb"}, "nothing half-written"
     small = one_stage(tmp_path, "1")
     assert run(small, settings=settings).status == "done", "the next run carries on"
 

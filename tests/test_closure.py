@@ -1,0 +1,497 @@
+"""Which source does a notebook reach, and when is a file read again? Real files, nothing is imported."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlops_course.pipelines.closure import (
+    Memo,
+    Reach,
+    SourceError,
+    canonical,
+    content_of,
+    digest,
+    find_module_file,
+    hash_files,
+    installed_packages,
+    own_cells,
+    portable_name,
+    reach,
+    unseen,
+)
+
+
+def write_notebook(path: Path, *cells: str, tags: Iterable[str] = (), **extra: object) -> Path:
+    """A notebook of code cells; the tags are those of the first."""
+    code = [
+        {
+            "cell_type": "code",
+            "source": source.splitlines(keepends=True),
+            "metadata": {"tags": list(tags)} if tags and number == 0 else {},
+            "outputs": [],
+            "execution_count": None,
+            **extra,
+        }
+        for number, source in enumerate(cells)
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    about = {"kernelspec": {"name": "python3", "language": "python", "display_name": "Python 3"}}
+    path.write_text(
+        json.dumps({"cells": code, "metadata": about, "nbformat": 4, "nbformat_minor": 4}), encoding="utf-8"
+    )
+    return path
+
+
+def write(path: Path, text: str = "") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def settle(*paths: Path) -> None:
+    """Wait until files have held still for long enough to be remembered."""
+    while any(time.time_ns() - path.stat().st_ctime_ns < 60_000_000 for path in paths):
+        time.sleep(0.01)
+
+
+# ---------------------------------------------------------------- values
+
+DIFFERENT = [
+    1,
+    1.0,
+    True,
+    "1",
+    "1.0",
+    "True",
+    None,
+    "None",
+    0,
+    0.0,
+    -0.0,
+    False,
+    "",
+    [],
+    {},
+    [1],
+    (1,),
+    [[1]],
+    {"1": 1},
+]
+DIFFERENT += [
+    {1: 1},
+    {"1": "1"},
+    float("inf"),
+    float("nan"),
+    "é",
+    "e\u0301",
+    "\ud800",
+    2**70,
+    1e22,
+    10**22,
+    [None],
+    [[]],
+]
+
+
+def test_values_that_differ_in_anything_have_different_keys() -> None:
+    keys = [digest(canonical(value)) for value in DIFFERENT]
+    assert len(set(keys)) == len(keys)
+
+
+PLAIN = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@given(PLAIN)
+def test_a_value_that_json_gave_back_has_the_same_key(value: object) -> None:
+    assert digest(canonical(json.loads(json.dumps(value)))) == digest(canonical(value))
+
+
+@given(st.dictionaries(st.text(), st.integers(), min_size=2))
+def test_the_order_of_keys_does_not_count(value: dict[str, int]) -> None:
+    assert canonical(dict(reversed(value.items()))) == canonical(value)
+
+
+def test_a_value_without_a_plain_form_is_refused_by_name() -> None:
+    with pytest.raises(SourceError, match="of type set, which can't be part of a key"):
+        canonical({"rows": {1, 2}})
+
+
+def test_a_path_stands_for_what_it_holds(tmp_path: Path) -> None:
+    one, two = write(tmp_path / "one" / "a.csv", "x"), write(tmp_path / "two" / "b.csv", "x")
+    assert canonical(one) == canonical(two)
+    assert canonical(one.parent) != canonical(two.parent), "in a folder, names count"
+    two.write_text("y", encoding="utf-8")
+    assert canonical(one) != canonical(two)
+    with pytest.raises(SourceError, match="can't read"):
+        canonical(tmp_path / "nothing")
+
+
+# ---------------------------------------------------------------- files
+
+
+def test_the_order_in_which_a_folder_was_filled_does_not_count(tmp_path: Path) -> None:
+    for folder, names in (("one", "abcdefgh"), ("two", "hgfedcba")):
+        for name in names:
+            write(tmp_path / folder / "inner" / f"{name}.csv", name)
+    assert content_of(tmp_path / "one") == content_of(tmp_path / "two")
+
+
+@pytest.mark.parametrize("change", ["rename", "move", "empty folder", "swap", "link"])
+def test_whatever_changes_a_folder_is_seen(tmp_path: Path, change: str) -> None:
+    folder = tmp_path / "folder"
+    a, b = write(folder / "a.csv", "1"), write(folder / "inner" / "b.csv", "2")
+    before = content_of(folder)
+    if change == "rename":
+        a.rename(folder / "c.csv")
+    elif change == "move":
+        b.rename(folder / "b.csv")
+    elif change == "empty folder":
+        (folder / "new").mkdir()
+    elif change == "swap":
+        a.write_text("2", encoding="utf-8")
+        b.write_text("1", encoding="utf-8")
+    else:
+        (folder / "link").symlink_to(tmp_path, target_is_directory=True)
+    assert content_of(folder) != before
+
+
+def remembered(memo: Memo, path: Path) -> bool:
+    """Whether the memo answers without opening the file."""
+    mode = path.stat().st_mode
+    known = memo._files.get(str(path))
+    assert path.stat().st_mode == mode
+    return known is not None
+
+
+def test_a_file_is_read_once(tmp_path: Path) -> None:
+    file, memo = write(tmp_path / "a.csv", "1,2"), Memo(tmp_path / "memo.json")
+    settle(file)
+    first = memo.hash(file)
+    memo.save()
+    again = Memo(tmp_path / "memo.json")
+    assert remembered(again, file)
+    assert again.hash(file) == first == hash_files([file])[file]
+
+
+@pytest.mark.parametrize("when", ["past", "same", "future"])
+def test_another_content_of_the_same_size_is_seen_whatever_the_clock_says(tmp_path: Path, when: str) -> None:
+    file, memo = write(tmp_path / "a.csv", "1,2"), Memo()
+    settle(file)
+    first, before = memo.hash(file), file.stat()
+    file.write_text("2,1", encoding="utf-8")
+    moved = {"past": -(10**15), "same": 0, "future": 10**15}[when]
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns + moved))
+    assert memo.hash(file) != first
+
+
+def test_a_file_put_in_place_by_a_rename_is_seen(tmp_path: Path) -> None:
+    file, other, memo = write(tmp_path / "a.csv", "1,2"), write(tmp_path / "b.csv", "2,1"), Memo()
+    os.utime(other, ns=(file.stat().st_atime_ns, file.stat().st_mtime_ns))
+    settle(file, other)
+    first = memo.hash(file)
+    other.replace(file)
+    assert memo.hash(file) != first
+
+
+def test_writes_in_quick_succession_are_all_seen(tmp_path: Path) -> None:
+    """Within one tick of the file system's clock, nothing but the content tells two writes apart."""
+    file, memo = tmp_path / "a.csv", Memo()
+    for number in range(300):
+        text = f"{number:03d}"
+        with file.open("r+" if file.exists() else "w", encoding="utf-8") as writer:
+            writer.write(text)
+        assert memo.hash(file) == hash_files([file])[file], text
+
+
+def test_a_file_from_the_future_is_read_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock was set back after the file was written."""
+    file, memo = write(tmp_path / "a.csv", "1,2"), Memo()
+    now = time.time_ns()
+    monkeypatch.setattr(time, "time_ns", lambda: now - 3600 * 10**9)
+    memo.hash(file)
+    assert not remembered(memo, file)
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"files": 1}', b'{"files": {"a": [1]}, "facts": {}}', b"\xff"])
+def test_a_damaged_memo_is_an_empty_one(tmp_path: Path, damage: bytes) -> None:
+    file = write(tmp_path / "a.csv", "1,2")
+    (tmp_path / "memo.json").write_bytes(damage)
+    settle(file)
+    memo = Memo(tmp_path / "memo.json")
+    assert memo.hash(file) == Memo().hash(file)
+    memo.save()
+    assert remembered(Memo(tmp_path / "memo.json"), file)
+
+
+def test_a_memo_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.csv", "1,2")
+    settle(file)
+    memo = Memo(file / "memo.json")
+    memo.hash(file)
+    memo.save()
+    assert file.read_text(encoding="utf-8") == "1,2"
+
+
+# ---------------------------------------------------------------- notebooks
+
+
+def test_only_code_and_tags_count(tmp_path: Path) -> None:
+    notebook = write_notebook(tmp_path / "a.ipynb", "x = 1", "print(x)", tags=["parameters"])
+    same = reach(notebook).cells
+    content = json.loads(notebook.read_text(encoding="utf-8"))
+    content["cells"][0] |= {"id": "new", "execution_count": 7, "outputs": [{"output_type": "stream", "text": "1"}]}
+    content["cells"][1]["source"] = "".join(content["cells"][1]["source"])
+    content["cells"].insert(0, {"cell_type": "markdown", "source": "# Prose", "metadata": {}})
+    content["metadata"]["kernelspec"] = {"name": "other"}
+    notebook.write_text(json.dumps(content, indent=3), encoding="utf-8")
+    assert reach(notebook).cells == same
+    assert reach(write_notebook(notebook, "x = 1", "print(x)")).cells != same, "the tag is gone"
+    assert reach(write_notebook(notebook, "print(x)", "x = 1", tags=["parameters"])).cells != same
+    assert reach(write_notebook(notebook, "x = 1\nprint(x)", tags=["parameters"])).cells != same
+
+
+def test_papermills_cell_is_not_the_notebooks_own(tmp_path: Path) -> None:
+    papermill = pytest.importorskip("papermill")
+    notebook = write_notebook(tmp_path / "a.ipynb", "x = 1", "print(x)", tags=["parameters"])
+    prepared = papermill.iorw.load_notebook_node(str(notebook))
+    filled = papermill.parameterize.parameterize_notebook(prepared, {"x": 2})
+    write(tmp_path / "b.ipynb", json.dumps(filled))
+    assert own_cells((tmp_path / "b.ipynb").read_bytes()) == own_cells(notebook.read_bytes())
+    assert reach(tmp_path / "b.ipynb").cells != reach(notebook).cells
+
+
+@pytest.mark.parametrize("content", ["", "text", "[]", "{}", '{"cells": 3}', '{"cells": [{}]}'])
+def test_what_is_no_notebook_is_refused_by_name(tmp_path: Path, content: str) -> None:
+    with pytest.raises(SourceError, match=r"a\.ipynb"):
+        reach(write(tmp_path / "a.ipynb", content))
+    with pytest.raises(SourceError, match=r"nothing\.ipynb"):
+        reach(tmp_path / "nothing.ipynb")
+
+
+# ---------------------------------------------------------------- imports
+
+
+def reached(folder: Path, *cells: str) -> Reach:
+    return reach(write_notebook(folder / "stage.ipynb", *cells), [folder])
+
+
+def test_imports_are_followed_wherever_they_stand(tmp_path: Path) -> None:
+    write(tmp_path / "top.py", "import below")
+    write(tmp_path / "below.py", "def f():\n    if 1:\n        from pkg.sub import mod\n")
+    write(tmp_path / "pkg" / "__init__.py", "from . import helper")
+    write(tmp_path / "pkg" / "helper.py", "import json, pandas.testing")
+    write(tmp_path / "pkg" / "sub" / "__init__.py")
+    write(tmp_path / "pkg" / "sub" / "mod.py", "from .. import late\nfrom ..helper import x\nfrom .near import y")
+    write(tmp_path / "pkg" / "late.py", "import unknown_thing")
+    write(tmp_path / "pkg" / "sub" / "near.py")
+    write(tmp_path / "pkg" / "unused.py")
+    found = reached(tmp_path, "def g():\n    import top")
+    names = {"top", "below", "pkg", "pkg.helper", "pkg.late", "pkg.sub", "pkg.sub.mod", "pkg.sub.near"}
+    assert set(found.modules) == names
+    assert found.packages == ("pandas", "unknown_thing")
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        "import pkg.one",
+        "from pkg import one",
+        "from pkg.one import f",
+        "import pkg.one as p",
+        "try:\n    import pkg.one\nexcept ImportError:\n    pass",
+        "%matplotlib inline\n!ls\nfiles = !ls\nimport pkg.one",
+        "pkg?\nimport pkg.one",
+        "%%time\nimport pkg.one",
+        "await f()\nasync with g() as h:\n    import pkg.one",
+        "importlib.import_module('pkg.one')",
+        "__import__('pkg.one')",
+        "this is no python\nimport pkg.one",
+        "text = '''\n%not magic\n'''\nimport pkg.one",
+    ],
+)
+def test_each_way_to_import_is_seen(tmp_path: Path, cell: str) -> None:
+    write(tmp_path / "pkg" / "__init__.py")
+    write(tmp_path / "pkg" / "one.py")
+    assert set(reached(tmp_path, cell).modules) == {"pkg", "pkg.one"}
+
+
+def test_a_cell_in_another_language_imports_nothing(tmp_path: Path) -> None:
+    write(tmp_path / "pkg.py")
+    assert reached(tmp_path, "%%bash\nfor f in *; do echo $f; done").modules == {}
+
+
+@pytest.mark.parametrize("broken", ["def f(:\n", "import \x00"])
+def test_a_module_that_python_cannot_read_still_counts(tmp_path: Path, broken: str) -> None:
+    write(tmp_path / "helper.py", broken)
+    before = reached(tmp_path, "import helper").modules
+    write(tmp_path / "helper.py", broken + "#")
+    assert set(before) == {"helper"}
+    assert reached(tmp_path, "import helper").modules != before
+
+
+def test_the_search_is_pythons(tmp_path: Path) -> None:
+    """A package before a module; a module named like one of Python's or an installed one is not reached."""
+    write(tmp_path / "both" / "__init__.py", "# package")
+    write(tmp_path / "both.py", "# module")
+    write(tmp_path / "json.py")
+    write(tmp_path / "pandas.py")
+    write(tmp_path / "space" / "inner.py")
+    found = reached(tmp_path, "import both, json, pandas, space.inner")
+    assert set(found.modules) == {"both", "space.inner"}
+    assert found.files["both"].endswith("__init__.py")
+    sys.path.append(str(tmp_path))
+    try:
+        importlib.invalidate_caches()
+        for name in ("both", "space.inner"):
+            spec = importlib.util.find_spec(name)
+            assert spec is not None
+            assert spec.origin == found.files[name]
+    finally:
+        sys.path.remove(str(tmp_path))
+        for name in ("both", "space", "space.inner"):
+            sys.modules.pop(name, None)
+
+
+def test_nothing_is_imported_to_find_it(tmp_path: Path) -> None:
+    write(tmp_path / "pkg" / "__init__.py", "raise SystemExit('imported')")
+    write(tmp_path / "pkg" / "one.py", "raise SystemExit('imported')")
+    assert set(reached(tmp_path, "import pkg.one").modules) == {"pkg", "pkg.one"}
+
+
+def test_a_module_that_appears_later_is_found(tmp_path: Path) -> None:
+    cell = "try:\n    import helper\nexcept ImportError:\n    helper = None"
+    assert reached(tmp_path, cell).modules == {}
+    write(tmp_path / "helper.py")
+    assert set(reached(tmp_path, cell).modules) == {"helper"}
+
+
+def test_this_package_is_always_project_source(root: Path, tmp_path: Path) -> None:
+    found = reached(tmp_path, "from mlops_course.pipelines import record_result")
+    assert {"mlops_course", "mlops_course.pipelines", "mlops_course.environment"} <= set(found.modules)
+    assert found.files["mlops_course.environment"] == str(root / "mlops_course" / "environment.py")
+
+
+def test_this_package_in_site_packages_is_project_source_as_well(root: Path, tmp_path: Path) -> None:
+    """As after `pip install` of the wheel."""
+    site = tmp_path / "lib" / "site-packages"
+    shutil.copytree(root / "mlops_course", site / "mlops_course", ignore=shutil.ignore_patterns("__pycache__"))
+    notebook = write_notebook(tmp_path / "a.ipynb", "import mlops_course.environment")
+    code = (
+        f"import sys; sys.path.insert(0, {str(site)!r})\n"
+        "from pathlib import Path\n"
+        "from mlops_course.pipelines.closure import reach\n"
+        f"found = reach(Path({str(notebook)!r}))\n"
+        "print(found.files['mlops_course.environment'], found.cells, sorted(found.modules.items()))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    here = reach(notebook)
+    file, cells, modules = run.stdout.strip().split(" ", 2)
+    assert Path(file).is_relative_to(site)
+    assert (cells, modules) == (here.cells, str(sorted(here.modules.items()))), "the same, wherever it is"
+
+
+def test_an_editable_installation_is_project_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a .pth file it is on sys.path; by setuptools' finder it isn't."""
+    write(tmp_path / "clone" / "company_library" / "__init__.py", "from . import inner")
+    write(tmp_path / "clone" / "company_library" / "inner.py")
+    notebook = write_notebook(tmp_path / "a.ipynb", "import company_library")
+
+    class Finder:
+        __module__ = "__editable___company_library_1_0_finder"
+
+        @staticmethod
+        def find_spec(name: str, path: object = None) -> object:
+            folder = tmp_path / "clone" / "company_library"
+            if name != "company_library":
+                return None
+            return importlib.util.spec_from_file_location(
+                name, folder / "__init__.py", submodule_search_locations=[str(folder)]
+            )
+
+    assert reach(notebook).packages == ("company_library",)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "meta_path", [*sys.meta_path, Finder()])
+        by_finder = reach(notebook)
+    monkeypatch.syspath_prepend(str(tmp_path / "clone"))
+    assert by_finder.modules == reach(notebook).modules
+    assert set(by_finder.modules) == {"company_library", "company_library.inner"}
+
+
+def test_it_is_the_same_wherever_the_project_lies(tmp_path: Path) -> None:
+    found = []
+    for place in (tmp_path / "one", tmp_path / "two" / "deeper"):
+        write(place / "helper.py", "x = 1")
+        found.append(reached(place, "import helper"))
+    one, two = found
+    assert (one.cells, one.modules, one.packages) == (two.cells, two.modules, two.packages)
+
+
+def test_a_touched_module_is_told_even_if_it_was_put_back(tmp_path: Path) -> None:
+    helper = write(tmp_path / "helper.py", "x = 1")
+    settle(helper)
+    found = reached(tmp_path, "import helper")
+    assert found.touched() == []
+    helper.write_text("x = 2", encoding="utf-8")
+    helper.write_text("x = 1", encoding="utf-8")
+    assert found.touched() == ["helper"]
+    helper.unlink()
+    assert found.touched() == ["helper"]
+
+
+def test_modules_that_only_the_run_shows_have_portable_names(tmp_path: Path) -> None:
+    helper, plugin = write(tmp_path / "helper.py"), write(tmp_path / "plugins" / "one.py")
+    found = reached(tmp_path, "import helper")
+    extra = unseen(found, [str(helper), str(plugin), str(tmp_path / "gone.py")])
+    assert extra == {"plugins/one.py": str(plugin), "gone.py": str(tmp_path / "gone.py")}
+    assert find_module_file("plugins/one.py", [str(tmp_path)]) == plugin
+    assert find_module_file("plugins/two.py", [str(tmp_path)]) is None
+    assert portable_name("/elsewhere/x.py", []) == "/elsewhere/x.py"
+
+
+# ---------------------------------------------------------------- packages
+
+
+def distribution(site: Path, name: str, version: str, files: dict[str, str]) -> None:
+    lines = [f"{file},sha256={content},3" for file, content in files.items()]
+    lines += [f"{name}-{version}.dist-info/METADATA,sha256=any,9", f"../../bin/{name},sha256={site.name},3"]
+    write(site / f"{name}-{version}.dist-info" / "RECORD", "\n".join(lines) + "\n")
+
+
+def test_packages_are_read_from_folder_names_and_their_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    for site in (one, two):
+        distribution(site, "Company_Lib", "0.1.0", {"company/__init__.py": "aaa"})
+        (site / "old-2.0-py3.11.egg-info").mkdir()
+    found = []
+    for site in (one, two):
+        monkeypatch.setattr(sys, "path", [str(site)])
+        found.append(installed_packages())
+    assert found[0] == found[1], "the place does not count"
+    assert found[0]["company-lib"].startswith("0.1.0 ")
+    assert found[0]["old"] == "2.0"
+    distribution(two, "Company_Lib", "0.1.0", {"company/__init__.py": "bbb"})
+    assert installed_packages()["company-lib"] != found[0]["company-lib"], "the same version, built again"
+
+
+def test_installed_packages_are_those_of_importlib(monkeypatch: pytest.MonkeyPatch) -> None:
+    from importlib import metadata
+
+    normal = lambda name: name.replace("_", "-").replace(".", "-").lower()  # noqa: E731
+    found = installed_packages()
+    expected = {normal(dist.name): dist.version for dist in metadata.distributions()}
+    expected.pop("mlops-course", None)
+    assert {name: text.split()[0] for name, text in found.items()} == expected
