@@ -237,7 +237,8 @@ def test(arguments: list[str]) -> None:
         alone = {} if workers == "0" else {"OMP_NUM_THREADS": "1"}  # two models on two cores wait for each other
         notebooks_failed = call(tool("nbdev_test"), "--n_workers", workers, "--timing", **apart, **alone)
         print("2. The tests", flush=True)
-        tests_failed = call(*module("pytest", *arguments), **apart)
+        side_by_side = () if workers == "0" else ("-n", workers, "--dist", "loadfile")
+        tests_failed = call(*module("pytest", *side_by_side, *arguments), **apart)
     if notebooks_failed:
         raise Stop("a notebook failed: see above")
     if tests_failed:
@@ -320,7 +321,8 @@ def lock(arguments: list[str]) -> None:
     settings = ConfigParser(delimiters=["="])
     settings.read(ROOT / "settings.ini", encoding="utf-8")
     project = settings["DEFAULT"]
-    wishes = "\n".join(project[key] for key in ("requirements", "course_requirements", "dev_requirements"))
+    groups = ("requirements", "course_requirements", "cluster_requirements", "dev_requirements")
+    wishes = "\n".join(project[group] for group in groups)
     uv = tool("uv") if tool("uv").exists() else shutil.which("uv")
     if not uv:
         raise Stop("uv is needed to make a lock: make install brings it, or pip install uv")

@@ -16,7 +16,8 @@ import psutil
 import pytest
 
 from mlops_course import __version__
-from mlops_course.cli import _summary, _Watched, describe_error, parse_parameters, ui_command, without_password
+from mlops_course.cli import _Watched, describe_error, parse_parameters, ui_command, without_password
+from mlops_course.console import summary
 from mlops_course.environment import CourseError, Settings
 from mlops_course.pipelines import ParameterError, PipelineRun, StageRun
 
@@ -36,7 +37,7 @@ def course(*arguments: object, seconds: float = 60, **variables: str) -> subproc
 def write_pipeline(folder: Path, *cells: str) -> Path:
     """A pipeline `greet` with one stage and one required parameter."""
     code = nbformat.v4.new_code_cell
-    first = code("month: str = None", metadata={"tags": ["parameters"]})
+    first = code("month: str | None = None", metadata={"tags": ["parameters"]})
     nbformat.write(nbformat.v4.new_notebook(cells=[first, *map(code, cells)]), folder / "greet.ipynb")
     text = """
         name: greet
@@ -146,11 +147,12 @@ def test_an_unknown_pipeline_is_wrong_usage() -> None:
 
 def test_a_run_for_people(greet: Path, tmp_path: Path) -> None:
     home = tmp_path / "elsewhere"
-    done = course("run", greet, "-p", "month=2013-10", "--source", tmp_path, "--home", home)
+    done = course("run", greet, "-p", "month=2013-10", "--source", tmp_path, "--home", home, "--width", 1)
     assert done.returncode == 0, done.stderr
     assert done.stderr.splitlines()[0] == "[1/2] greet ..."
-    assert done.stderr.splitlines()[1].startswith("[1/2] greet: done in ")
-    assert done.stderr.splitlines()[1].endswith(" s: hello 2013-10")
+    assert done.stderr.splitlines()[1] == "[1/2] greet| 2013-10"
+    assert done.stderr.splitlines()[-4].startswith("[1/2] greet: done in ")
+    assert done.stderr.splitlines()[-4].endswith(" s: hello 2013-10")
     for words in ("greet: done", "hello 2013-10", "n 1", "ours", "0.5679", "constant", "/tmp/drift[1].html"):
         assert words in done.stdout
     (folder,) = (home / "runs").iterdir()
@@ -164,7 +166,7 @@ def test_a_run_for_people(greet: Path, tmp_path: Path) -> None:
 
 def test_a_run_for_programs_fails_with_the_same_document(tmp_path: Path, settings: Settings) -> None:
     failing = write_pipeline(tmp_path, "print('{')", "raise RuntimeError(f'no [bold]{month}[/bold]')")
-    done = course("run", failing, "-p", "month=2013-10", "--json")
+    done = course("run", failing, "-p", "month=2013-10", "--json", "--width", 1)
     document = json.loads(done.stdout)
     assert done.returncode == 1
     assert [stage["status"] for stage in document["stages"]] == ["failed", "not run"]
@@ -210,7 +212,7 @@ def test_the_end_says_whether_the_bars_are_reached(
     tmp_path: Path, results: dict[str, Any], expected: list[str]
 ) -> None:
     stages = [StageRun("evaluate", tmp_path, "test figures", "done", 1.0, results=results)]
-    tables = _summary(PipelineRun("id", "training", tmp_path, {}, stages, "2013-01-01", "done"))
+    tables = summary(PipelineRun("id", "training", tmp_path, {}, stages, "2013-01-01", "done"))
     assert [str(each) for each in tables[1:]] == expected
 
 
@@ -293,7 +295,7 @@ def test_an_interrupted_run_leaves_no_process_and_says_so(tmp_path: Path, settin
     process = start_a_long_run(tmp_path)
     wait_for((tmp_path / "began").exists)
     started = descendants(process.pid)
-    assert len(started) == 2, "a kernel and its child"
+    assert len(started) >= 2, "a worker and its child, and whatever workers come from"
     process.send_signal(signal.SIGINT)
     time.sleep(0.02)
     process.send_signal(signal.SIGINT)
@@ -301,19 +303,20 @@ def test_an_interrupted_run_leaves_no_process_and_says_so(tmp_path: Path, settin
     assert process.returncode == 130
     assert [line for line in errors.splitlines() if line.startswith("error: ")] == [errors.splitlines()[-1]]
     assert "interrupted" in errors.splitlines()[-1]
-    assert "Traceback" not in errors
+    ours = [line for line in errors.splitlines() if not line.startswith("[")]  # the others are what cells print
+    assert not [line for line in ours if "Traceback" in line]
     assert "Task" not in errors, "asyncio has nothing to complain about"
     assert [process for process in started if is_alive(process)] == []
     (folder,) = settings.runs.iterdir()
     told = json.loads((folder / "run.json").read_text())
     assert (told["status"], told["error"]) == ("interrupted", "interrupted by SIGINT")
-    assert sorted(path.name for path in folder.iterdir()) == ["01_greet.ipynb", "run.json"]
+    assert {path.name for path in folder.iterdir()} - {"02_again.ipynb"} == {"01_greet.ipynb", "run.json"}
 
 
 @posix_only
-def test_a_run_can_be_stopped_before_its_kernel_is_ready(tmp_path: Path, settings: Settings) -> None:
+def test_a_run_can_be_stopped_before_its_worker_is_ready(tmp_path: Path, settings: Settings) -> None:
     process = start_a_long_run(tmp_path)
-    wait_for(lambda: kernels(process.pid))
+    wait_for(lambda: descendants(process.pid))
     started = descendants(process.pid)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=20)
@@ -324,15 +327,89 @@ def test_a_run_can_be_stopped_before_its_kernel_is_ready(tmp_path: Path, setting
 
 
 @posix_only
-def test_a_killed_run_does_not_leave_its_kernel_for_long(tmp_path: Path, settings: Settings) -> None:
+def test_a_killed_run_leaves_no_process_and_says_so_later(tmp_path: Path, settings: Settings) -> None:
     process = start_a_long_run(tmp_path)
     wait_for((tmp_path / "began").exists)
-    (kernel,) = kernels(process.pid)
+    started = descendants(process.pid)
     process.kill()
     process.communicate(timeout=20)
-    wait_for(lambda: not is_alive(kernel), 15)
+    wait_for(lambda: not any(map(is_alive, started)), 15)
     (folder,) = settings.runs.iterdir()
     assert json.loads((folder / "run.json").read_text())["stages"][0]["status"] == "running"
+    assert json.loads(course("runs", "--json").stdout)[0]["status"] == "killed"
+
+
+# ---------------------------------------------------------------- what would run, and what was run
+
+
+def test_a_plan_a_run_and_nothing_to_do(greet: Path, tmp_path: Path) -> None:
+    month = ("-p", "month=2013-10")
+    planned = json.loads(course("plan", greet, *month, "--json").stdout)
+    assert [each["action"] for each in planned] == ["run", "run"]
+    assert planned[0]["reasons"] == ["never run before"]
+    assert course("run", greet, *month).returncode == 0
+    assert "nothing to do" in course("plan", greet, *month).stdout
+    again = course("run", greet, *month)
+    assert [line.split(":")[1].split()[0] for line in again.stderr.splitlines()] == ["cached", "cached"]
+    changed = json.loads(course("plan", greet, "-p", "month=2013-11", "--json").stdout)
+    assert changed[0]["reasons"] == ["parameter month changed (2013-10 -> 2013-11)"]
+
+
+def test_runs_can_be_shown_and_compared(greet: Path) -> None:
+    for month in ("2013-10", "2013-11"):
+        assert course("run", greet, "-p", f"month={month}").returncode == 0
+    ids = [run["id"] for run in json.loads(course("runs", "--json").stdout)]
+    shown = json.loads(course("runs", "show", "--json").stdout)
+    assert (shown["id"], shown["parameters"]["month"]) == (ids[0], "2013-11")
+    assert ids[1] in course("runs", "show", ids[1]).stdout
+    different = json.loads(course("runs", "diff", ids[1], "--json").stdout)
+    assert different["parameters.month"] == ["2013-10", "2013-11"]
+    assert "2013-11" in course("runs", "diff", ids[1], ids[0]).stdout
+    lost = course("runs", "show", "1999")
+    assert "there is no run '1999'" in one_error_line(lost)
+    assert lost.returncode == 1
+
+
+def test_the_cache_can_be_listed_thinned_out_and_checked(greet: Path, settings: Settings) -> None:
+    assert course("run", greet, "-p", "month=2013-10").returncode == 0
+    entries = json.loads(course("cache", "list", "--json").stdout)
+    assert {each["stage"] for each in entries} == {"greet", "again"}
+    assert "greet" in course("cache", "list").stdout
+    assert course("cache", "verify").stdout == "the cache is sound\n"
+    blob = next(path for path in (settings.cache / "blobs").rglob("*.ipynb"))
+    blob.chmod(0o644)
+    blob.write_text(blob.read_text().replace("hello", "hullo"))
+    wrong = course("cache", "verify")
+    assert wrong.returncode == 1
+    assert "was changed" in wrong.stdout
+    assert json.loads(course("cache", "prune", "--keep", "0", "--json").stdout)["entries"] == 2
+    assert json.loads(course("cache", "list", "--json").stdout) == []
+
+
+def test_a_backfill_says_which_month_failed_and_why(tmp_path: Path, settings: Settings) -> None:
+    failing = write_pipeline(tmp_path, "print('{')", "assert month != '2013-02', 'February is closed'")
+    months = ("--first", "2013-01", "--last", "2013-03")
+    done = course("backfill", failing, *months, "--json")
+    assert done.returncode == 1
+    filled = json.loads(done.stdout)
+    assert [each["status"] for each in filled] == ["done", "failed", "done"]
+    assert "February is closed" in filled[1]["error"]
+    assert "2013-02" in course("backfill", failing, *months).stdout
+
+
+def test_a_pipeline_can_be_drawn_and_written_for_others(
+    greet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert course("graph", greet).stdout.startswith("flowchart")
+    for name in ("graph.png", "graph.svg"):
+        assert course("graph", greet, "-o", tmp_path / name).returncode == 0
+        assert (tmp_path / name).stat().st_size > 1000
+    for system in ("github", "airflow", "argo"):
+        assert "greet" in course("export", greet, "--to", system).stdout
+    assert course("export", greet, "--to", "argo", "-o", tmp_path / "argo.yaml").returncode == 0
+    assert "greet" in (tmp_path / "argo.yaml").read_text()
+    assert "slurm" in one_error_line(course("export", greet, "--to", "slurm"))
 
 
 # ---------------------------------------------------------------- the other commands
