@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SETTLED', 'Witness', 'MOST', 'Listing', 'SUFFIXES', 'OWN', 'SourceError', 'digest', 'canonical', 'witness',
            'last_change', 'Memo', 'hash_files', 'list_files', 'content_hash', 'content_of', 'code_cells', 'own_cells',
-           'imports_of', 'Reach', 'reach', 'portable_name', 'find_module_file', 'unseen', 'installed_packages',
-           'python_version']
+           'syntax_tree', 'imports_of', 'Reach', 'reach', 'portable_name', 'find_module_file', 'unseen',
+           'installed_packages', 'python_version']
 
 # %% ../../nbs/internals/09_closure.ipynb #01ae2465
 import ast
@@ -287,22 +287,33 @@ def own_cells(
     """The code cells without the one that papermill adds: the same before and after a run."""
     return digest([cell for cell in code_cells(notebook) if "injected-parameters" not in cell[1]])
 
+# %% ../../nbs/internals/09_closure.ipynb #5c1e77ab
+_TREES = threading.Lock()
+
+
+def syntax_tree(
+    source: str | bytes,  # of a module or a cell
+    flags: int = 0,  # more of the compiler's flags
+) -> ast.Module:
+    """A syntax tree, one at a time. Raises: SyntaxError, ValueError, RecursionError."""
+    with _TREES:
+        return compile(source, "cell", "exec", ast.PyCF_ONLY_AST | flags, dont_inherit=True)  # type: ignore[return-value]
+
 # %% ../../nbs/internals/09_closure.ipynb #51e27b64
 _MAGIC = re.compile(r"^(\s*)(?:[%!?]|[\w.\[\], ]+=\s*[%!]).*|^(\s*)\S.*\?\s*$")
 
 
 def _parse(source: str) -> ast.AST:
     """A cell's syntax tree; what can't be parsed is left out, line by line if need be."""
-    flags = ast.PyCF_ONLY_AST | ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
     body = source.split("\n", 1)[1] if source.startswith("%%") and "\n" in source else source
     lines = [_MAGIC.sub(r"\1\2pass", line) for line in body.split("\n")]
     for text in (body, "\n".join(lines)):
         with contextlib.suppress(SyntaxError, ValueError, RecursionError):
-            return compile(text, "cell", "exec", flags, dont_inherit=True)
+            return syntax_tree(text, ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
     found: list[ast.stmt] = []
     for line in lines:
         with contextlib.suppress(SyntaxError, ValueError, RecursionError):
-            found += ast.parse(line.strip()).body
+            found += syntax_tree(line.strip()).body
     return ast.Module(found, [])
 
 # %% ../../nbs/internals/09_closure.ipynb #8bafda08
@@ -336,7 +347,7 @@ def _notebook_facts(content: bytes) -> dict[str, Any]:
 def _module_facts(content: bytes) -> list[str]:
     """A module's imports; none if Python itself couldn't read it."""
     try:
-        return imports_of(ast.parse(content))
+        return imports_of(syntax_tree(content))
     except (SyntaxError, ValueError, RecursionError):
         return []
 
