@@ -371,11 +371,14 @@ def run_quietly(
 def version_of(
     package: str,  # as the index names it
 ) -> str | None:
-    """The installed version, without importing the package."""
+    """The installed version, without importing the package or reading all that its papers say."""
     try:
-        return metadata.version(package)
+        papers = metadata.distribution(package)
     except metadata.PackageNotFoundError:
         return None
+    text = papers.read_text("METADATA") or papers.read_text("PKG-INFO") or ""
+    found = re.search(r"^Version: (.+)$", text, re.MULTILINE)
+    return found[1].strip() if found else papers.version
 
 
 def cores() -> int:
