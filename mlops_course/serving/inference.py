@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['OPERATION', 'CHUNK', 'Codes', 'NUMBERS', 'LARGEST', 'InputError', 'Reason', 'check_graph', 'Predictor',
-           'load_predictor']
+__all__ = ['OPERATION', 'BRANCHES', 'TREES', 'CHUNK', 'Codes', 'NUMBERS', 'LARGEST', 'InputError', 'Reason', 'check_graph',
+           'Predictor', 'load_predictor']
 
 # %% ../../nbs/internals/07_inference.ipynb #ca411371
 class InputError(CourseError):
@@ -72,25 +72,36 @@ def check_graph(
     if model.functions or model.graph.initializer or model.graph.sparse_initializer or model.training_info:
         return "it holds more than the operation"
     table = {each.name: each for each in model.graph.node[0].attribute}
+    if "post_transform" not in table or table["post_transform"].s != b"LOGISTIC":
+        return "its scores are no probabilities"
     return _check_trees({name: np.array(each.ints, np.int64) for name, each in table.items()}, table, width)
+
+# %% ../../nbs/internals/07_inference.ipynb #29a2a8e0
+BRANCHES = ("treeids", "nodeids", "featureids", "truenodeids", "falsenodeids")
+TREES = {f"nodes_{part}" for part in (*BRANCHES, "values", "modes")}
+TREES |= {f"class_{part}" for part in ("treeids", "nodeids", "ids", "weights")}
 
 # %% ../../nbs/internals/07_inference.ipynb #ff4d246b
 def _check_trees(ints: dict[str, np.ndarray], table: dict[str, Any], width: int) -> str | None:
     """What is wrong with a table of trees; None: nothing. A branch leads to a later node of the same tree."""
-    parts = ("treeids", "nodeids", "featureids", "truenodeids", "falsenodeids")
-    if any(f"nodes_{part}" not in ints for part in parts) or "nodes_modes" not in table:
+    if not TREES.issubset(table):
         return "its trees are incomplete"
-    tree, node, feature, yes, no = (ints[f"nodes_{part}"] for part in parts)
+    tree, node, feature, yes, no = (ints[f"nodes_{part}"] for part in BRANCHES)
+    leaves = [*zip(ints["class_treeids"].tolist(), ints["class_nodeids"].tolist(), strict=False)]
     modes = np.array([mode.decode("ascii", "replace") for mode in table["nodes_modes"].strings])
     if {len(tree), len(node), len(feature), len(yes), len(no), len(table["nodes_values"].floats)} != {len(modes)}:
         return "its trees are incomplete"
+    weights, classes = table["class_weights"].floats, ints["class_ids"]
+    if not len(leaves) == len(classes) == len(weights) or classes.any():
+        return "its leaves are incomplete"
     if not set(modes) <= {"BRANCH_LEQ", "LEAF"}:
         return "its trees have branches of an unknown kind"
     branch = modes == "BRANCH_LEQ"
     there = set(zip(tree.tolist(), node.tolist(), strict=True))
     inner = tree[branch].tolist()
     ends = [*zip(inner, yes[branch].tolist(), strict=True), *zip(inner, no[branch].tolist(), strict=True)]
-    if len(there) != len(modes) or not there.issuperset(ends) or (np.minimum(yes, no)[branch] <= node[branch]).any():
+    backwards = np.minimum(yes, no)[branch] <= node[branch]
+    if len(there) != len(modes) or not there.issuperset(ends + leaves) or backwards.any():
         return "its trees have circles, or branches that lead nowhere"
     if ((feature < 0) | (feature >= width)).any():
         return f"its trees look at features beyond the {width} of the manifest"
@@ -286,7 +297,8 @@ def _carefully(rows: list[Any], codes: Codes, features: tuple[str, ...], unknown
 # %% ../../nbs/internals/07_inference.ipynb #ca8af814
 def _missing(value: object) -> bool:
     """None, NaN, pandas' NA: whatever does not equal itself."""
-    return value is None or type(value).__name__ == "NAType" or (isinstance(value, float) and value != value)
+    missing = isinstance(value, (float, np.floating)) and value != value
+    return value is None or bool(missing) or type(value).__name__ == "NAType"
 
 
 def _code(value: Any, known: Mapping[str, float], name: str, row: int) -> float:
