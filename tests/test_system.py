@@ -184,7 +184,7 @@ def test_data_that_cannot_be_used_stop_the_run_in_one_line(
     assert not leftovers(home)
     (run,) = (home / "runs").iterdir()
     told = json.loads((run / "run.json").read_text())
-    assert [stage["status"] for stage in told["stages"]] == ["failed"] + ["not run"] * 7
+    assert [stage["status"] for stage in told["stages"]] == ["failed"] + ["not run"] * 8
     assert str(run / "01_ingest.ipynb") in done.error
     assert sorted(path.name for path in run.iterdir()) == ["01_ingest.ipynb", "run.json"]
 
