@@ -1,6 +1,6 @@
-"""What does it cost to run eight notebooks as a pipeline, beside the same code as plain functions, and beside others?
+"""What does it cost to run nine notebooks as a pipeline, beside the same code as plain functions, and beside others?
 
-The eight stage notebooks of `training` run on a small slice of the real data (every so many flights of January to
+The nine stage notebooks of `training` run on a small slice of the real data (every so many flights of January to
 March), so that what is compared is what surrounds the work. Each way runs in fresh processes and in a fresh workspace,
 one after the other, several times; the median counts. Then: a trivial notebook, a pipeline in which nothing changed,
 and a model for each of twelve months on one core and on two.
@@ -205,7 +205,7 @@ def _snakemake(folder: Path, source: Path, snakemake: str) -> float:
 def nothing_to_do(source: Path, folders: dict[str, Path], peers: argparse.Namespace, repeat: int) -> dict[str, float]:
     """The same command once more, when everything is there."""
     home = folders["this runner"]
-    for _ in range(2):  # the first run changed the registry, so that two stages look again once
+    for _ in range(2):  # the first run changed the registry, so that three stages look again once
         seconds(course(source), home)
     commands: dict[str, tuple[list[str], Path | None, Path]] = {"this runner": (course(source), None, home)}
     if peers.dvc:
@@ -306,7 +306,7 @@ def measure(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
             folders[name] = folder
             print(f"  {name}: {times[name][-1]:.1f} s", file=sys.stderr, flush=True)
     return {
-        "eight stages, s": {name: statistics.median(each) for name, each in times.items()},
+        "nine stages, s": {name: statistics.median(each) for name, each in times.items()},
         "nothing to do, s": nothing_to_do(source, folders, arguments, arguments.repeat),
         "a trivial notebook, ms": trivial(work),
         "a model for each of 12 months, s": {f"width {key}": value for key, value in twelve_months(work).items()},
@@ -315,7 +315,7 @@ def measure(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
 
 def bars(found: dict[str, Any]) -> dict[str, bool]:
     """What should hold, in words with the figure."""
-    stages, idle = found["eight stages, s"], found["nothing to do, s"]["this runner"]
+    stages, idle = found["nine stages, s"], found["nothing to do, s"]["this runner"]
     months, small = found["a model for each of 12 months, s"], found["a trivial notebook, ms"]["this runner's worker"]
     ours, parent = stages["this runner"], stages["papermill from one parent"]
     overhead, gain = ours / stages["plain functions, one process"], months["width 1"] / months["width 2"]

@@ -12,7 +12,15 @@ from conftest import settings_in
 
 from mlops_course.environment import Settings
 from mlops_course.experiments import _make_store, quiet_mlflow
-from mlops_course.pipelines.states import StateError, local_path, read_states, registry, run_folders, tracking_file
+from mlops_course.pipelines.states import (
+    StateError,
+    local_path,
+    read_states,
+    registry,
+    run_folders,
+    serving,
+    tracking_file,
+)
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +58,38 @@ def test_no_store_is_the_same_as_an_empty_one(settings: Settings, empty_store: P
     assert not tracking_file(settings).exists(), "looking makes nothing"
     shutil.copy(empty_store, tracking_file(settings))
     assert registry(settings) == before is not None
+
+
+def test_what_is_served_is_a_state_that_any_change_of_it_changes(settings: Settings) -> None:
+    from mlops_course.serving import FeatureTable
+    from mlops_course.serving.online import FileStore, Layout, _write_file, features_path
+
+    states = [serving(settings)]
+    assert not settings.serving.exists(), "looking makes nothing"
+
+    def changed() -> bool:
+        states.append(serving(settings))
+        assert states[-1] is not None
+        return states[-1] not in states[:-1]
+
+    live, manifest = settings.serving / "live.json", settings.serving / "bundles" / "late@1" / "bundle.json"
+    manifest.parent.mkdir(parents=True)
+    live.write_text('{"bundle": "late@1"}', encoding="utf-8")
+    assert changed()
+    manifest.write_text("{}", encoding="utf-8")
+    assert changed()
+    layout = Layout((("flight", "integer"),), ("speed",), ())
+    for number_of_write, number in enumerate((1, 1, 2)):
+        _write_file(features_path(settings), "late", layout, {"2013-01": {"7": b"?"}}, f"features@{number}")
+        assert changed() is (number_of_write != 1)
+    with_reader = FeatureTable(FileStore(features_path(settings)))
+    assert not changed(), "whoever reads changes nothing"
+    with_reader.close()
+    live.unlink()
+    assert changed()
+    features_path(settings).write_bytes(b"not a database" * 100)
+    assert serving(settings) is None, "can't be known"
+    assert serving(settings.model_copy(update={"features_url": "redis://server"})) is None
 
 
 def test_everything_that_matters_changes_the_state(store: Settings) -> None:
