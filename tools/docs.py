@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from configparser import ConfigParser
 from pathlib import Path
 
 import nbformat
@@ -86,6 +87,13 @@ def sidebar(folder: Path) -> list[tuple[str, list[str]]]:
     return sections
 
 
+def repository() -> str:
+    """Where files are that are no pages, such as the licence."""
+    settings = ConfigParser(delimiters=["="])
+    settings.read(ROOT / "settings.ini", encoding="utf-8")
+    return f"{settings['DEFAULT']['git_url']}/blob/{settings['DEFAULT']['branch']}"
+
+
 def front_matter(notebook: nbformat.NotebookNode) -> dict[str, str]:
     """What nbdev took from a notebook's first cell: title and description."""
     first = notebook.cells[0] if notebook.cells else None
@@ -119,6 +127,7 @@ def page(name: str, notebook: nbformat.NotebookNode, body: str, around: str) -> 
     """A whole page: what is on all of them, and the notebook's own part."""
     up, front, title = "../" * name.count("/"), front_matter(notebook), html.escape(title_of(notebook))
     body = re.sub(r'(href="(?![a-z]+:)[^"#]+)\.ipynb', r"\1.html", body)
+    body = re.sub(r'href="(?:\.\./)+(?=[A-Z])', f'href="{repository()}/', body)
     body = re.sub(r"(<table(?! border).*?</table>)", r'<div class="table">\1</div>', body, flags=re.DOTALL)
     top = f"<h1>{title}</h1>" if "title" in front else ""
     top += f"<blockquote><p>{html.escape(front['description'])}</p></blockquote>" if "description" in front else ""
