@@ -9,6 +9,7 @@ __all__ = ['learn_app', 'Home', 'AsJson', 'Section', 'Number', 'Target', 'Timeou
 # %% ../../nbs/internals/01_commands.ipynb #af1ebc92
 import json
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -49,8 +50,8 @@ def _show_notices(notices: list[str]) -> None:
 
 
 def _wait_for(what: str, as_json: bool) -> None:
-    """Say what takes a moment; on standard error, where it disturbs no program."""
-    if not as_json:
+    """Say what takes a moment, to whoever sits before a terminal."""
+    if not as_json and sys.stderr.isatty():
         typer.echo(f"{what} …", err=True)
 
 # %% ../../nbs/internals/01_commands.ipynb #6fcf330d
