@@ -22,7 +22,7 @@ pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium or Chrome"),
     pytest.mark.filterwarnings("default"),
 ]
-SPOILERS = ("BEGIN SOLUTION", "BEGIN HIDDEN TESTS", "Hint 2.", "wrong_answers(")
+SPOILERS = ("BEGIN SOLUTION", "BEGIN HIDDEN TESTS", "Hint 2.", 'wrong_answers("')
 TOO_WIDE = """() => {
     const edge = document.documentElement.clientWidth + 1
     const moves = each => ['auto', 'scroll'].includes(getComputedStyle(each).overflowX)
