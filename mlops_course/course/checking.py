@@ -22,6 +22,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+# %% ../../nbs/internals/01_checking.ipynb #4c274370
 from mlops_course.course.lessons import (
     LAB_TAGS,
     Lesson,
