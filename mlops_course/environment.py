@@ -388,11 +388,10 @@ def version_of(
 
 def cores() -> int:
     """How many processors this process may use, which can be fewer than the machine has."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    affine = hasattr(os, "sched_getaffinity")
+    return len(os.sched_getaffinity(0)) if affine else os.cpu_count() or 1
 
-# %% ../nbs/02_environment.ipynb #acdbcb4e
+
 def memory() -> int | None:  # bytes; None where the system doesn't say
     """How much memory the machine has."""
     try:
@@ -451,7 +450,7 @@ def _look_at_python() -> list[Tool]:
         Tool("mlflow ui", pages is not None, pages, "looking at runs and models in the browser", install),
     ]
 
-# %% ../nbs/02_environment.ipynb #6617b765
+
 def _look_at_lock(project: Path | None, install: str) -> Tool:
     """Whether the installed packages are those of the lock; an installed wheel has no lock to compare with."""
     purpose = "the same results on every machine"

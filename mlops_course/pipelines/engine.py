@@ -72,7 +72,7 @@ def kept_workers(
             KEPT.append(Workers(preload=sorted(loaded | modules)))
         return KEPT[-1]
 
-# %% ../../nbs/internals/09_engine.ipynb #a5616724
+
 def _close_idle() -> None:
     """End workers that nobody uses now."""
     for old in [old for old in KEPT if not old.executions]:
@@ -84,17 +84,6 @@ def close_kept() -> None:
     """End them all."""
     while KEPT:
         KEPT.pop().close()
-
-# %% ../../nbs/internals/09_engine.ipynb #9ce11da6
-def _language(nb: Any, language: str | None) -> str:
-    """The notebook's language; only Python will do."""
-    kernel = nb.metadata.get("kernelspec", {})
-    found = language or nb.metadata.get("language_info", {}).get("name") or kernel.get("language") or "python"
-    if found.lower() != "python":
-        from mlops_course.environment import CourseError
-
-        raise CourseError(f"this engine runs Python, and the notebook is in {found}", "Use papermill's own engine")
-    return found
 
 # %% ../../nbs/internals/09_engine.ipynb #e471a7c1
 class WarmEngine:
@@ -118,7 +107,18 @@ class WarmEngine:
     @classmethod
     def nb_language(cls, nb: Any, language: str | None = None) -> str:
         """The language. Raises: CourseError when it isn't Python."""
-        return _language(nb, language)
+        return _only_python(nb, language)
+
+# %% ../../nbs/internals/09_engine.ipynb #0n1ypyth
+def _only_python(notebook: Any, language: str | None) -> str:
+    """A notebook's language, unless it is another one."""
+    kernel = notebook.metadata.get("kernelspec", {})
+    found = language or notebook.metadata.get("language_info", {}).get("name") or kernel.get("language") or "python"
+    if found.lower() != "python":
+        from mlops_course.environment import CourseError
+
+        raise CourseError(f"this engine runs Python, and the notebook is in {found}", "Use papermill's own engine")
+    return found
 
 # %% ../../nbs/internals/09_engine.ipynb #88dfd0b1
 OURS = ("progress_bar", "log_output", "autosave_cell_every")  # for the recorder
