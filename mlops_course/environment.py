@@ -29,8 +29,7 @@ from pathlib import Path
 from typing import Any
 
 # %% ../nbs/02_environment.ipynb #3a16d3d6
-from pydantic import Field, ValidationError, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 # %% ../nbs/02_environment.ipynb #0d6398fb
 class CourseError(Exception):
@@ -140,12 +139,18 @@ def notebooks_folder() -> Path:  # has the lessons, and `pipelines` with the sta
     raise CourseError(f"the notebooks are missing beside {package}", "Install the package again, or clone the project")
 
 # %% ../nbs/02_environment.ipynb #d007561d
-class Workspace(BaseSettings):
+class Workspace(BaseModel):
     """The one folder that holds all state."""
 
-    model_config = SettingsConfigDict(env_prefix="MLOPS_COURSE_", env_ignore_empty=True, frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     home: Path = Field(default_factory=default_home)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_environment(cls, given: dict[str, Any]) -> dict[str, Any]:
+        variables = {name: os.environ.get(f"MLOPS_COURSE_{name.upper()}") for name in cls.model_fields}
+        return {name: value for name, value in variables.items() if value} | given
 
     @field_validator("home", mode="before")
     @classmethod
@@ -371,11 +376,14 @@ def run_quietly(
 def version_of(
     package: str,  # as the index names it
 ) -> str | None:
-    """The installed version, without importing the package."""
+    """The installed version, without importing the package or reading all that its papers say."""
     try:
-        return metadata.version(package)
+        papers = metadata.distribution(package)
     except metadata.PackageNotFoundError:
         return None
+    text = papers.read_text("METADATA") or papers.read_text("PKG-INFO") or ""
+    found = re.search(r"^Version: (.+)$", text, re.MULTILINE)
+    return found[1].strip() if found else papers.version
 
 
 def cores() -> int:

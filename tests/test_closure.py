@@ -1,5 +1,6 @@
 """Which source does a notebook reach, and when is a file read again? Real files, nothing is imported."""
 
+import gc
 import importlib.util
 import json
 import os
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -495,3 +497,19 @@ def test_installed_packages_are_those_of_importlib(monkeypatch: pytest.MonkeyPat
     expected = {normal(dist.name): dist.version for dist in metadata.distributions()}
     expected.pop("mlops-course", None)
     assert {name: text.split()[0] for name, text in found.items()} == expected
+
+
+def test_threads_read_modules_at_the_same_time(tmp_path: Path) -> None:
+    """Python 3.11 can let go of a half-made syntax tree when garbage is collected, and a second one then breaks it."""
+    for number in range(40):
+        (tmp_path / f"module{number}.py").write_text("import json\n" + "y = [1, [2, [3, [4]]]]\n" * 300)
+    notebook = write_notebook(tmp_path / "all.ipynb", "\n".join(f"import module{number}" for number in range(40)))
+    let_others_run = lambda *_: time.sleep(0)  # noqa: E731
+    gc.callbacks.append(let_others_run)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(lambda _: reach(notebook, [tmp_path], Memo()), range(16)))
+    finally:
+        gc.callbacks.remove(let_others_run)
+    assert all(each.modules == found[0].modules for each in found)
+    assert {f"module{number}" for number in range(40)} <= found[0].modules.keys()

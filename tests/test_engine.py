@@ -382,6 +382,28 @@ def test_a_changed_project_module_is_loaded_anew(ask: Ask, tmp_path: Path) -> No
     assert (old, shown(request)) == (["'old'"], ["'new one'"])
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux only")
+def test_the_first_notebook_runs_while_others_modules_are_still_imported(ask: Ask, tmp_path: Path) -> None:
+    flag = tmp_path / "first-has-run"
+    (tmp_path / "quick_module.py").write_text("value = 'quick'")
+    (tmp_path / "slow_module.py").write_text(
+        "import pathlib, time\nend = time.monotonic() + 30\n"
+        f"while not pathlib.Path({str(flag)!r}).exists():\n"
+        "    assert time.monotonic() < end, 'nobody ran meanwhile'\n    time.sleep(0.01)\nvalue = 'slow'"
+    )
+    look = "import sys\n'quick_module' in sys.modules, 'slow_module' in sys.modules"
+    first = ask(look, f"open({str(flag)!r}, 'w').close()")
+    second = ask(look, "import slow_module\nslow_module.value")
+    environment = first.environment | {"PYTHONPATH": str(tmp_path)}
+    with Workers("fork", preload=["quick_module", "slow_module"]) as workers:
+        workers.execute(dataclasses.replace(first, environment=environment, modules=("quick_module",)))
+        early = shown(first)
+        workers.execute(dataclasses.replace(second, environment=environment))
+        late = shown(second)
+    assert early == ["(True, False)", ""]
+    assert late == ["(True, True)", "'slow'"]
+
+
 def test_files_left_open_are_written_and_exit_functions_called(warm: Workers, ask: Ask, tmp_path: Path) -> None:
     request = ask(
         "import atexit\nfile = open('left.txt', 'w')\n_ = file.write('kept')",

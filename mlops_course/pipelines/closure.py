@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SETTLED', 'Witness', 'MOST', 'Listing', 'SUFFIXES', 'OWN', 'SourceError', 'digest', 'canonical', 'witness',
            'last_change', 'Memo', 'hash_files', 'list_files', 'content_hash', 'content_of', 'code_cells', 'own_cells',
-           'imports_of', 'Reach', 'reach', 'portable_name', 'find_module_file', 'unseen', 'installed_packages',
-           'python_version']
+           'syntax_tree', 'imports_of', 'Reach', 'reach', 'imported_at_once', 'portable_name', 'find_module_file',
+           'unseen', 'installed_packages', 'python_version']
 
 # %% ../../nbs/internals/09_closure.ipynb #01ae2465
 import ast
@@ -287,22 +287,33 @@ def own_cells(
     """The code cells without the one that papermill adds: the same before and after a run."""
     return digest([cell for cell in code_cells(notebook) if "injected-parameters" not in cell[1]])
 
+# %% ../../nbs/internals/09_closure.ipynb #5c1e77ab
+_TREES = threading.Lock()
+
+
+def syntax_tree(
+    source: str | bytes,  # of a module or a cell
+    flags: int = 0,  # more of the compiler's flags
+) -> ast.Module:
+    """A syntax tree, one at a time. Raises: SyntaxError, ValueError, RecursionError."""
+    with _TREES:
+        return compile(source, "cell", "exec", ast.PyCF_ONLY_AST | flags, dont_inherit=True)
+
 # %% ../../nbs/internals/09_closure.ipynb #51e27b64
 _MAGIC = re.compile(r"^(\s*)(?:[%!?]|[\w.\[\], ]+=\s*[%!]).*|^(\s*)\S.*\?\s*$")
 
 
 def _parse(source: str) -> ast.AST:
     """A cell's syntax tree; what can't be parsed is left out, line by line if need be."""
-    flags = ast.PyCF_ONLY_AST | ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
     body = source.split("\n", 1)[1] if source.startswith("%%") and "\n" in source else source
     lines = [_MAGIC.sub(r"\1\2pass", line) for line in body.split("\n")]
     for text in (body, "\n".join(lines)):
         with contextlib.suppress(SyntaxError, ValueError, RecursionError):
-            return compile(text, "cell", "exec", flags, dont_inherit=True)
+            return syntax_tree(text, ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
     found: list[ast.stmt] = []
     for line in lines:
         with contextlib.suppress(SyntaxError, ValueError, RecursionError):
-            found += ast.parse(line.strip()).body
+            found += syntax_tree(line.strip()).body
     return ast.Module(found, [])
 
 # %% ../../nbs/internals/09_closure.ipynb #8bafda08
@@ -336,7 +347,7 @@ def _notebook_facts(content: bytes) -> dict[str, Any]:
 def _module_facts(content: bytes) -> list[str]:
     """A module's imports; none if Python itself couldn't read it."""
     try:
-        return imports_of(ast.parse(content))
+        return imports_of(syntax_tree(content))
     except (SyntaxError, ValueError, RecursionError):
         return []
 
@@ -551,6 +562,45 @@ def reach(
     for name, module in sorted(modules.items()):
         files[name], hashes[name], witnesses[name] = module
     return Reach(facts["cells"], hashes, tuple(sorted(others)), notebook, folders, facts["own"], files, witnesses)
+
+# %% ../../nbs/internals/09_closure.ipynb #7dfc77b6
+def _top_of(tree: ast.AST) -> list[str]:
+    """What a module or a cell imports as soon as it is loaded, in the order of its lines."""
+    nodes = [node for node in getattr(tree, "body", []) if isinstance(node, ast.Import | ast.ImportFrom)]
+    return [name for node in nodes for name in imports_of(node)]
+
+
+def _top_of_notebook(content: bytes) -> list[str]:
+    return [name for source, _ in code_cells(content) for name in _top_of(_parse(source))]
+
+
+def _top_of_module(content: bytes) -> list[str]:
+    try:
+        return _top_of(syntax_tree(content))
+    except (SyntaxError, ValueError, RecursionError):
+        return []
+
+# %% ../../nbs/internals/09_closure.ipynb #b5e7f53e
+def imported_at_once(
+    found: Reach,  # of a notebook
+    memo: Memo | None = None,  # None: everything is read
+) -> tuple[str, ...]:  # modules that aren't the project's, in the order in which they are imported
+    """The modules from elsewhere that a notebook's code imports for certain. Raises: SourceError."""
+    memo, version = memo or Memo(), sys.version_info[1]
+    waiting = [(name, "") for name in memo.fact(found.notebook, f"top of notebook {version}", _top_of_notebook)[1]]
+    seen, installed = set[str](), dict[str, None]()
+    while waiting:
+        imported, package = waiting.pop(0)
+        module = imported.partition(":")[0]
+        if module.split(".")[0] in found.packages:
+            installed[module] = None
+        for name in [name for name in _targets(imported, package) if name in found.files and name not in seen]:
+            seen.add(name)
+            file = found.files[name]
+            _, inner = memo.fact(file, f"top of module {version}", _top_of_module)
+            base = name if Path(file).stem == "__init__" else name.rpartition(".")[0]
+            waiting += [(each, base if each.startswith(".") else "") for each in inner]
+    return tuple(installed)
 
 # %% ../../nbs/internals/09_closure.ipynb #d631f3f3
 def portable_name(

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..environment import CourseError
+from .closure import syntax_tree
 
 # %% ../../nbs/internals/09_notebooks.ipynb #ae9c9959
 class PipelineError(CourseError):
@@ -57,7 +58,7 @@ def syntax(
     """A cell's syntax tree, without IPython's magics."""
     plain = re.sub(r"^(\s*)[%!].*$", r"\1pass", source, flags=re.MULTILINE)
     try:
-        return ast.parse("" if source.lstrip().startswith("%%") else plain)
+        return syntax_tree("" if source.lstrip().startswith("%%") else plain)
     except (SyntaxError, ValueError):
         return None
 

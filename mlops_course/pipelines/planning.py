@@ -18,7 +18,7 @@ from ..environment import Settings
 from .cache import Cache, Entry, Output, Parts
 from .definition import Pipeline, Stage, fill, references
 from .notebooks import ParameterError, code_cells, notebook_parameters, suggest
-from .workers import KINDS
+from .requests import KINDS
 
 # %% ../../nbs/internals/09_planning.ipynb #a3880843
 @dataclass(frozen=True)

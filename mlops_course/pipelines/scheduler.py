@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['SHORTEST', 'PATIENCE', 'read_secret', 'secret_names', 'require_secrets', 'stage_environment', 'breadth', 'shares',
-           'modules_to_preload', 'StageError', 'Stopped', 'Executor', 'Session', 'LazyWorkers', 'make_executor',
-           'get_ready', 'run_stages', 'ending', 'interruptible', 'conduct']
+           'modules_of', 'modules_to_preload', 'StageError', 'Stopped', 'Executor', 'Session', 'LazyWorkers',
+           'make_executor', 'get_ready', 'run_stages', 'ending', 'interruptible', 'conduct']
 
 # %% ../../nbs/internals/09_scheduler.ipynb #fab82d6d
-import ast
 import contextlib
 import graphlib
 import importlib
@@ -27,13 +26,13 @@ from typing import Any, Protocol
 # %% ../../nbs/internals/09_scheduler.ipynb #23b23ee2
 from ..environment import CourseError, Settings, WorkspaceError, cores
 from .cache import Output
-from .closure import imports_of, reach
+from .closure import imported_at_once, reach
 from .definition import Pipeline, Stage
-from .notebooks import ParameterError, PipelineError, code_cells, syntax
+from .notebooks import ParameterError, PipelineError
 from .planning import Context, Decision, decide, look_up, path_parameters
 from .results import ResultError, read_result
 from .runs import PipelineRun, StageRun, save_run
-from mlops_course.pipelines.workers import (
+from mlops_course.pipelines.requests import (
     CellError,
     Event,
     Interrupted,
@@ -42,7 +41,6 @@ from mlops_course.pipelines.workers import (
     Request,
     TimedOut,
     WorkerDied,
-    Workers,
 )
 
 # %% ../../nbs/internals/09_scheduler.ipynb #72a2ea5d
@@ -123,25 +121,21 @@ def shares(
     return width, context.settings.threads or max(1, cores() // width)
 
 # %% ../../nbs/internals/09_scheduler.ipynb #f552bc69
+def modules_of(
+    context: Context,  # of the run
+    stage: Stage,
+) -> tuple[str, ...]:  # in the order in which they are imported
+    """Modules that a stage's code begins with, and those that are named for it: imported before it begins."""
+    reached = reach(context.pipeline.notebook(stage), context.paths, context.cache.memo)
+    useful = [name for name in context.pipeline.preload if name.split(".")[0] in reached.packages]
+    return tuple(dict.fromkeys([*imported_at_once(reached, context.cache.memo), *useful, *stage.preload]))
+
+
 def modules_to_preload(
     context: Context,  # of the run
-) -> tuple[str, ...]:
-    """Modules to import once for all stages: those that notebooks and their modules begin with, and those it names."""
-    found: set[str] = set()
-    for stage in context.wanted:
-        notebook = context.pipeline.notebook(stage)
-        reached = reach(notebook, context.paths, context.cache.memo)
-        trees = [syntax(source) for source, _ in code_cells(notebook)]
-        trees += [syntax(Path(file).read_text(encoding="utf-8")) for file in reached.files.values()]
-        named = {name for tree in trees if tree is not None for name in _imported_at_once(tree)}
-        found |= {name for name in (*named, *context.pipeline.preload) if name.split(".")[0] in reached.packages}
-    return tuple(sorted(found))
-
-
-def _imported_at_once(tree: ast.Module) -> set[str]:
-    """The modules that code imports as soon as it is loaded, and not only inside a function."""
-    top = ast.Module([node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)], [])
-    return {name for name in imports_of(top) if ":" not in name}
+) -> tuple[str, ...]:  # in the order in which stages need them
+    """Modules to import once for all stages."""
+    return tuple(dict.fromkeys(name for stage in context.wanted for name in modules_of(context, stage)))
 
 # %% ../../nbs/internals/09_scheduler.ipynb #d768a16b
 class StageError(CourseError):
@@ -261,6 +255,8 @@ def make_executor(
         from mlops_course.pipelines.cluster import ClusterWorkers
 
         return ClusterWorkers(context.options.scheduler, modules, threads)
+    from mlops_course.pipelines.workers import Workers
+
     return Workers(context.options.engine, modules, threads, hidden=secret_names(context.pipeline))
 
 # %% ../../nbs/internals/09_scheduler.ipynb #40237a40
@@ -492,6 +488,7 @@ def _request(session: Session, decision: Decision, stage_run: StageRun) -> Reque
         secrets=tuple(environment[name] for name in stage.secrets),
         declared=(*stage.environment, *stage.secrets),
         hidden=secret_names(context.pipeline),
+        modules=modules_of(context, stage),
     )
 
 # %% ../../nbs/internals/09_scheduler.ipynb #df863690

@@ -16,7 +16,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
-from urllib.request import url2pathname
+
 
 from ..environment import CourseError, Settings
 from .closure import digest
@@ -66,6 +66,8 @@ def local_path(
     """The folder that a file: URI or a plain path means."""
     parts = urlsplit(uri)
     if parts.scheme == "file":
+        from urllib.request import url2pathname
+
         return Path(url2pathname(parts.path))
     return Path(uri) if not parts.scheme or re.match(r"[A-Za-z]:[\\/]", uri) else None
 

@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -54,19 +54,23 @@ def _load_shell() -> ModuleType:
     return module
 
 
-def _prepare(preload: Iterable[str]) -> tuple[ModuleType, Any, dict[str, str]]:
-    """Shell first, since libraries ask while they are imported whether they are in a notebook; then the libraries."""
+def _make_shell() -> tuple[ModuleType, Any]:
+    """Shell first, since libraries ask while they are imported whether they are in a notebook."""
     gc.disable()
     module = _load_shell()
-    shell, missing = module.make_shell(), {}
-    with shell.builtin_trap:  # `get_ipython` is there, as in a cell
-        for name in preload:
+    return module, module.make_shell()
+
+
+def _preload(shell: Any, names: Iterable[str]) -> Iterator[tuple[str, str]]:  # each name, and why it can't be imported
+    """Then the libraries, one after the other."""
+    for name in names:
+        problem = ""
+        with shell.builtin_trap:  # `get_ipython` is there, as in a cell
             try:
                 importlib.import_module(name)
             except Exception as error:  # then the notebook that needs it will say so
-                missing[name] = f"{type(error).__name__}: {error}"
-    gc.freeze()  # what is there now is never looked at again by the garbage collector: it stays shared
-    return module, shell, missing
+                problem = f"{type(error).__name__}: {error}"
+        yield name, problem
 
 # %% ../../nbs/internals/09_zygote.ipynb #4cea3d3f
 PDEATHSIG, SUBREAPER = 1, 36  # of Linux's prctl
@@ -144,31 +148,47 @@ def _find_by_cookie(cookie: str) -> list[int]:
 class _Zygote:
     """The process that is copied."""
 
-    def __init__(self, control: socket.socket, module: ModuleType, shell: Any) -> None:
-        self.control, self.module, self.shell = control, module, shell
+    def __init__(self, control: socket.socket, module: ModuleType, shell: Any, modules: int) -> None:
+        self.control, self.module, self.shell, self.all = control, module, shell, modules
         self.pid, self.parent = os.getpid(), os.getppid()
         self.workers: set[int] = set()
         self.wake, self.woken = socket.socketpair()
+        self.loaded, self.orders = 0, list[int]()  # modules imported so far; how many each open order waits for
 
     def tell(self, message: dict[str, Any], files: Iterable[int] = ()) -> None:
         """Say something to the runner, and give it open files."""
         socket.send_fds(self.control, [json.dumps(message).encode()], list(files))
 
-    def live(self) -> None:
-        """Do what is asked until the runner is gone."""
-        while os.getppid() == self.parent:
-            ready, _, _ = select.select([self.control, self.wake], [], [], 1.0)
+    def attend(self, patience: float) -> bool:  # False: the runner is gone
+        """Do what is asked, and wait for it so many seconds at most."""
+        while ready := select.select([self.control, self.wake], [], [], patience)[0]:
+            patience = 0
             if self.wake in ready:
                 self.wake.recv(4096)
-            if self.control in ready and not _obey(self):
-                return
-            _reap(self)
+            if self.control in ready and not _listen(self):
+                return False
+        _obey(self)
+        _reap(self)
+        return os.getppid() == self.parent
 
 # %% ../../nbs/internals/09_zygote.ipynb #36998e30
-def _obey(zygote: _Zygote) -> bool:  # False: nobody is there any more
-    """Take one order: to fork."""
-    if not zygote.control.recv(64):
-        return False
+def _listen(zygote: _Zygote) -> bool:  # False: nobody is there any more
+    """Take one order: `fork`, or `fork 3` for as soon as three modules are there."""
+    words = zygote.control.recv(64).split()
+    zygote.orders.append(int(words[1]) if words[1:] else zygote.all)
+    return bool(words)
+
+
+def _obey(zygote: _Zygote) -> None:
+    """Fork for each order that doesn't wait for more modules."""
+    for order in [order for order in zygote.orders if order <= zygote.loaded]:
+        zygote.orders.remove(order)
+        _fork(zygote)
+
+
+def _fork(zygote: _Zygote) -> None:
+    """One more worker."""
+    gc.freeze()  # what is there now is never looked at again by the garbage collector: it stays shared
     ours, theirs = socket.socketpair()
     pipes = [zygote.module.make_pipe(), zygote.module.make_pipe()]
     with warnings.catch_warnings():  # that there are threads, of a linear algebra library say, which sleep
@@ -177,12 +197,11 @@ def _obey(zygote: _Zygote) -> bool:  # False: nobody is there any more
     if pid == 0:
         _become_worker(zygote, theirs, pipes)
     zygote.workers.add(pid)
-    zygote.tell({"pid": pid}, [ours.fileno(), *(read for read, _ in pipes)])
+    zygote.tell({"pid": pid, "loaded": zygote.loaded}, [ours.fileno(), *(read for read, _ in pipes)])
     ours.close()
     theirs.close()
     for end in sum(pipes, ()):
         os.close(end)
-    return True
 
 # %% ../../nbs/internals/09_zygote.ipynb #5e683ca0
 def _reap(zygote: _Zygote) -> None:
@@ -222,6 +241,20 @@ def _listen_to_children(zygote: _Zygote) -> None:
     signal.set_wakeup_fd(zygote.woken.fileno(), warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
 
+# %% ../../nbs/internals/09_zygote.ipynb #f1366be4
+def _live(zygote: _Zygote, preload: Iterable[str]) -> None:
+    """Import everything, say so, and live; do what is asked meanwhile, until the runner is gone."""
+    missing: dict[str, str] = {}
+    for name, problem in _preload(zygote.shell, preload):
+        missing |= {name: problem} if problem else {}
+        zygote.loaded += 1
+        if not zygote.attend(0):
+            return
+    files = [__file__, zygote.module.__file__, *zygote.module.project_files()]
+    zygote.tell({"ready": True, "files": files, "missing": missing, "threads": threading.active_count()})
+    while zygote.attend(1.0):
+        pass
+
 # %% ../../nbs/internals/09_zygote.ipynb #8da1d7bd
 def _be_zygote(options: dict[str, Any]) -> None:
     """Import everything, say so, and live."""
@@ -229,13 +262,11 @@ def _be_zygote(options: dict[str, Any]) -> None:
     _ask_linux(SUBREAPER, 1)
     control = socket.socket(fileno=options["control"])
     control.set_inheritable(False)
-    module, shell, missing = _prepare(options["preload"])
-    zygote = _Zygote(control, module, shell)
+    module, shell = _make_shell()
+    zygote = _Zygote(control, module, shell, len(options["preload"]))
     _listen_to_children(zygote)
     with contextlib.suppress(OSError):
-        files = [__file__, module.__file__, *module.project_files()]
-        zygote.tell({"ready": True, "files": files, "missing": missing, "threads": threading.active_count()})
-        zygote.live()
+        _live(zygote, options["preload"])
     for pid in zygote.workers:
         _kill_group(pid)
     _kill_strangers(set(), patience=5.0)
@@ -255,7 +286,8 @@ def _be_single(options: dict[str, Any]) -> None:
         import asyncio
 
         asyncio.set_event_loop_policy(asyncio.WindowsSelectorEventLoopPolicy())
-    module, shell, missing = _prepare(options["preload"])
+    module, shell = _make_shell()
+    missing = {name: problem for name, problem in _preload(shell, options["preload"]) if problem}
     gc.enable()
     files = [__file__, module.__file__, *module.project_files()]
     module.Channel(connection).send({"ready": True, "files": files, "missing": missing})
