@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from mlops_course.course.checkpoints import CheckpointError, missing
+from mlops_course.course.checkpoints import NEEDS, STAGES, CheckpointError, checkpoint_command, missing
 from mlops_course.course.labs import LabError, break_lab, check_lab, fix_lab, prove_lab
 from mlops_course.course.lessons import Lab, Lesson, read_lesson
 from mlops_course.course.progress import (
@@ -27,6 +27,7 @@ from mlops_course.course.prove import prove
 from mlops_course.course.quiz import AnswerError, mark, mark_all
 from mlops_course.course.running import Outcome
 from mlops_course.environment import WorkspaceError
+from mlops_course.pipelines import find_pipeline
 
 LESSONS = Path(__file__).resolve().parent / "lessons"
 
@@ -262,6 +263,15 @@ def test_a_lesson_whose_copy_does_not_run_is_found(lesson: Lesson) -> None:
 
 
 # ---------------------------------------------------------------- checkpoints
+
+
+def test_a_checkpoint_goes_no_further_than_a_lesson_needs() -> None:
+    order = [stage.name for stage in find_pipeline("training").stages]
+    places = [order.index(STAGES[need]) for need in NEEDS]
+    assert places == sorted(places), "a later need is made by a later stage"
+    assert checkpoint_command(["tables"])[-2:] == ["--to", "validate"]
+    assert checkpoint_command(["model", "tables"])[-2:] == ["--to", "register"]
+
 
 
 def test_what_is_there_is_not_made_again(home: Path) -> None:

@@ -3,31 +3,76 @@
 import ast
 import builtins
 import html
+import importlib
+import inspect
 import os
+import pkgutil
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+from configparser import ConfigParser
 from pathlib import Path
 
 import nbformat
 import yaml
+from jinja2 import DictLoader
+from latex2mathml.converter import convert
 from nbconvert import HTMLExporter
+from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from nbdev.serve import proc_nbs
+from pygments.formatters import HtmlFormatter
+
+import mlops_course
+from mlops_course.course.copies import fold_answer
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "_docs"
-STYLE = """
-body { display: flex; margin: 0; font: 16px/1.6 system-ui, sans-serif; color: #222 }
-nav { flex: 0 0 15rem; padding: 1.5rem; background: #f5f5f5; min-height: 100vh; font-size: .9rem }
-nav a { display: block; color: #225; text-decoration: none; padding: .15rem 0 }
-nav b { display: block; margin-top: 1rem }
-main { flex: 1; min-width: 0; max-width: 55rem; padding: 1.5rem 3rem } img { max-width: 100% }
-pre { background: #f7f7f7; padding: .7rem; overflow-x: auto; line-height: 1.4 }
-.jp-OutputArea-prompt, .prompt { display: none }
-table { border-collapse: collapse; font-size: .9rem } td, th { border: 1px solid #ddd; padding: .2rem .6rem }
+FILES = (ROOT / "tools" / "page.css", ROOT / "tools" / "mermaid" / "mermaid.min.js")
+DARK = "(prefers-color-scheme: dark)"
+DRAW = f"""
+const fits = !matchMedia('(max-width: 50rem)').matches, theme = matchMedia('{DARK}').matches ? 'dark' : 'default'
+mermaid.initialize({{startOnLoad: true, theme: theme, flowchart: {{useMaxWidth: fits}}}})
 """
+
+# A page's cells. What an exercise hides from its learner is folded: the reader, too, should think first.
+TEMPLATE = """
+{%- extends 'basic/index.html.j2' -%}
+{%- macro folded(title, body) -%}<details><summary>{{ title }}</summary>{{ body }}</details>{%- endmacro -%}
+{%- block codecell -%}
+{%- set exercise = cell.metadata.get('nbgrader', {}) -%}
+{%- if 'wrong-answers' in cell.metadata.get('tags', []) -%}
+{{ folded('Wrong answers that the check knows', super()) }}
+{%- elif exercise.solution -%}{{ folded('A solution', super()) }}
+{%- elif exercise.grade -%}{{ folded('The check', super()) }}
+{%- else -%}{{ super() }}{%- endif -%}
+{%- endblock codecell -%}
+{%- block input -%}{%- if '#| echo: false' not in cell.source -%}{{ super() }}{%- endif -%}{%- endblock input -%}
+{%- block rawcell -%}{%- endblock rawcell -%}
+{%- block markdowncell -%}
+{%- if 'hint' in cell.metadata.get('tags', []) -%}{{ folded('Hints', super()) }}
+{%- else -%}{{ super() }}{%- endif -%}
+{%- endblock markdowncell -%}
+"""
+
+
+class Renderer(IPythonRenderer):
+    """Markdown as nbconvert shows it, with formulas that a browser draws by itself."""
+
+    def block_math(self, body: str) -> str:
+        """A formula in a line of its own."""
+        return convert(body, display="block")
+
+    def inline_math(self, body: str) -> str:
+        """A formula in a line of text."""
+        return convert(body)
+
+
+def to_html(source: str) -> str:
+    """Markdown as HTML, without the attributes that only Quarto understands."""
+    source = re.sub(r"(?<=\))\{target=[^}]*\}", "", source)
+    return MarkdownWithMath(renderer=Renderer(escape=False)).render(source)
 
 
 def sidebar(folder: Path) -> list[tuple[str, list[str]]]:
@@ -42,36 +87,84 @@ def sidebar(folder: Path) -> list[tuple[str, list[str]]]:
     return sections
 
 
+def repository() -> str:
+    """Where files are that are no pages, such as the licence."""
+    settings = ConfigParser(delimiters=["="])
+    settings.read(ROOT / "settings.ini", encoding="utf-8")
+    return f"{settings['DEFAULT']['git_url']}/blob/{settings['DEFAULT']['branch']}"
+
+
+def front_matter(notebook: nbformat.NotebookNode) -> dict[str, str]:
+    """What nbdev took from a notebook's first cell: title and description."""
+    first = notebook.cells[0] if notebook.cells else None
+    if first is None or first.cell_type != "raw" or not first.source.startswith("---"):
+        return {}
+    found = yaml.safe_load(first.source.strip().strip("-"))
+    return found if isinstance(found, dict) else {}
+
+
 def title_of(notebook: nbformat.NotebookNode) -> str:
-    """A page's first heading."""
+    """A page's title, or its first heading."""
     heading = re.search(r"^#\s+(.+)$", "\n".join(cell.source for cell in notebook.cells), re.MULTILINE)
-    title = re.search(r"^title:\s*(.+)$", notebook.cells[0].source if notebook.cells else "", re.MULTILINE)
-    return next((match[1].strip("\"'* ") for match in (title, heading) if match), "?")
+    return front_matter(notebook).get("title") or (heading[1].strip("\"'* ") if heading else "?")
 
 
-def page(name: str, body: str, sections: list[tuple[str, list[str]]], titles: dict[str, str]) -> str:
-    """A whole page: what is on all of them, and the notebook's own part."""
-    up = "../" * name.count("/")
-    links = []
+def navigation(name: str, sections: list[tuple[str, list[str]]], titles: dict[str, str]) -> str:
+    """The links to all pages; sections that this page isn't in are folded."""
+    up, parts = "../" * name.count("/"), []
     for title, pages in sections:
-        links += [f"<b>{html.escape(title)}</b>"] if title else []
-        links += [f'<a href="{up}{p.replace(".ipynb", ".html")}">{html.escape(titles[p])}</a>' for p in pages]
+        links = ""
+        for other in pages:
+            here = ' aria-current="page"' if other == name else ""
+            address = f"{up}{other.replace('.ipynb', '.html')}"
+            links += f'<a href="{address}"{here}>{html.escape(titles[other])}</a>'
+        is_open = " open" if name in pages or title == sections[1][0] else ""
+        parts += [f"<details{is_open}><summary>{html.escape(title)}</summary>{links}</details>" if title else links]
+    return f"<nav>{''.join(parts)}</nav>"
+
+
+def page(name: str, notebook: nbformat.NotebookNode, body: str, around: str) -> str:
+    """A whole page: what is on all of them, and the notebook's own part."""
+    up, front, title = "../" * name.count("/"), front_matter(notebook), html.escape(title_of(notebook))
     body = re.sub(r'(href="(?![a-z]+:)[^"#]+)\.ipynb', r"\1.html", body)
-    head = f"<meta charset='utf-8'><title>{html.escape(titles[name])}</title><style>{STYLE}</style>"
-    return f"<!doctype html><html lang='en'><head>{head}</head><body><nav>{''.join(links)}</nav><main>{body}</main>"
+    body = re.sub(r'href="(?:\.\./)+(?=[A-Z])', f'href="{repository()}/', body)
+    body = re.sub(r"(<table(?! border).*?</table>)", r'<div class="table">\1</div>', body, flags=re.DOTALL)
+    top = f"<h1>{title}</h1>" if "title" in front else ""
+    top += f"<blockquote><p>{html.escape(front['description'])}</p></blockquote>" if "description" in front else ""
+    head = (
+        "<meta charset='utf-8'><meta name='viewport' content='width=device-width, initial-scale=1'>"
+        f"<link rel='icon' href='data:,'><title>{title}</title>"
+        f"<link rel='stylesheet' href='{up}code.css'><link rel='stylesheet' href='{up}page.css'>"
+    )
+    if 'class="mermaid"' in body:
+        body += f"<script src='{up}mermaid.min.js'></script><script>{DRAW}</script>"
+    return f"<!doctype html><html lang='en'><head>{head}</head><body>{around}<main>{top}{body}</main></body></html>\n"
+
+
+def code_colours() -> str:
+    """The colours of code, for light and for dark."""
+    light, dark = (HtmlFormatter(style=style).get_style_defs(".highlight") for style in ("default", "github-dark"))
+    plain = ".highlight, .highlight .err { background: none; border: 0 }"
+    return f"{light}\n@media {DARK} {{\n{dark}\n}}\n{plain}\n"
 
 
 def plain_site(folder: Path) -> None:
-    """The pages without Quarto; diagrams are shown as their source."""
+    """The pages without Quarto."""
     sections = sidebar(folder)
     notebooks = {name: nbformat.read(folder / name, 4) for _, names in sections for name in names}
     titles = {name: title_of(notebook) for name, notebook in notebooks.items()}
-    exporter = HTMLExporter(template_name="basic")
+    loader = DictLoader({"page.html.j2": TEMPLATE})
+    exporter = HTMLExporter(template_name="basic", template_file="page.html.j2", extra_loaders=[loader])
+    exporter.register_filter("markdown2html", to_html)
     shutil.rmtree(TARGET, ignore_errors=True)
     for name, notebook in notebooks.items():
         path = TARGET / name.replace(".ipynb", ".html")
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(page(name, exporter.from_notebook_node(notebook)[0], sections, titles), encoding="utf-8")
+        body = exporter.from_notebook_node(notebook)[0]
+        path.write_text(page(name, notebook, body, navigation(name, sections, titles)), encoding="utf-8")
+    (TARGET / "code.css").write_text(code_colours(), encoding="utf-8")
+    for path in FILES:
+        shutil.copyfile(path, TARGET / path.name)
     print(f"{len(notebooks)} pages in {TARGET.name}: open {TARGET.name}/index.html")
 
 
@@ -84,6 +177,21 @@ def quarto_site(folder: Path) -> None:
     shutil.move(folder / TARGET.name, TARGET)
 
 
+def tidy(folder: Path) -> None:
+    """Take out what helps nobody on a page: ticked boxes of quizzes, and the signature of pydantic's own settings."""
+    for path in folder.rglob("*.ipynb"):
+        notebook = nbformat.read(path, 4)
+        for cell in notebook.cells:
+            if cell.cell_type == "markdown":
+                cell.source = fold_answer(cell.source)
+            for output in cell.get("outputs", []):
+                shown = output.get("data", {}).get("text/markdown")
+                if shown:
+                    pattern = r"\(\s*__pydantic_self__.*?\)->None:"
+                    output["data"]["text/markdown"] = re.sub(pattern, "(**values):", shown, flags=re.DOTALL)
+        nbformat.write(notebook, path)
+
+
 def import_types() -> None:
     """Make known what modules import for type checkers only: nbdev evaluates the annotations that it shows."""
     for path in sorted((ROOT / "mlops_course").rglob("*.py")):
@@ -92,12 +200,22 @@ def import_types() -> None:
                 exec(compile(ast.Module(node.body, []), str(path), "exec"), vars(builtins))
 
 
+def name_classes() -> None:
+    """Make the package's own classes known, too: a page shows a function before the class below that it names."""
+    for found in pkgutil.walk_packages(mlops_course.__path__, "mlops_course."):
+        for name, value in vars(importlib.import_module(found.name)).items():
+            if inspect.isclass(value) and value.__module__ == found.name:
+                vars(builtins).setdefault(name, value)
+
+
 def main() -> None:
     """Let nbdev prepare the notebooks, in this process, then make pages of them."""
     import_types()
+    name_classes()
     with tempfile.TemporaryDirectory() as workspace:  # nbdev runs the cells that it needs to show functions
         os.environ["MLOPS_COURSE_HOME"] = workspace
         folder = Path(proc_nbs(force=True, n_workers=0))
+    tidy(folder)
     copy = folder / "_quarto.yml"  # where git can't make links, nbs/_quarto.yml is a text file with the link's target
     copy.unlink(missing_ok=True)
     shutil.copyfile(ROOT / copy.name, copy)

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from mlops_course.course.lessons import (
+    LAB_TAGS,
     Lesson,
     answered,
     belongs_to,
@@ -96,7 +97,7 @@ class Plan:
         return number if number in self.lesson.exercises else None
 
 # %% ../../nbs/internals/01_checking.ipynb #d3674747
-SKIPPED = {"skip-check", "wrong-answers"}
+SKIPPED = {"skip-check", "wrong-answers", *LAB_TAGS.values()}  # a lab has a check of its own
 
 
 def _is_run(cell: dict[str, Any]) -> bool:
@@ -168,6 +169,14 @@ def engine_name() -> str | None:  # None: papermill's own
     return ENGINE if any(point.name == ENGINE for point in entry_points(group="papermill.engine")) else None
 
 
+def _start_ahead(notebook: dict[str, Any]) -> None:
+    """Let the fast engine's process start while papermill is still being imported."""
+    for point in entry_points(group="papermill.engine", name=ENGINE):
+        warm_up = getattr(point.load(), "warm_up", None)
+        if warm_up is not None:
+            warm_up(cell["source"] for cell in notebook["cells"])
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep papermill's remarks away from the learner."""
@@ -203,6 +212,7 @@ def run_notebook(
     source, target, crash = folder / "check.ipynb", folder / "checked.ipynb", None
     source.write_text(notebook_text(notebook), encoding="utf-8")
     with _quiet():
+        _start_ahead(notebook)
         papermill = _papermill()
         options: dict[str, Any] = {"engine_name": engine_name(), "cwd": str(working_folder), "progress_bar": False}
         if options["engine_name"] is None:

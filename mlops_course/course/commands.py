@@ -9,6 +9,7 @@ __all__ = ['learn_app', 'Home', 'AsJson', 'Section', 'Number', 'Target', 'Timeou
 # %% ../../nbs/internals/01_commands.ipynb #af1ebc92
 import json
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -46,6 +47,12 @@ def _mark(status: str) -> str:
 def _show_notices(notices: list[str]) -> None:
     for notice in notices:
         typer.echo(f"note: {notice}", err=True)
+
+
+def _wait_for(what: str, as_json: bool) -> None:
+    """Say what takes a moment, to whoever sits before a terminal."""
+    if not as_json and sys.stderr.isatty():
+        typer.echo(f"{what} …", err=True)
 
 # %% ../../nbs/internals/01_commands.ipynb #6fcf330d
 @learn_app.command()
@@ -114,6 +121,7 @@ def check(target: Target, home: Home = None, timeout: Timeout = None, as_json: A
     """Check your answers. Exit status 0: all passed; 1: something failed; 3: nothing failed, some unattempted."""
     from mlops_course.course.tool import check_section
 
+    _wait_for(f"Running your copy of section {target.partition('.')[0]}", as_json)
     found = check_section(target, _settings(home), timeout)
     (_print_json if as_json else _show_report)(found)
     raise typer.Exit(found["status"])
@@ -182,7 +190,9 @@ def break_(section: Section, home: Home = None, as_json: AsJson = False) -> None
     from mlops_course.course.labs import break_lab
     from mlops_course.course.lessons import find_lesson
 
-    state = break_lab(find_lesson(section), _settings(home).home)
+    lesson = find_lesson(section)
+    _wait_for("Making sure that all is well, then breaking something: up to half a minute", as_json)
+    state = break_lab(lesson, _settings(home).home)
     if as_json:
         return _print_json({"section": int(section), "sound": state.sound, "symptom": state.symptom})
     typer.echo(f"Broken. The symptom: {state.symptom}")
@@ -196,7 +206,9 @@ def fix(section: Section, home: Home = None, as_json: AsJson = False) -> None:
     from mlops_course.course.labs import fix_lab
     from mlops_course.course.lessons import find_lesson
 
-    code, state = fix_lab(find_lesson(section), _settings(home).home)
+    lesson = find_lesson(section)
+    _wait_for("Repairing it, then looking whether all is well", as_json)
+    code, state = fix_lab(lesson, _settings(home).home)
     if as_json:
         _print_json({"section": int(section), "sound": state.sound, "symptom": state.symptom, "code": code})
     else:

@@ -6,6 +6,7 @@
 __all__ = ['SECTIONS', 'start_section', 'check_section', 'changes', 'watch_section', 'lab_command', 'overview']
 
 # %% ../../nbs/internals/01_tool.ipynb #ade6caac
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -117,7 +118,9 @@ def lab_command(
         remedy = "Install it: pip install 'mlops_course[course]', or make install in the clone"
         raise CourseError("JupyterLab is not installed", remedy)
     options = ["--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}", "--ServerApp.root_dir", str(notebook.parent)]
+    options += ["--LabApp.news_url=None"]  # no question about news, and nothing fetched
     options += [] if browser else ["--no-browser"]
+    options += ["--allow-root"] if os.name == "posix" and os.geteuid() == 0 else []
     return [sys.executable, "-m", "jupyterlab", *options, str(notebook)]
 
 # %% ../../nbs/internals/01_tool.ipynb #f7854e0c

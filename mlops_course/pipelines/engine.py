@@ -95,6 +95,11 @@ class WarmEngine:
         return _execute(nb, output_path, options)
 
     @classmethod
+    def warm_up(cls, sources: Iterable[str]) -> None:
+        """Begin to start a process for notebooks with these code cells; the caller can go on meanwhile."""
+        kept_workers(installed(imports_of(sources)))
+
+    @classmethod
     def nb_kernel_name(cls, nb: Any, name: str | None = None) -> str:
         """The kernel's name. A notebook without one is taken for Python."""
         return name or nb.metadata.get("kernelspec", {}).get("name") or "python3"

@@ -1,0 +1,166 @@
+"""The web pages, made as `make docs` makes them without Quarto, in a real browser that has no network."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+LESSONS = sorted(path.stem for path in (ROOT / "nbs").glob("[0-9][0-9]_*.ipynb"))
+PAGES = ["index", *LESSONS]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.system,
+    pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium or Chrome"),
+    pytest.mark.filterwarnings("default"),
+]
+SPOILERS = ("BEGIN SOLUTION", "BEGIN HIDDEN TESTS", "Hint 2.", 'wrong_answers("')
+TOO_WIDE = """() => {
+    const edge = document.documentElement.clientWidth + 1
+    const moves = each => ['auto', 'scroll'].includes(getComputedStyle(each).overflowX)
+    const scrolls = each => each && (moves(each) || scrolls(each.parentElement))
+    const found = [...document.querySelectorAll('main *')].filter(each => each.getBoundingClientRect().right > edge)
+    return found.filter(each => !scrolls(each.parentElement)).map(each => each.outerHTML.slice(0, 80))
+}"""
+CONTRAST = """() => {
+    const parts = colour => colour.match(/[\\d.]+/g).slice(0, 3).map(Number)
+    const light = colour => parts(colour).reduce((sum, part, place) => sum + part / 255 * [.21, .72, .07][place], 0)
+    const behind = each => {
+        const colour = getComputedStyle(each).backgroundColor
+        return /, 0\\)$/.test(colour) && each.parentElement ? behind(each.parentElement) : colour
+    }
+    const text = [...document.querySelectorAll('main p, main td, main th, main summary, .highlight span')]
+    const weak = text.filter(each => Math.abs(light(getComputedStyle(each).color) - light(behind(each))) < .25)
+    return weak.filter(each => each.textContent.trim()).map(each => each.outerHTML.slice(0, 80))
+}"""
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The plain pages, from a copy of the project in which nothing else is at work."""
+    folder = tmp_path_factory.mktemp("project")
+    for name in ("nbs", "mlops_course", "tools", "settings.ini", "_quarto.yml", "setup.py"):
+        source = ROOT / name
+        unwanted = shutil.ignore_patterns(".ipynb_checkpoints", "__pycache__")
+        (
+            shutil.copytree(source, folder / name, symlinks=True, ignore=unwanted)
+            if source.is_dir()
+            else shutil.copy(source, folder)
+        )
+    without_quarto = os.pathsep.join(
+        place for place in os.environ["PATH"].split(os.pathsep) if not (Path(place) / "quarto").exists()
+    )
+    variables = {**os.environ, "PATH": without_quarto, "PYTHONPATH": str(folder), "MPLBACKEND": "agg"}
+    made = subprocess.run(
+        [sys.executable, "tools/docs.py"], cwd=folder, env=variables, capture_output=True, text=True, check=False
+    )
+    assert made.returncode == 0, made.stderr[-3000:]
+    return folder / "_docs"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+def open_page(browser: Any, path: Path, width: int, scheme: str = "light") -> tuple[Any, list[str]]:
+    """A page, drawn to its end, and what the browser complained about."""
+    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme, offline=True)
+    page, complaints = context.new_page(), []
+    page.on(
+        "console", lambda message: complaints.append(message.text) if message.type in ("error", "warning") else None
+    )
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("requestfailed", lambda request: complaints.append(f"not loaded: {request.url}"))
+    page.goto(path.as_uri())
+    if page.locator("pre.mermaid").count():
+        page.wait_for_function(
+            "() => [...document.querySelectorAll('pre.mermaid')].every(each => each.querySelector('svg'))"
+        )
+    return page, complaints
+
+
+def is_whole(page: Any, complaints: list[str], width: int) -> None:
+    assert complaints == []
+    assert page.evaluate(TOO_WIDE) == []
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.locator(".error-icon").count() == 0, "Mermaid could not read a diagram"
+    assert all(size > 50 for size in page.evaluate("[...document.images].map(each => each.naturalWidth)"))
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_is_whole_and_keeps_answers_folded(site: Path, browser: Any, name: str) -> None:
+    page, complaints = open_page(browser, site / f"{name}.html", 1280)
+    is_whole(page, complaints, 1280)
+    written = (ROOT / "nbs" / f"{name}.ipynb").read_text(encoding="utf-8").count('"```mermaid')
+    assert page.locator("pre.mermaid svg").count() == written
+    assert page.locator("main details[open]").count() == 0
+    assert page.locator("main li input:checked").count() == 0, "the right answers of the quiz are ticked"
+    visible = page.locator("main").inner_text()
+    assert [spoiler for spoiler in SPOILERS if spoiler in visible] == []
+    page.context.close()
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_fits_a_telephone(site: Path, browser: Any, name: str) -> None:
+    page, complaints = open_page(browser, site / f"{name}.html", 400)
+    is_whole(page, complaints, 400)
+    page.context.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("name", ["index", *LESSONS[:6]])
+def test_text_stands_out_from_its_background(site: Path, browser: Any, name: str, scheme: str) -> None:
+    page, _ = open_page(browser, site / f"{name}.html", 1280, scheme)
+    page.evaluate("document.querySelectorAll('details').forEach(each => each.open = true)")
+    assert page.evaluate(CONTRAST) == []
+    backgrounds = page.evaluate("[...document.images].map(each => getComputedStyle(each).backgroundColor)")
+    assert "rgba(0, 0, 0, 0)" not in backgrounds, "a plot without background would lose its black text in the dark"
+    page.context.close()
+
+
+def test_a_reader_can_unfold_a_hint_and_an_answer(site: Path, browser: Any) -> None:
+    page, _ = open_page(browser, site / "01_welcome.html", 1280)
+    page.locator("summary", has_text="Hints").first.click()
+    assert page.get_by_text("Hint 1.", exact=False).first.is_visible()
+    answer = page.locator("details", has_text="Outputs are saved text.")
+    answer.locator("summary").click()
+    assert answer.get_by_text("That some code produced this number at some time.").is_visible()
+    page.context.close()
+
+
+def test_what_only_other_tools_understand_is_not_shown(site: Path) -> None:
+    for path in site.rglob("*.html"):
+        text = re.sub(r"<script.*?</script>", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+        for residue in ("{target=", "show_doc(", "#| echo", "__pydantic_self__", "AUTOGENERATED"):
+            assert residue not in re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL), f"{path.name} shows {residue}"
+
+
+def test_links_between_pages_lead_somewhere(site: Path) -> None:
+    dead = []
+    for path in site.rglob("*.html"):
+        text = path.read_text(encoding="utf-8")
+        for link in re.findall(r'href="(?![a-z]+:)([^"#]*)(?:#[^"]*)?"', text):
+            if link and not (path.parent / link).exists():
+                dead.append(f"{path.name}: {link}")
+    assert dead == []
+
+
+def test_every_page_of_the_sites_map_is_made(site: Path) -> None:
+    contents = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))["website"]["sidebar"]["contents"]
+    text = str(contents)
+    assert all((site / f"{name}.html").is_file() for name in PAGES)
+    assert all(f"{name}.ipynb" in text for name in PAGES)

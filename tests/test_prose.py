@@ -1,0 +1,238 @@
+"""What people read: one English without misspelt words, and no reference that leads nowhere."""
+
+import ast
+import io
+import json
+import re
+import tokenize
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import codespell_lib
+import pytest
+import typer
+from spellchecker import SpellChecker
+
+from mlops_course.cli import app
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted(path for path in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
+PAGES = [ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md")]
+CODE = [path for folder in ("tests", "tools", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))]
+SOURCES = [*NOTEBOOKS, *PAGES, *CODE, ROOT / "tasks.py"]
+WORDS = Path(__file__).with_name("words.txt")
+DICTIONARIES = Path(codespell_lib.__file__).parent / "data"
+# American in one sense and British in another, or the field's own spelling
+ALSO_BRITISH = {"artifact", "artifacts", "practice", "program", "programs", "story", "writable"}
+WORD = re.compile(r"(?<![\w./@=%$\\-])[A-Za-z]+(?:['’][a-z]+)?(?![\w/@=(\\]|\.\w)")
+ENDING = re.compile(r"(?<!n)['’](?:s|d|ll|re|ve|t|m)$")
+by_source = pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
+by_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.relative_to(ROOT).as_posix())
+
+
+# ---------------------------------------------------------------- what is prose
+
+
+@cache
+def cells(path: Path) -> list[tuple[str, str]]:
+    """The kind and text of each of a notebook's cells."""
+    found = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return [(cell["cell_type"], "".join(cell["source"])) for cell in found]
+
+
+def without_code(markdown: str) -> str:
+    """A Markdown text without its blocks and pieces of code."""
+    return re.sub(r"^(```|~~~).*?^\1|``[^`]*``|`[^`\n]*`", " ", markdown, flags=re.DOTALL | re.MULTILINE)
+
+
+def plain_text(markdown: str) -> str:
+    """A Markdown text without code, formulas, addresses and tags."""
+    text = re.sub(r"\]\([^)]*\)", "]", without_code(markdown))
+    return re.sub(r"<[^>]*>|https?://\S+|\$\$.*?\$\$|\$[^$\n]*\$", " ", text, flags=re.DOTALL)
+
+
+def said_in_code(source: str, messages: bool = False) -> str:
+    """Comments and docstrings; with messages: also strings of four words and more."""
+    source = "\n".join("" if re.match(r"\s*[!%]|#\|", line) else line for line in source.splitlines())
+    tokens = tokenize.generate_tokens(io.StringIO(source + "\n").readline)
+    said = [token.string for token in tokens if token.type == tokenize.COMMENT]
+    said = [re.sub(r"#\s*(noqa|type|fmt)\b.*|^#\s*%%.*|^#!.*", "", line) for line in said]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef):
+            said += [ast.get_docstring(node) or ""]
+        if messages and isinstance(node, ast.Constant) and isinstance(node.value, str):
+            readable = not re.search(r"[{}\[\]=<>_\\]|\(\)|^#!|://", node.value)
+            said += [node.value] if readable and len(node.value.split()) > 3 else []
+    return "\n".join(without_code(text) for text in said)
+
+
+@cache
+def prose(path: Path) -> str:
+    """All that a file says to people."""
+    if path.suffix == ".ipynb":
+        said = [plain_text(text) if kind == "markdown" else said_in_code(text, True) for kind, text in cells(path)]
+        return "\n".join(said)
+    text = path.read_text(encoding="utf-8")
+    return said_in_code(text) if path.suffix == ".py" else plain_text(text)
+
+
+def words_of(text: str) -> set[str]:
+    """The words of a text, as a dictionary has them; names such as `PR-AUC` and `DataFrame` aren't words."""
+    found = {ENDING.sub("", word) for word in WORD.findall(text)}
+    return {
+        word.lower().replace("’", "'")
+        for word in found
+        if len(word) > 1 and not re.search(r"[a-z][A-Z]|[A-Z]{2}", word)
+    }
+
+
+# ---------------------------------------------------------------- one English
+
+
+@pytest.fixture(scope="module")
+def dictionary() -> SpellChecker:
+    return SpellChecker(language="en")
+
+
+@cache
+def own_words() -> frozenset[str]:
+    return frozenset(WORDS.read_text(encoding="utf-8").split())
+
+
+def pairs(name: str) -> dict[str, str]:
+    """One of codespell's lists: what is written, and what it should be."""
+    lines = (DICTIONARIES / name).read_text(encoding="utf-8").splitlines()
+    return dict(line.split("->", 1) for line in lines if "->" in line)
+
+
+@by_source
+def test_every_word_is_in_the_dictionary(path: Path, dictionary: SpellChecker) -> None:
+    """A new word that is right goes into tests/words.txt."""
+    assert sorted(dictionary.unknown(words_of(prose(path))) - own_words()) == []
+
+
+@by_source
+def test_no_word_is_a_known_misspelling(path: Path) -> None:
+    misspelt = pairs("dictionary.txt")
+    assert {word: misspelt[word] for word in words_of(prose(path)) if word in misspelt} == {}
+
+
+@by_source
+def test_the_english_is_british(path: Path) -> None:
+    american = {us.strip(): gb for gb, both in pairs("dictionary_en-GB_to_en-US.txt").items() for us in both.split(",")}
+    found = words_of(prose(path)) - ALSO_BRITISH
+    assert {word: american[word] for word in found if word in american} == {}
+
+
+def test_the_words_of_our_own_are_sorted_needed_and_used(dictionary: SpellChecker) -> None:
+    listed = WORDS.read_text(encoding="utf-8").split()
+    used = set().union(*(words_of(prose(path)) for path in SOURCES))
+    assert listed == sorted(set(listed))
+    assert sorted(set(listed) - used) == [], "nobody uses these any more"
+    assert sorted(set(listed) - dictionary.unknown(listed)) == [], "the dictionary has these"
+
+
+@pytest.mark.parametrize("text", ["A recieved flight", "# it is sepparate", "the flihgt"])
+def test_a_slip_is_found(text: str, dictionary: SpellChecker) -> None:
+    found = words_of(plain_text(text))
+    assert dictionary.unknown(found) - own_words()
+
+
+# ---------------------------------------------------------------- references
+
+
+def anchors(text: str) -> set[str]:
+    """The names of a page's headings in links, as GitHub and as Jupyter make them."""
+    headings = re.findall(
+        r"^#{1,6}\s+(.+?)\s*$", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE), re.M
+    )
+    plain = [re.sub(r"[`*]|\]\([^)]*\)|\[", "", heading) for heading in headings]
+    github = {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in plain}
+    return github | {heading.replace(" ", "-") for heading in plain}
+
+
+def page_text(path: Path) -> str:
+    if path.suffix == ".ipynb":
+        return "\n\n".join(text for kind, text in cells(path) if kind == "markdown")
+    return path.read_text(encoding="utf-8")
+
+
+def links(text: str) -> Iterator[str]:
+    """Where links and pictures lead, other than to the web."""
+    found = re.findall(r"\]\(([^)\s]+)|(?:src|href)=[\"']([^\"']+)", without_code(text))
+    yield from (link for pair in found for link in pair if link and not re.match(r"[a-z]+:", link))
+
+
+@pytest.mark.parametrize(
+    "path", [*NOTEBOOKS, *PAGES, ROOT / "README.md"], ids=lambda path: path.relative_to(ROOT).as_posix()
+)
+def test_links_pictures_and_anchors_lead_somewhere(path: Path) -> None:
+    lost = []
+    for link in links(page_text(path)):
+        name, _, anchor = link.partition("#")
+        target = (path.parent / name).resolve() if name else path
+        if not target.exists() or (anchor and anchor not in anchors(page_text(target))):
+            lost.append(link)
+    assert lost == []
+
+
+def exercises() -> set[str]:
+    every = "\n".join(page_text(path) for path in NOTEBOOKS)
+    return set(re.findall(r"^### Exercise (\d+\.\d+)", every, re.MULTILINE))
+
+
+def units() -> set[str]:
+    every = "\n".join(page_text(path) for path in NOTEBOOKS)
+    return set(re.findall(r"^## (\d+\.\d+) ", every, re.MULTILINE))
+
+
+MEANT_TO_FAIL = {"1.9"}  # lesson 1 shows what happens
+
+
+@by_notebook
+def test_exercises_units_and_sections_that_are_named_exist(path: Path) -> None:
+    code = "\n".join(text for kind, text in cells(path) if kind == "code" and not re.search(r"^#\|\s*export", text))
+    text = page_text(path)
+    called = re.findall(r"^\s*(?:check|hint|solution|wrong_answers)\(\"(\d+\.\d+)\"", code, re.MULTILINE)
+    named = re.findall(r"\b[Ee]xercises? (\d+\.\d+)", text)
+    named += re.findall(r"(?:mlops-course (?:check|hint|solution|reset|watch)|check\(\"|hint\(\") ?(\d+\.\d+)", text)
+    if path.name[:2].isdigit() and path.parent == ROOT / "nbs":
+        assert sorted({*called, *named} - exercises() - MEANT_TO_FAIL) == []
+    places = re.findall(r"\b(?:[Uu]nit|[Ss]ection|[Ll]esson) (\d+\.\d+)", text)
+    assert sorted(set(places) - units()) == []
+    sections = re.findall(r"\b(?:[Ss]ections?|[Ll]essons?) (\d+)(?![\d.]*\d)", text)
+    assert [number for number in sections if not 1 <= int(number) <= 15] == []
+
+
+FOLDERS = "nbs|tests|benchmarks|tools|deploy|mlops_course|\\.github|\\.ci"
+
+
+@pytest.mark.parametrize(
+    "path", [*NOTEBOOKS, *PAGES, ROOT / "README.md"], ids=lambda path: path.relative_to(ROOT).as_posix()
+)
+def test_files_that_are_named_exist(path: Path) -> None:
+    named = re.findall(rf"`((?:{FOLDERS})/[\w./*-]*)`", page_text(path))
+    lost = [name for name in named if not (list(ROOT.glob(name.rstrip("/"))) or name.startswith("nbs/_"))]
+    assert lost == []
+
+
+def commands(group: typer.Typer) -> set[str]:
+    """The words that may follow `mlops-course`."""
+    command = typer.main.get_command(group)
+    return set(getattr(command, "commands", {}))
+
+
+@pytest.mark.parametrize(
+    "path", [*NOTEBOOKS, *PAGES, ROOT / "README.md"], ids=lambda path: path.relative_to(ROOT).as_posix()
+)
+def test_commands_that_are_named_exist(path: Path) -> None:
+    text = page_text(path)
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    listed = re.search(r"^TASKS := (.+)$", makefile, re.MULTILINE)
+    assert listed is not None
+    assert set(re.findall(r"(?:^|`|bin/)mlops-course ([a-z]+)", text, re.MULTILINE)) <= commands(app)
+    assert set(re.findall(r"`make ([a-z]+)", text)) | set(re.findall(r"^make ([a-z]+)", text, re.M)) <= set(
+        listed[1].split()
+    )
+    assert set(re.findall(r"tasks\.py ([a-z]+)`", text)) <= set(listed[1].split())
