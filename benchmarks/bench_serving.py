@@ -4,8 +4,8 @@ The same model and the same flight, asked over HTTP by wrk with 1, 8 and 32 conn
 the other. `mlflow models serve`, BentoML (with --bentoml, the Python of an environment that has it), FastAPI with a
 DataFrame a request, this service bare, this service with key check, limits, counters and prediction log, and apps that
 score nothing: FastAPI with the flight as a pydantic body, FastAPI with one field, Starlette with a constant. The model
-has 500 trees, as section 6's best (--trees). Exit status 1 when a bar is missed. Needs Linux, two cores and wrk
-(apt install wrk); nothing else should run. The first run trains a model on January in --home.
+has 500 trees, as the best one of section 6 (--trees). Exit status 1 when a bar is missed. Needs Linux, two cores and
+wrk (apt install wrk); nothing else should run. The first run trains a model on January in --home.
 """
 
 import argparse

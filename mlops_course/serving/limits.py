@@ -190,7 +190,7 @@ async def identify(
         raise Problem(403, f"this is not allowed: {error}", "Ask for the permission, or use another key") from error
     if principal is None:
         scheme = [(b"www-authenticate", b"Bearer")]
-        raise Problem(401, "nobody knows who is asking", "Send a key in the header Authorization", headers=scheme)
+        raise Problem(401, "nobody knows who is asking", "Send a key, as a bearer token", headers=scheme)
     return principal
 
 # %% ../../nbs/internals/07_limits.ipynb #87c538c8
