@@ -174,6 +174,10 @@ class Folders(Workspace):
     def artifacts(self) -> Path:  # MLflow's files: models, figures
         return self.home / "mlartifacts"
 
+    @property
+    def serving(self) -> Path:  # what the service needs: model bundles, online features
+        return self.home / "serving"
+
 # %% ../nbs/02_environment.ipynb #a7ebc58d
 class Settings(Folders):
     """Where results go and how runs are made, from MLOPS_COURSE_* variables. `load_settings` makes one."""
@@ -181,6 +185,7 @@ class Settings(Folders):
     seed: int = Field(default=2013, ge=0, lt=2**32)
     threads: int | None = Field(default=None, ge=1)
     tracking_uri: str | None = None
+    features_url: str | None = Field(default=None, pattern="^rediss?://")
 
     @property
     def tracking(self) -> str:  # where MLflow keeps its runs: a file of the workspace, unless told otherwise

@@ -6,13 +6,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .data import read_table, replace_months
-from .environment import CourseError, Settings
-from .experiments import Evaluation, alone, connect, find_run, load_run_model, noted, quiet_mlflow
+from .environment import CourseError, Settings, cores
+from .experiments import Evaluation, alone, connect, find_run, load_run_model, noted, quiet_mlflow, training_rows
 from .project import UseCase
-from .serving import Scorer
+from .serving.bundle import BundleError, Origin, bundles_folder, read_bundle, write_bundle
+from .serving.inference import Predictor, load_predictor
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -23,7 +25,8 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['CHAMPION', 'CHALLENGER', 'RegistryError', 'registry', 'versions', 'register', 'find_version', 'champion_reference',
-           'load_scorer', 'promote', 'score_month', 'fair_rivals', 'Decision', 'decide', 'register_and_decide']
+           'package', 'load_scorer', 'promote', 'score_month', 'fair_rivals', 'Decision', 'decide',
+           'register_and_decide']
 
 # %% ../nbs/08_versioning.ipynb #f11cd60c
 class RegistryError(CourseError):
@@ -120,12 +123,55 @@ def champion_reference(
         return None
     return f"{use_case.name}@{version.version}"
 
+# %% ../nbs/08_versioning.ipynb #0a4c9d3e
+def package(
+    settings: Settings,  # where the store is
+    use_case: UseCase,  # whose model
+    reference: str,  # alias or version
+) -> Path:  # folder of the bundle
+    """Make the bundle of a registered version, unless it is there already.
+
+    Raises:
+        RegistryError: there is no such version.
+        BundleError: the bundle does not score as the model does.
+    """
+    version = find_version(settings, use_case, reference)
+    name, run_id = f"{use_case.name}@{version.version}", str(version.run_id)
+    folder = bundles_folder(settings) / name
+    run = find_run(settings, use_case, run_id)
+    origin = _origin(run)
+    if not _packaged(folder, origin):
+        model, rows = load_run_model(settings, use_case, run_id), training_rows(settings, use_case, run)
+        write_bundle(settings, use_case, model, rows, name, origin)
+    return folder
+
+# %% ../nbs/08_versioning.ipynb #b7d1e26f
+def _origin(run: Run) -> Origin:
+    """What a run wrote down about its model."""
+    tags, tested = run.data.tags, {name: run.data.tags.get(f"test.{name}") for name in ("first", "last")}
+    return Origin(
+        run_id=run.info.run_id,
+        data={name.removeprefix("data."): value for name, value in sorted(tags.items()) if name.startswith("data.")},
+        first=noted(run, "first"),
+        last=noted(run, "last"),
+        metrics=dict(sorted(run.data.metrics.items())),
+        tested=f"{tested['first']} to {tested['last']}" if tested["first"] else "",
+    )
+
+
+def _packaged(folder: Path, origin: Origin) -> bool:
+    """Whether the bundle is there, whole, and of that run."""
+    try:
+        return folder.is_dir() and read_bundle(folder).run_id == origin.run_id
+    except BundleError:
+        return False
+
 # %% ../nbs/08_versioning.ipynb #70da9e73
 def load_scorer(
     settings: Settings,  # where the store is
     use_case: UseCase,  # whose model
     reference: str | None = CHAMPION,  # alias or version; None: no model was good enough
-) -> Scorer:  # ready to predict; it knows its version's number
+) -> Predictor:  # ready to predict; it knows its version's number
     """Load a registered model by alias or version.
 
     Raises:
@@ -136,9 +182,7 @@ def load_scorer(
             f"no model of {use_case.name} is in production: no candidate was better than the constant beyond doubt"
         )
         raise RegistryError(problem, "Train on more months, or promote a version by hand")
-    version = find_version(settings, use_case, reference)
-    model = load_run_model(settings, use_case, str(version.run_id))
-    return Scorer(model, f"{use_case.name}@{version.version}", use_case)
+    return load_predictor(package(settings, use_case, reference), settings.threads or cores())
 
 # %% ../nbs/08_versioning.ipynb #2e442f92
 def promote(
