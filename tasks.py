@@ -29,6 +29,8 @@ VENV = ROOT / ".venv"
 BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
 PYTHON = BIN / ("python.exe" if os.name == "nt" else "python")
 LOCK = ROOT / "requirements.lock"
+SERVING_LOCK = ROOT / "deploy" / "serving.lock"
+BUILD_LOCK = ROOT / "deploy" / "build.lock"
 STAMP = VENV / "installed-from"
 LOG = VENV / "install.log"
 GENERATED = ("nbs/**/*.ipynb", "mlops_course/**/*.py", "README.md")
@@ -317,23 +319,35 @@ def docs(arguments: list[str]) -> None:
 
 
 def lock(arguments: list[str]) -> None:
-    """Write requirements.lock from settings.ini; versions stay unless they must change (or --upgrade is given)."""
+    """Write the locks from settings.ini; versions stay unless they must change (or --upgrade is given)."""
     settings = ConfigParser(delimiters=["="])
     settings.read(ROOT / "settings.ini", encoding="utf-8")
     project = settings["DEFAULT"]
     groups = ("requirements", "course_requirements", "cluster_requirements", "dev_requirements")
-    wishes = "\n".join(project[group] for group in groups)
+    compile_lock(LOCK, "\n".join(project[group] for group in groups), *arguments)
+    with tempfile.TemporaryDirectory() as temporary:
+        limits = Path(temporary) / "constraints.txt"
+        limits.write_text(constraints(), encoding="utf-8")
+        for path, needed in ((SERVING_LOCK, project["serving_requirements"]), (BUILD_LOCK, "setuptools\nwheel")):
+            path.unlink(missing_ok=True)  # else versions in it would win over the lock's
+            compile_lock(path, needed, "--constraint", limits, "--no-annotate")
+    print("requirements.lock, and those of the image in deploy, are up to date with settings.ini")
+
+
+def compile_lock(path: Path, wishes: str, *arguments: object) -> None:
+    """Exact versions with hashes, for every system and Python version, of what is wished for."""
     uv = tool("uv") if tool("uv").exists() else shutil.which("uv")
     if not uv:
         raise Stop("uv is needed to make a lock: make install brings it, or pip install uv")
+    settings = ConfigParser(delimiters=["="])
+    settings.read(ROOT / "settings.ini", encoding="utf-8")
     command = [
-        str(uv), "pip", "compile", "--universal", "--python-version", project["min_python"], "--generate-hashes",
-        "--no-emit-index-url", "--custom-compile-command", "make lock", "--quiet", "--output-file", LOCK.name,
-        *arguments, "-",
+        uv, "pip", "compile", "--universal", "--python-version", settings["DEFAULT"]["min_python"], "--generate-hashes",
+        "--no-emit-index-url", "--custom-compile-command", "make lock", "--quiet", "--output-file",
+        path.relative_to(ROOT).as_posix(), *arguments, "-",
     ]  # fmt: skip
-    if subprocess.run(command, cwd=ROOT, input=wishes, text=True).returncode:
-        raise Stop("no lock was written: see above")
-    print("requirements.lock is up to date with settings.ini")
+    if subprocess.run([str(part) for part in command], cwd=ROOT, input=wishes, text=True).returncode:
+        raise Stop(f"{path.name} was not written: see above")
 
 
 def hooks(arguments: list[str]) -> None:
