@@ -29,8 +29,7 @@ VENV = ROOT / ".venv"
 BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
 PYTHON = BIN / ("python.exe" if os.name == "nt" else "python")
 LOCK = ROOT / "requirements.lock"
-SERVING_LOCK = ROOT / "deploy" / "serving.lock"
-BUILD_LOCK = ROOT / "deploy" / "build.lock"
+IMAGE_LOCKS = {"serving": "serving_requirements", "mlflow": "tracking_requirements", "build": "build_requirements"}
 STAMP = VENV / "installed-from"
 LOG = VENV / "install.log"
 GENERATED = ("nbs/**/*.ipynb", "mlops_course/**/*.py", "README.md")
@@ -286,13 +285,15 @@ def before_commit(arguments: list[str]) -> None:
 
 
 def check(arguments: list[str]) -> None:
-    """Look without running: generated files in sync, style, types, workflows."""
+    """Look without running: generated files in sync, style, types, workflows, Dockerfiles, compose file."""
     unchanged([])
     print("notebooks clean, package and README in sync", flush=True)
     need(tool("ruff"), "check", ".")
     need(*module("mypy"))
     workflows = sorted(ROOT.glob(".github/workflows/*.yml"))
     need(tool("check-jsonschema"), "--builtin-schema", "vendor.github-workflows", *workflows)
+    need(tool("check-jsonschema"), "--builtin-schema", "vendor.compose-spec", ROOT / "deploy" / "compose.yaml")
+    need(tool("hadolint"), *sorted(ROOT.glob("deploy/*Dockerfile")))
 
 
 def export(arguments: list[str]) -> None:
@@ -328,9 +329,10 @@ def lock(arguments: list[str]) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         limits = Path(temporary) / "constraints.txt"
         limits.write_text(constraints(), encoding="utf-8")
-        for path, needed in ((SERVING_LOCK, project["serving_requirements"]), (BUILD_LOCK, "setuptools\nwheel")):
+        for name, group in IMAGE_LOCKS.items():
+            path = ROOT / "deploy" / f"{name}.lock"
             path.unlink(missing_ok=True)  # else versions in it would win over the lock's
-            compile_lock(path, needed, "--constraint", limits, "--no-annotate")
+            compile_lock(path, project[group], "--constraint", limits, "--no-annotate")
     print("requirements.lock, and those of the image in deploy, are up to date with settings.ini")
 
 
