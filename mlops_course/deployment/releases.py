@@ -53,15 +53,15 @@ STEPS: dict[str, tuple[float, ...]] = {"shadow": (0.0,), "canary": (0.05, 0.25),
 Strategy = Literal["shadow", "canary", "blue-green", "ab"]
 Status = Literal["running", "promoted", "rolled back"]
 
-# %% ../../nbs/internals/11_releases.ipynb #e095095e
+# %% ../../nbs/internals/11_releases.ipynb #ae43c74f
 class Release(Struct, frozen=True, forbid_unknown_fields=True):
     """A candidate on its way, as it stands in `serving/release.json`."""
 
-    id: Annotated[str, Meta(pattern=r"^[\w.@-]+$")]
     strategy: Strategy
     status: Status
     stable: Reference  # answers what the candidate doesn't
     candidate: Reference
+    id: Annotated[str, Meta(pattern=r"^[\w.@-]+$")]
     steps: Annotated[tuple[Share, ...], Meta(min_length=1)]
     step: Annotated[int, Meta(ge=0)]
     started: str  # ISO 8601, UTC
@@ -157,7 +157,7 @@ def _now() -> str:
     """This second, UTC."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
-# %% ../../nbs/internals/11_releases.ipynb #37c705ae
+# %% ../../nbs/internals/11_releases.ipynb #79b2ec9a
 def begin(
     settings: Settings,  # whose workspace
     strategy: str,  # shadow, canary, blue-green or ab
@@ -176,8 +176,8 @@ def begin(
             raise ReleaseError(f"{last.candidate} is being released since {last.started}", remedy)
         number = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f")
         return _write(settings, _checked({
-            "id": f"{number}-{candidate}", "strategy": strategy, "status": "running", "stable": stable,
-            "candidate": candidate, "steps": steps or STEPS.get(strategy, (0.0,)), "step": 0, "started": now,
+            "strategy": strategy, "status": "running", "stable": stable, "candidate": candidate,
+            "id": f"{number}-{candidate}", "steps": steps or STEPS.get(strategy, (0.0,)), "step": 0, "started": now,
             "changed": now, "reason": reason, "by": by, "limits": msgspec.to_builtins(limits or Limits()),
         }))  # fmt: skip
 

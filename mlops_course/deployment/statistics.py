@@ -76,13 +76,13 @@ def mean_interval(
     width = deviation * math.sqrt(scale / (count**2 * rate) * math.log(scale / alpha**2))
     return mean - width, mean + width
 
-# %% ../../nbs/internals/11_statistics.ipynb #13779b3a
-FASTEST, FINENESS, BUCKETS = 1e-4, 4, 81  # seconds; edges for each doubling; the last bucket is open (100 s)
+# %% ../../nbs/internals/11_statistics.ipynb #f9d16cac
+FASTEST, FINENESS, BUCKETS = 1e-4, 8, 161  # seconds; edges for each doubling; the last bucket is open (100 s)
 
 
 def bucket_of(
     seconds: float,  # how long a request took
-) -> int:  # 0 to 80
+) -> int:  # 0 to 160
     """The bucket that a time belongs to."""
     if seconds <= FASTEST:
         return 0
@@ -90,7 +90,7 @@ def bucket_of(
 
 
 def edge_of(
-    bucket: int,  # 0 to 80
+    bucket: int,  # 0 to 160
 ) -> float:  # seconds; infinite for the last
     """The longest time that a bucket holds."""
     return math.inf if bucket >= BUCKETS - 1 else FASTEST * 2 ** (bucket / FINENESS)

@@ -192,13 +192,13 @@ def guard(
         decision = decide(release, read_counts(settings, release.id), seconds)
     return _carry_out(settings, release, decision)
 
-# %% ../../nbs/internals/11_workers.ipynb #95c54f3e
+# %% ../../nbs/internals/11_workers.ipynb #97e61790
 def _carry_out(settings: Settings, release: Release, decision: Decision) -> Decision:
     """Do what was decided; what can't be done now is tried again a second later."""
     if decision.action == "wait":
         return decision
     try:
-        if decision.action == "promote":
+        if decision.action == "promote" and live_reference(settings) != release.candidate:
             publish(settings, release.candidate)
         if change(settings, release, decision.reason, **decision.values):
             log.warning("release %s: %s, since %s", release.candidate, decision.action, decision.reason)
