@@ -263,9 +263,9 @@ def running(server: Server, scratch: Path, url: str, body: bytes) -> Iterator[ps
                 os.killpg(process.pid, signal.SIGKILL)
 
 
-def load(server: Server, scratch: Path, url: str, connections: int, seconds: float) -> None:
+def load(server: Server, scratch: Path, url: str, connections: int, seconds: int) -> None:
     """Ask with wrk on the second core."""
-    command = ["taskset", "-c", "1", "wrk", "-t1", f"-c{connections}", f"-d{seconds:g}s", "--latency"]
+    command = ["taskset", "-c", "1", "wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--latency"]
     done = subprocess.run([*command, "-s", str(scratch / "post.lua"), url], capture_output=True, text=True, check=True)
     rate, p99 = re.search(r"Requests/sec:\s+([\d.]+)", done.stdout), re.search(r"99%\s+([\d.]+)(us|ms|s)", done.stdout)
     if not rate or not p99 or "Non-2xx" in done.stdout or "Socket errors" in done.stdout:
@@ -275,13 +275,13 @@ def load(server: Server, scratch: Path, url: str, connections: int, seconds: flo
         server.p99[connections] = float(p99[1]) * {"us": 0.001, "ms": 1, "s": 1000}[p99[2]]
 
 
-def measure(server: Server, scratch: Path, port: int, record: str, seconds: float) -> None:
+def measure(server: Server, scratch: Path, port: int, record: str, seconds: int) -> None:
     """All figures of one server."""
     url, body = f"http://127.0.0.1:{port}{server.path}", server.body % record if "%s" in server.body else server.body
     (scratch / "body.json").write_text(body, encoding="utf-8")
     (scratch / "post.lua").write_text(LUA.format(path=scratch / "body.json"), encoding="utf-8")
     with running(server, scratch, url, body.encode()) as process:
-        load(server, scratch, url, 8, min(1.0, seconds))  # warm
+        load(server, scratch, url, 8, 1)  # warm
         for connections in CONNECTIONS:
             load(server, scratch, url, connections, seconds)
         processes = [process, *process.children(recursive=True)]
@@ -316,7 +316,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--home", type=Path, default=load_settings().home / "bench_serving")
     parser.add_argument("--bentoml", help="the Python of an environment with bentoml and this one's scikit-learn")
-    parser.add_argument("--seconds", type=float, default=3.0, help="of each measurement")
+    parser.add_argument("--seconds", type=int, default=3, help="of each measurement")
     parser.add_argument("--only", nargs="*", help="names of servers")
     options = parser.parse_args()
     settings = load_settings(home=options.home).prepare()
