@@ -185,7 +185,7 @@ class Settings(Folders):
     seed: int = Field(default=2013, ge=0, lt=2**32)
     threads: int | None = Field(default=None, ge=1)
     tracking_uri: str | None = None
-    features_url: str | None = Field(default=None, pattern="^rediss?://")
+    features_url: str | None = Field(default=None, pattern="^rediss?://.")
 
     @property
     def tracking(self) -> str:  # where MLflow keeps its runs: a file of the workspace, unless told otherwise

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     import pandera.pandas as pandera
 
 # %% auto #0
-__all__ = ['LATE_AFTER', 'FORMATS', 'NEW_YORK', 'ORIGINS', 'flight_delay', 'late_label', 'SuccessMetrics', 'SourceError',
-           'find_file', 'supplier_folder', 'read_file', 'read_delivery', 'calendar_month', 'of_month',
+__all__ = ['LATE_AFTER', 'FORMATS', 'NEW_YORK', 'ORIGINS', 'FLIGHT_GROUPS', 'flight_delay', 'late_label', 'SuccessMetrics',
+           'SourceError', 'find_file', 'supplier_folder', 'read_file', 'read_delivery', 'calendar_month', 'of_month',
            'flights_contract', 'weather_contract', 'planes_contract', 'airports_contract', 'Table', 'UseCase',
            'local_day', 'load_object', 'find_use_case']
 
@@ -323,6 +323,7 @@ class UseCase:
     label_delay: timedelta  # how long after `time` a label is known
     costs: Costs
     success: SuccessMetrics
+    groups: tuple[tuple[str, tuple[str, ...]], ...] = ()  # related features: a name in words, and patterns
 
     @property
     def key(self) -> tuple[str, ...]:
@@ -378,6 +379,22 @@ def find_use_case(
         raise CourseError(f"{name!r} is a {type(found).__name__}, not a UseCase", "Name a UseCase object")
     return found
 
+# %% ../nbs/04_project.ipynb #ab70c39e
+FLIGHT_GROUPS = (
+    ("the aircraft's previous flights", ("previous_leg_*",)),
+    ("the weather at the origin", ("temperature*", "dew_point*", "humidity*", "wind_*", "precipitation*")),
+    ("the weather at the origin", ("pressure*", "visibility*")),
+    ("the aircraft", ("seats", "aircraft_age", "*_aircraft_*")),
+    ("this flight in the last weeks", ("*_flight_number_*",)),
+    ("the route", ("*_route_*", "distance", "block_minutes", "planned_speed")),
+    ("the destination", ("dest", "*_dest_*", "*_dest")),
+    ("the airline at this airport", ("*_origin_carrier*",)),
+    ("the airline", ("carrier", "*_carrier_*", "*_carrier")),
+    ("the airport of departure", ("origin", "*_origin_*", "*_origin")),
+    ("all of New York", ("*_system_*", "*_system")),
+    ("the time of day and week", ("scheduled_*", "weekday")),
+)
+
 # %% ../nbs/04_project.ipynb #fa8a8420
 flight_delay = UseCase(
     name="flight-delay",
@@ -400,4 +417,5 @@ flight_delay = UseCase(
     label_delay=timedelta(hours=30),
     costs=Costs(missed=150, warning=40),
     success=SuccessMetrics(pr_auc=0.56, roc_auc=0.77, log_loss=0.435),
+    groups=FLIGHT_GROUPS,
 )

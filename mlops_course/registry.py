@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from .data import read_table, replace_months
 from .environment import CourseError, Settings, cores
-from .experiments import Evaluation, alone, connect, find_run, load_run_model, noted, quiet_mlflow, training_rows
+from mlops_course.experiments import (
+    Evaluation, alone, connect, find_run, load_run_model, noted, quiet_mlflow, training_rows,
+)
 from .project import UseCase
 from .serving.bundle import BundleError, Origin, bundles_folder, read_bundle, write_bundle
 from .serving.inference import Predictor, load_predictor

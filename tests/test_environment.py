@@ -124,7 +124,7 @@ def test_a_misspelt_variable_is_refused_and_a_foreign_one_is_not(monkeypatch: py
 
 
 def test_an_unknown_override_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(SettingsError, match=r"no setting 'sed'.*home, seed, threads, tracking_uri"):
+    with pytest.raises(SettingsError, match=r"no setting 'sed'.*home, seed, threads, tracking_uri, features_url"):
         load_settings(sed=1)
 
 

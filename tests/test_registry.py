@@ -38,6 +38,7 @@ from mlops_course.registry import (
     fair_rivals,
     find_version,
     load_scorer,
+    package,
     promote,
     register,
     register_and_decide,
@@ -45,6 +46,7 @@ from mlops_course.registry import (
     score_month,
     versions,
 )
+from mlops_course.serving import load_predictor, materialise, open_feature_table, publish, read_bundle
 
 pytestmark = pytest.mark.filterwarnings("ignore:Series.values returning:DeprecationWarning")  # inside pyarrow
 
@@ -214,7 +216,7 @@ def test_a_model_is_loaded_by_alias_or_number(home: Settings, runs: Runs, traine
         scorer = load_scorer(home, flight_delay, reference)
         assert scorer.reference == f"flight-delay@{number}"
         expected = scores(load_run_model(home, flight_delay, runs[name]), february)
-        np.testing.assert_array_equal(scorer.predict(february)["score"], expected)
+        np.testing.assert_allclose(scorer.predict(february)["score"], expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("filled", [True, False])
@@ -241,6 +243,37 @@ def test_a_model_that_is_not_there_is_named_beside_those_that_are(
 def test_without_a_champion_nothing_is_scored(home: Settings) -> None:
     with pytest.raises(RegistryError, match=r"no model of flight-delay is in production.*promote a version by hand"):
         load_scorer(home, flight_delay, None)
+
+
+def test_a_version_is_packaged_once_from_what_its_run_wrote_down(home: Settings, runs: Runs, quarter: Quarter) -> None:
+    evaluate_run(home, flight_delay, runs["good"], FEBRUARY, FEBRUARY)
+    register(home, flight_delay, runs["good"])
+    folder = package(home, flight_delay, "challenger")
+    assert folder == home.serving / "bundles" / "flight-delay@1"
+    manifest, run = read_bundle(folder), find_run(home, flight_delay, runs["good"])
+    assert (manifest.run_id, manifest.first, manifest.last) == (runs["good"], JANUARY, JANUARY)
+    assert manifest.data == {"features": quarter.features, "rows": quarter.rows}
+    card = (folder / "MODEL_CARD.md").read_text(encoding="utf-8")
+    assert f"Tested on {FEBRUARY} to {FEBRUARY}" in card
+    assert f"| pr_auc | {run.data.metrics['test.pr_auc']:.4f} |" in card
+    stamps = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert package(home, flight_delay, "flight-delay@1") == folder
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == stamps, "it was there already"
+    (folder / "model.onnx").write_bytes(b"damaged")
+    assert read_bundle(package(home, flight_delay, "flight-delay@1")) == manifest
+    with pytest.raises(RegistryError, match="there is no model 'champion'"):
+        package(home, flight_delay, "champion")
+
+
+def test_a_month_in_a_batch_has_the_answers_of_the_service(home: Settings, runs: Runs) -> None:
+    features = trained_features(home)
+    register_and_decide(home, flight_delay, runs["good"], True, "the first one")
+    _, answers = score_month(home, flight_delay, "champion", features, FEBRUARY)
+    materialise(home, flight_delay, features, [FEBRUARY])
+    table, predictor = open_feature_table(home), load_predictor(publish(home, "flight-delay@1"))
+    keys = [table.key(row) for row in answers[list(flight_delay.key)].to_dict("records")]
+    online = predictor.scores(predictor.encode(table.get(keys, predictor.features)))
+    np.testing.assert_array_equal(online, answers["score"], "to the last bit")
 
 
 def test_scoring_a_month_again_changes_nothing_but_another_model_does(home: Settings, runs: Runs) -> None:

@@ -25,6 +25,7 @@ from mlops_course.experiments import TrainingConfig, quiet_mlflow, train_run
 from mlops_course.pipelines import read_result
 from mlops_course.project import flight_delay, read_delivery
 from mlops_course.registry import champion_reference, versions
+from mlops_course.serving import live_bundle, load_predictor, open_feature_table
 
 pytestmark = [
     pytest.mark.system,
@@ -34,7 +35,7 @@ pytestmark = [
 JANUARY, FEBRUARY, MARCH = "2013-01", "2013-02", "2013-03"
 SLICE = ["-p", f"first={JANUARY}", "-p", f"train_last={JANUARY}", "-p", f"test_last={FEBRUARY}"]
 TRAINING = ["run", "training", *SLICE, "-p", "iterations=10", "--json"]
-STAGES = ["ingest", "validate", "features", "train", "evaluate", "register", "score", "monitor"]
+STAGES = ["ingest", "validate", "features", "train", "evaluate", "register", "package", "score", "monitor"]
 # A shell that runs the tests in the background may have told its children to ignore Ctrl-C.
 COMMAND = (
     "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); import mlops_course.cli as c; c.main()"
@@ -308,7 +309,7 @@ def test_an_interrupted_training_is_one_line_and_leaves_whole_tables(
     assert statuses(home)[:1] == ["FAILED"], "it doesn't look as if it were still running"
     told = [json.loads(path.read_text()) for path in (home / "runs").glob("*/run.json")]
     states = [stage["status"] for stage in min(told, key=lambda run: run["started"])["stages"]]
-    assert states == ["done"] * 3 + ["interrupted"] + ["not run"] * 4
+    assert states == ["done"] * 3 + ["interrupted"] + ["not run"] * 5
 
 
 @pytest.mark.slow
@@ -319,7 +320,7 @@ def test_the_next_run_carries_on_and_ends_with_a_champion(trained: Trained) -> N
     assert document["status"] == "done"
     assert [stage["name"] for stage in document["stages"]] == STAGES
     states = [stage["status"] for stage in document["stages"]]
-    assert states == ["cached"] * 3 + ["done"] * 5, "what was done before Ctrl-C isn't done again"
+    assert states == ["cached"] * 3 + ["done"] * 6, "what was done before Ctrl-C isn't done again"
     assert all(stage["seconds"] > 0 and stage["results"]["made"] for stage in document["stages"])
     assert all(Path(stage["notebook"]).is_file() for stage in document["stages"])
     results = done.results
@@ -384,7 +385,7 @@ def test_the_champion_scores_the_next_month(trained: Trained) -> None:
     done, settings = trained.scoring, settings_in(trained.other)
     assert done.status == 0, done.errors
     results = done.results
-    assert list(results) == ["ingest", "validate", "features", "score", "monitor"]
+    assert list(results) == ["ingest", "validate", "features", "package", "score", "monitor"]
     assert results["score"]["model"] == champion_reference(settings, flight_delay) == "flight-delay@1"
     scored = read_table(settings, results["score"]["predictions"])
     assert scored["period"].value_counts().to_dict() == {FEBRUARY: 24_951, MARCH: 28_834}
@@ -392,6 +393,30 @@ def test_the_champion_scores_the_next_month(trained: Trained) -> None:
     assert scored["score"].between(0, 1).all()
     assert results["monitor"]["figures"]["pr_auc"] > results["monitor"]["figures"]["base_rate"]
     assert Path(results["monitor"]["report"]).name == f"flight-delay-{MARCH}.html"
+
+
+@pytest.mark.slow
+def test_what_the_pipeline_leaves_is_ready_to_serve_and_says_what_the_batch_said(trained: Trained) -> None:
+    assert trained.first.results["package"]["packaged"] == "flight-delay@1"
+    for settings, months in ((trained.settings, [FEBRUARY]), (settings_in(trained.other), [FEBRUARY, MARCH])):
+        folder = live_bundle(settings)
+        assert folder is not None and folder.name == "flight-delay@1"
+        predictor, table = load_predictor(folder), open_feature_table(settings)
+        for month in months:
+            answers = read_table(settings, f"predictions@{table_version(settings, 'predictions')}", [month])
+            keys = [table.key(row) for row in answers[list(flight_delay.key)].to_dict("records")]
+            records = table.get(keys, predictor.features)
+            assert predictor.scores(predictor.encode(records)).tolist() == answers["score"].tolist()
+
+
+@pytest.mark.slow
+def test_whoever_deletes_what_the_service_reads_gets_it_again(trained: Trained, tmp_path: Path) -> None:
+    home = Path(shutil.copytree(trained.mine, tmp_path / "workspace"))
+    shutil.rmtree(home / "serving")
+    done = finish(start(home, *TRAINING))
+    states = {stage["name"]: stage["status"] for stage in done.document["stages"]}
+    assert [name for name in STAGES if states[name] == "done"] == ["package"]
+    assert live_bundle(settings_in(home)) == home / "serving" / "bundles" / "flight-delay@1"
 
 
 @pytest.mark.slow

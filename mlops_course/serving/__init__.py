@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['BundleError', 'Manifest', 'Origin', 'live_bundle', 'publish', 'read_bundle', 'write_bundle', 'InputError',
-           'Predictor', 'load_predictor', 'FeatureTableError', 'materialise', 'open_feature_table']
+           'Predictor', 'Reason', 'load_predictor', 'FeatureTable', 'FeatureTableError', 'materialise',
+           'open_feature_table']
 
-# %% ../../nbs/07_packaging.ipynb #f3c224b3
+# %% ../../nbs/07_packaging.ipynb #bdf0ab1c
 from mlops_course.serving.bundle import (
     BundleError, Manifest, Origin, live_bundle, publish, read_bundle, write_bundle,
 )
-from .inference import InputError, Predictor, load_predictor
-from .online import FeatureTableError, materialise, open_feature_table
+from .inference import InputError, Predictor, Reason, load_predictor
+from .online import FeatureTable, FeatureTableError, materialise, open_feature_table
 
 _all_ = ["BundleError", "Manifest", "Origin", "live_bundle", "publish", "read_bundle", "write_bundle"]
-_all_ += ["InputError", "Predictor", "load_predictor", "FeatureTableError", "materialise", "open_feature_table"]
+_all_ += ["InputError", "Predictor", "Reason", "load_predictor"]
+_all_ += ["FeatureTable", "FeatureTableError", "materialise", "open_feature_table"]
