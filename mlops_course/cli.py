@@ -8,8 +8,8 @@ __all__ = ['app', 'Debug', 'Home', 'AsJson', 'Version', 'Name', 'Parameters', 'S
            'describe_error', 'common', 'main', 'parse_parameters', 'run_pipeline', 'plan_pipeline', 'show_graph',
            'backfill_pipeline', 'export_pipeline', 'list_cache', 'prune_cache', 'verify_cache', 'show_pipelines',
            'show_runs', 'show_run', 'diff_runs', 'show_doctor', 'ui_command', 'without_password', 'open_ui',
-           'parse_limits', 'serve_model', 'publish_bundle', 'release_limits', 'start_release', 'promote_release',
-           'roll_back_release', 'show_release', 'watch_folder']
+           'serve_model', 'publish_bundle', 'release_limits', 'start_release', 'promote_release', 'roll_back_release',
+           'show_release', 'watch_folder']
 
 # %% ../nbs/cli.ipynb #5db341e0
 import json
@@ -525,24 +525,6 @@ def open_ui(home: Home = None, port: Annotated[int, typer.Option(help="On this m
 
     raise typer.Exit(subprocess.run(command, cwd=settings.home, env=environment, check=False).returncode)
 
-# %% ../nbs/cli.ipynb #5e7e0002
-def parse_limits(
-    pairs: list[str],  # like "rows=500"
-) -> dict[str, float]:  # by name, for `serving.limits.Limits`
-    """The values of --limit options. Raises: ParameterError for one that isn't name=number, or that there isn't."""
-    from mlops_course.pipelines import ParameterError
-    from mlops_course.serving.limits import Limits
-
-    known, found = vars(Limits()), {}
-    for name, text in parse_parameters(pairs).items():
-        if name not in known:
-            raise ParameterError(f"there is no limit {name!r}", f"The limits are {', '.join(known)}")
-        try:
-            found[name] = type(known[name])(text)
-        except ValueError as error:
-            raise ParameterError(f"the limit {name} is {text!r}", "Write a number") from error
-    return found
-
 # %% ../nbs/cli.ipynb #5e7e0003
 @app.command("serve")
 def serve_model(
@@ -557,15 +539,14 @@ def serve_model(
     """Serve the published model as a REST service."""
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ.setdefault(name, "1")  # a row is no work for many threads, and each of them takes memory
-    from mlops_course.serving.limits import Limits
+    from mlops_course.serving.limits import read_limits
     from mlops_course.serving.server import APP, serve
 
     def announce(address: str) -> None:
         line = json.dumps({"event": "listening", "url": address}) if as_json else address
         print(line, flush=True)
 
-    limits = Limits(**parse_limits(limit or []))  # type: ignore[arg-type]
-    serve(_settings(home), host, port, workers, limits, as_json, announce, service or APP)
+    serve(_settings(home), host, port, workers, read_limits(limit or []), as_json, announce, service or APP)
 
 # %% ../nbs/cli.ipynb #11c10002
 @app.command("publish")

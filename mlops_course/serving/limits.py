@@ -11,7 +11,7 @@ import logging
 import math
 import re
 import secrets
-from collections.abc import Awaitable, Callable, Collection, MutableMapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, MutableMapping
 from dataclasses import dataclass, fields
 from time import monotonic, perf_counter
 from typing import TYPE_CHECKING, Any
@@ -27,8 +27,9 @@ App = Callable[[Any, Receive, Send], Awaitable[None]]
 log = logging.getLogger("mlops_course.serving")
 
 # %% auto #0
-__all__ = ['Scope', 'App', 'log', 'PLAIN', 'Authorize', 'OPEN', 'Limits', 'Buckets', 'Exchange', 'too_large', 'check_length',
-           'Gone', 'read_body', 'replay', 'identify', 'busy', 'check_rate', 'Guard', 'admit', 'as_problem', 'complain']
+__all__ = ['Scope', 'App', 'log', 'PLAIN', 'Authorize', 'OPEN', 'Limits', 'read_limits', 'Buckets', 'Exchange', 'too_large',
+           'check_length', 'Gone', 'read_body', 'replay', 'identify', 'busy', 'check_rate', 'Guard', 'admit',
+           'as_problem', 'complain']
 
 # %% ../../nbs/internals/07_limits.ipynb #8f956bc7
 @dataclass(frozen=True)
@@ -50,6 +51,24 @@ class Limits:
             value, least = getattr(self, field.name), 0 if field.name == "rate" else 0.01
             if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < math.inf:
                 raise CourseError(f"the limit {field.name} is {value!r}", "Give a number above 0; for the rate, 0: none")
+
+# %% ../../nbs/internals/07_limits.ipynb #e79d1127
+def read_limits(
+    pairs: Iterable[str],  # like "rows=500"
+) -> Limits:
+    """Limits as they are written on a command line; those that aren't named stay. Raises: CourseError."""
+    found: dict[str, Any] = {}
+    kinds = {field.name: type(field.default) for field in fields(Limits)}
+    for pair in pairs:
+        name, _, text = pair.partition("=")
+        if name not in kinds:
+            raise CourseError(f"there is no limit {name!r}", f"Write name=number; the limits are {', '.join(kinds)}")
+        try:
+            found[name] = kinds[name](text)
+        except ValueError as error:
+            kind = "whole number" if kinds[name] is int else "number"
+            raise CourseError(f"the limit {name} is {text!r}", f"Write a {kind}") from error
+    return Limits(**found)
 
 # %% ../../nbs/internals/07_limits.ipynb #99bf1654
 class Buckets:

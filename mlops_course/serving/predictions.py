@@ -94,9 +94,9 @@ def open_segment(
 def write_all(
     descriptor: int,  # appends to a file
     data: bytes,  # whole lines
+    before: int,  # bytes that are in it
 ) -> None:
     """Write everything or nothing. Raises: OSError."""
-    before = os.lseek(descriptor, 0, os.SEEK_END)
     try:
         written = os.write(descriptor, data)
         while written < len(data):  # the disk is nearly full, or a signal came
@@ -143,7 +143,7 @@ class PredictionLog(_Segment):
         data = b"".join([encode(entry) + b"\n" for entry in entries])
         try:
             self.open()
-            write_all(self.descriptor, data)
+            write_all(self.descriptor, data, self.size)
         except OSError as error:
             self.problem = workspace_error(error, self.folder).problem
             log.error("%s", self.problem)
@@ -205,7 +205,8 @@ def tend(
             writer.open()
         problem = room_problem(writer)
         if not problem and writer.problem:
-            write_all(writer.descriptor, b"\n")  # an empty line, which readers skip
+            write_all(writer.descriptor, b"\n", writer.size)  # an empty line, which readers skip
+            writer.size += 1
         writer.problem = problem
     except OSError as error:
         writer.problem = workspace_error(error, writer.folder).problem

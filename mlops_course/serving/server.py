@@ -9,6 +9,7 @@ import errno
 import json
 import logging
 import os
+import pkgutil
 import signal
 import socket
 import tempfile
@@ -23,7 +24,6 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.supervisors import Multiprocess
 
 from ..environment import CourseError, Settings
-from ..project import load_object
 from .limits import Limits
 from .problems import PROBLEM, Problem, document
 
@@ -161,8 +161,12 @@ class Launch:
     app: str = APP  # `module:function`, called with settings and limits
 
     def __call__(self) -> Any:
-        """Make the app."""
-        return load_object(self.app)(self.settings, self.limits)
+        """Make the app. Raises: ServeError."""
+        try:
+            make = pkgutil.resolve_name(self.app)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ServeError(f"there is no app {self.app!r}: {error}", "Write module:function") from error
+        return make(self.settings, self.limits)
 
 # %% ../../nbs/internals/07_server.ipynb #62f5475b
 class JsonLines(logging.Formatter):
@@ -220,6 +224,8 @@ def serve(
         raise ServeError(f"{workers} workers can't serve", "Ask for 1 or more")
     limits = limits or Limits()
     launch = Launch(settings.prepare(), replace(limits, rate=limits.rate / workers), app)
+    if app != APP:
+        launch()  # what can't be made is said once, here, and not by each worker again and again
     taken = bind(host, port)
     if announce is not None:
         named = f"[{host}]" if ":" in host else host

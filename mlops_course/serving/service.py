@@ -23,12 +23,12 @@ import numpy as np
 
 # %% auto #0
 __all__ = ['log', 'Text', 'Whole', 'Key', 'ABSENT', 'QUESTION', 'BATCH', 'encode', 'PLACE', 'NAMED', 'UNREADABLE', 'FEW',
-           'JSON_TYPE', 'REFUSALS', 'REASONS', 'PATHS', 'Question', 'Batch', 'Answer', 'Row', 'Answers', 'unreadable',
-           'refuse_repeated', 'Service', 'open_table', 'Work', 'name_keys', 'read_records', 'decoder_of',
+           'JSON_TYPE', 'REFUSALS', 'REASONS', 'SILENT', 'PATHS', 'Question', 'Batch', 'Answer', 'Row', 'Answers',
+           'unreadable', 'refuse_repeated', 'Service', 'open_table', 'Work', 'name_keys', 'read_records', 'decoder_of',
            'find_records', 'score', 'write_down', 'check_form', 'body_of', 'request_id_of', 'wanted_reasons',
            'PredictOne', 'read', 'check_names', 'PredictMany', 'refusal', 'add_health', 'add_model', 'typical_record',
            'some_keys', 'record_schema', 'key_schema', 'schemas', 'operation', 'describe', 'tick', 'tick_on',
-           'lifespan', 'build_api', 'problem_response', 'add_refusals', 'create_app']
+           'lifespan', 'build_api', 'handlers', 'Door', 'problem_response', 'add_refusals', 'create_app']
 
 # %% ../../nbs/internals/07_service.ipynb #ae022867
 from fastapi import FastAPI, Query, Request, Response
@@ -45,7 +45,7 @@ from .models import Choice, LiveModels, Models
 from .online import FeatureTable, FeatureTableError, SqliteTable, open_feature_table
 from .page import add_page
 from .predictions import Entry, PredictionLog, log_folder, tend
-from .problems import PROBLEM, Document, Problem, Receive, Send, document, respond
+from .problems import PROBLEM, Document, Problem, Receive, Send, document, refuse, respond
 
 log = logging.getLogger("mlops_course.serving")
 
@@ -679,17 +679,19 @@ def lifespan(
 
     return run
 
-# %% ../../nbs/internals/07_service.ipynb #aa49a485
+# %% ../../nbs/internals/07_service.ipynb #968d5997
+SILENT: Any = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}  # FastAPI's own telemetry
+
+
 def build_api(
     service: Service,  # the parts
 ) -> FastAPI:  # without limits, keys and counters
-    """The endpoints of a service."""
-    one, many = (Route(path, make(service), methods=["POST"]) for path, make in
-                 (("/predict", PredictOne), ("/predict/batch", PredictMany)))  # fmt: skip
+    """The endpoints of a service, described."""
     app = FastAPI(
         title="Flight delays", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan(service),
         description="How likely does a flight from New York arrive more than 15 minutes late? Asked two hours before.",
-        routes=[one, many],
+        routes=[Route(path, handler, methods=["POST"]) for path, handler in handlers(service).items()],
+        telemetry=SILENT,
     )  # fmt: skip
     add_health(app, service)
     add_model(app, service)
@@ -698,6 +700,29 @@ def build_api(
     own = app.openapi
     app.openapi = lambda: describe(service, own())  # type: ignore[method-assign]
     return app
+
+
+def handlers(service: Service) -> dict[str, Any]:
+    """The two plain endpoints, by path."""
+    return {"/predict": PredictOne(service), "/predict/batch": PredictMany(service)}
+
+# %% ../../nbs/internals/07_service.ipynb #50ad8896
+class Door:
+    """The endpoints, with a short cut to those that must be fast."""
+
+    def __init__(self, service: Service) -> None:
+        self.api, self.short = build_api(service), handlers(service)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer."""
+        handler = self.short.get(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
+        if handler is None:
+            await self.api(scope, receive, send)
+            return
+        try:
+            await handler(scope, receive, send)
+        except Problem as problem:
+            await refuse(send, problem, request_id_of(scope))
 
 # %% ../../nbs/internals/07_service.ipynb #ce8bc64e
 def problem_response(
@@ -750,4 +775,4 @@ def create_app(
     models = models if models is not None else LiveModels(settings)
     log = log if log is not None else PredictionLog(log_folder(settings))
     service = Service(settings, models, limits, log, metrics)
-    return Guard(build_api(service), limits, authorize, metrics, PATHS)
+    return Guard(Door(service), limits, authorize, metrics, PATHS)
