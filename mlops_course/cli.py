@@ -9,7 +9,7 @@ __all__ = ['app', 'Debug', 'Home', 'AsJson', 'Version', 'Name', 'Parameters', 'S
            'backfill_pipeline', 'export_pipeline', 'list_cache', 'prune_cache', 'verify_cache', 'show_pipelines',
            'show_runs', 'show_run', 'diff_runs', 'show_doctor', 'ui_command', 'without_password', 'open_ui',
            'serve_model', 'publish_bundle', 'release_limits', 'start_release', 'promote_release', 'roll_back_release',
-           'show_release', 'watch_folder']
+           'show_release', 'score_files']
 
 # %% ../nbs/cli.ipynb #5db341e0
 import json
@@ -657,8 +657,8 @@ def _check_row(check: dict[str, Any]) -> tuple[object, ...]:
     return tuple(check[name] for name in ("name", "slice", "low", "high", "limit", "count", "verdict"))
 
 # %% ../nbs/cli.ipynb #11c10011
-@app.command("watch")
-def watch_folder(
+@app.command("score-files")
+def score_files(
     folder: Annotated[Path, typer.Argument(help="Files are put into its sub-folder incoming.")],
     once: Annotated[bool, typer.Option("--once", help="End when nothing is left.")] = False,
     settle: Annotated[float, typer.Option(help="Seconds for which a file must not have changed.")] = 1.0,
@@ -667,6 +667,7 @@ def watch_folder(
 ) -> None:
     """Score files as they arrive, with the live model."""
     from mlops_course.deployment import Scored, watch
+    from mlops_course.pipelines.scheduler import interruptible
 
     rejected = 0
 
@@ -676,6 +677,7 @@ def watch_folder(
         line = f"{scored.file}: {scored.status}, {scored.rows} rows in {scored.seconds:.2f} s {scored.reason}".rstrip()
         print(json.dumps(vars(scored), ensure_ascii=False) if as_json else line, flush=True)
 
-    watch(_settings(home), folder, tell, once, settle=settle)
+    with interruptible():
+        watch(_settings(home), folder, tell, once, settle=settle)
     if rejected:
         raise typer.Exit(1)
