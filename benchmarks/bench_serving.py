@@ -1,4 +1,4 @@
-"""How many predictions a second does one worker give on one core, beside the ways in which others would serve this model?
+"""How many predictions a second does one worker give on one core, beside other ways to serve the same model?
 
 The same model and the same flight, asked over HTTP by wrk with 1, 8 and 32 connections: the server on one core, wrk on the other.
 `mlflow models serve`, BentoML (with --bentoml, the Python of an environment that has it), FastAPI with a DataFrame a request, this

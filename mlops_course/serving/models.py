@@ -65,7 +65,7 @@ class Models:
         raise NotImplementedError
 
     def observe(self, choice: Choice, seconds: float, scores: Any, ok: bool, records: Sequence[Record]) -> None:
-        """Hear what came of it, after the answer: how long it took, (n,) float64 scores, None if it failed, and the rows."""
+        """Hear, after the answer, what came of it: seconds, (n,) float64 scores or None, whether it worked, the rows."""
 
 # %% ../../nbs/internals/07_models.ipynb #6ff5fb9f
 class _Watching(Models):
@@ -102,7 +102,9 @@ class LiveModels(_Watching):
             return
         try:
             folder = live_bundle(self.settings)
-            if folder is not None:
+            if folder is None:
+                self.problem = "what was published is gone" if self.choice else "no model has been published yet"
+            else:
                 predictor, card = load_predictor(folder), (folder / CARD).read_text(encoding="utf-8")
                 predictor.scores(np.zeros((1, len(predictor.features)), dtype=np.float32))
                 self.choice, self.card, self.problem = Choice(predictor), card, ""
