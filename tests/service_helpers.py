@@ -1,4 +1,4 @@
-"""What the tests of the service share: a workspace with two published models, and the real service in real processes."""
+"""What the tests of the service share: a workspace with two published models, and the service in real processes."""
 
 import json
 import os

@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from service_helpers import FIRST, SECOND, Running, home, published, service, serving, until  # noqa: F401
+from service_helpers import FIRST, SECOND, Running, serving, until
 
 from mlops_course.serving import load_predictor, open_feature_table, publish
 from mlops_course.serving.bundle import live_bundle
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Series.values returning:Deprecat
 
 
 @pytest.fixture(scope="module")
-def examples(service: Running) -> list[dict[str, Any]]:  # noqa: F811
+def examples(service: Running) -> list[dict[str, Any]]:
     return service.client.get("/examples?count=5").json()
 
 
@@ -45,7 +45,7 @@ def problem(answer: httpx.Response, status: int) -> dict[str, Any]:
 # ---------------------------------------------------------------- answers
 
 
-def test_one_flight_gets_the_score_of_the_bundle(service: Running, record: dict[str, Any]) -> None:  # noqa: F811
+def test_one_flight_gets_the_score_of_the_bundle(service: Running, record: dict[str, Any]) -> None:
     answer = service.ask(record=record).json()
     predictor = load_predictor(live_bundle(service.settings) or "")
     expected = float(predictor.scores(predictor.encode([record]))[0])
@@ -55,14 +55,15 @@ def test_one_flight_gets_the_score_of_the_bundle(service: Running, record: dict[
     }  # fmt: skip
 
 
-def test_a_flight_by_its_key_has_the_score_of_its_record(service: Running, examples: list[dict[str, Any]]) -> None:  # noqa: F811
+def test_a_flight_by_its_key_has_the_score_of_its_record(service: Running, examples: list[dict[str, Any]]) -> None:
     for example in examples:
         by_key, by_record = service.ask(key=example["key"]).json(), service.ask(record=example["record"]).json()
         assert by_key["score"] == by_record["score"]
 
 
-def test_a_batch_has_the_scores_of_its_rows_one_by_one(service: Running, examples: list[dict[str, Any]]) -> None:  # noqa: F811
-    rows = [{"record": examples[0]["record"]}, {"key": examples[1]["key"]}, examples[2], {"record": examples[3]["record"]}]
+def test_a_batch_has_the_scores_of_its_rows_one_by_one(service: Running, examples: list[dict[str, Any]]) -> None:
+    by_record, by_key = ({"record": examples[0]["record"]}, {"key": examples[1]["key"]})
+    rows = [by_record, by_key, examples[2], {"record": examples[3]["record"]}]
     answer = service.client.post("/predict/batch", json={"rows": rows * 10}).json()
     alone = [service.ask(**row).json() for row in rows]
     assert [row["score"] for row in answer["predictions"]] == [each["score"] for each in alone] * 10
@@ -71,7 +72,7 @@ def test_a_batch_has_the_scores_of_its_rows_one_by_one(service: Running, example
     assert service.client.post("/predict/batch", json={"rows": []}).json()["predictions"] == []
 
 
-def test_whoever_wants_to_know_why_gets_reasons(service: Running, record: dict[str, Any]) -> None:  # noqa: F811
+def test_whoever_wants_to_know_why_gets_reasons(service: Running, record: dict[str, Any]) -> None:
     def ask(query: str) -> list[dict[str, Any]] | None:
         return service.client.post(f"/predict?{query}", json={"record": record}).json().get("reasons")
 
@@ -84,7 +85,7 @@ def test_whoever_wants_to_know_why_gets_reasons(service: Running, record: dict[s
     assert all(set(each) == {"name", "values", "effect"} for each in few)
 
 
-def test_each_request_has_an_id_of_its_own_or_the_one_it_brought(service: Running, record: dict[str, Any]) -> None:  # noqa: F811
+def test_each_request_has_an_id_of_its_own_or_the_one_it_brought(service: Running, record: dict[str, Any]) -> None:
     def ask(**headers: str) -> str:
         answer = service.client.post("/predict", json={"record": record}, headers=headers)
         assert answer.json()["request_id"] == answer.headers["x-request-id"]
@@ -111,7 +112,7 @@ def test_each_request_has_an_id_of_its_own_or_the_one_it_brought(service: Runnin
         (lambda record: record.update(distance=1e300), "record.distance", "1e+300"),
     ],
 )
-def test_a_wrong_field_is_named(service: Running, record: dict[str, Any], change: Any, field: str, words: str) -> None:  # noqa: F811
+def test_a_wrong_field_is_named(service: Running, record: dict[str, Any], change: Any, field: str, words: str) -> None:
     spoilt = dict(record)
     change(spoilt)
     found = problem(service.ask(record=spoilt), 422)
@@ -137,25 +138,25 @@ def test_a_wrong_field_is_named(service: Running, record: dict[str, Any], change
     ],
 )
 def test_a_wrong_key_is_named(
-    service: Running, key: dict[str, Any], change: dict[str, Any], status: int, field: str  # noqa: F811
+    service: Running, key: dict[str, Any], change: dict[str, Any], status: int, field: str
 ) -> None:  # fmt: skip
     assert problem(service.ask(key={**key, **change}), status)["field"] == field
 
 
-def test_a_question_without_a_question_is_refused(service: Running) -> None:  # noqa: F811
+def test_a_question_without_a_question_is_refused(service: Running) -> None:
     assert problem(service.ask(), 422)["field"] == "record"
     assert problem(service.ask(record=None), 422)["field"] == "record"
-    assert problem(service.ask(key=None), 422)["field"] == "record"
+    assert problem(service.ask(key=None), 422)["field"] == "key"
     assert problem(service.client.post("/predict/batch", json={"rows": [{}]}), 422)["field"] == "rows[0].record"
     assert problem(service.client.post("/predict/batch", json={}), 422)["field"] == "rows"
 
 
 @pytest.mark.parametrize("query", ["reasons=21", "reasons=-1", "reasons=", "reasons=many", "reasons=" + "9" * 5000])
-def test_a_wrong_number_of_reasons_is_refused(service: Running, record: dict[str, Any], query: str) -> None:  # noqa: F811
+def test_a_wrong_number_of_reasons_is_refused(service: Running, record: dict[str, Any], query: str) -> None:
     assert problem(service.client.post(f"/predict?{query}", json={"record": record}), 422)["field"] == "query reasons"
 
 
-def test_a_name_that_is_given_twice_is_refused(service: Running, record: dict[str, Any], key: dict[str, Any]) -> None:  # noqa: F811
+def test_a_name_that_is_given_twice_is_refused(service: Running, record: dict[str, Any], key: dict[str, Any]) -> None:
     def post(body: str, path: str = "/predict") -> httpx.Response:
         return service.client.post(path, content=body, headers={"content-type": "application/json"})
 
@@ -172,7 +173,7 @@ def test_a_name_that_is_given_twice_is_refused(service: Running, record: dict[st
         assert "given twice" in problem(post(f'{{"rows": [{good}, {body}]}}', "/predict/batch"), 422)["detail"]
 
 
-def test_other_paths_and_methods_are_refused_in_the_same_form(service: Running) -> None:  # noqa: F811
+def test_other_paths_and_methods_are_refused_in_the_same_form(service: Running) -> None:
     problem(service.client.get("/nothing"), 404)
     found = service.client.get("/predict")
     problem(found, 405)
@@ -184,7 +185,7 @@ def test_other_paths_and_methods_are_refused_in_the_same_form(service: Running) 
 # ---------------------------------------------------------------- what it says about itself
 
 
-def test_it_knows_its_model(service: Running) -> None:  # noqa: F811
+def test_it_knows_its_model(service: Running) -> None:
     found = service.client.get("/model").json()
     assert found["reference"] == FIRST
     assert found["data"] == {"features": "features@1"}
@@ -194,7 +195,7 @@ def test_it_knows_its_model(service: Running) -> None:  # noqa: F811
     assert {each["name"] for each in found["features"]} >= {"carrier", "distance"}
 
 
-def test_it_lives_and_is_ready_and_counts(service: Running, record: dict[str, Any]) -> None:  # noqa: F811
+def test_it_lives_and_is_ready_and_counts(service: Running, record: dict[str, Any]) -> None:
     assert service.client.get("/health/live").json() == {"status": "alive"}
     assert service.client.get("/health/ready").json() == {"status": "ready", "model": FIRST, "warnings": []}
 
@@ -213,7 +214,7 @@ def test_it_lives_and_is_ready_and_counts(service: Running, record: dict[str, An
     assert "stranger" not in service.client.get("/metrics").text
 
 
-def test_it_describes_itself_for_its_own_model(service: Running, record: dict[str, Any]) -> None:  # noqa: F811
+def test_it_describes_itself_for_its_own_model(service: Running, record: dict[str, Any]) -> None:
     found = service.client.get("/openapi.json").json()
     schema = found["components"]["schemas"]
     assert set(schema["Record"]["properties"]) == set(record)
@@ -227,7 +228,7 @@ def test_it_describes_itself_for_its_own_model(service: Running, record: dict[st
 
 
 def test_without_a_model_it_lives_but_is_not_ready_and_it_takes_the_first_one(
-    home: Path, record: dict[str, Any], key: dict[str, Any]  # noqa: F811
+    home: Path, record: dict[str, Any], key: dict[str, Any]
 ) -> None:  # fmt: skip
     (home / "serving" / "live.json").unlink()
     (home / "serving" / "features.db").rename(home / "features.db")
@@ -250,7 +251,7 @@ def test_without_a_model_it_lives_but_is_not_ready_and_it_takes_the_first_one(
         assert running.ask(record=record).json()["model"] == FIRST, "what is loaded stays"
 
 
-def test_a_new_model_takes_over_and_a_broken_one_does_not(home: Path, record: dict[str, Any]) -> None:  # noqa: F811
+def test_a_new_model_takes_over_and_a_broken_one_does_not(home: Path, record: dict[str, Any]) -> None:
     with serving(home) as running:
         publish(running.settings, SECOND)
         until(lambda: running.ask(record=record).json()["model"] == SECOND)
@@ -267,7 +268,7 @@ def test_a_new_model_takes_over_and_a_broken_one_does_not(home: Path, record: di
         assert "damaged" in running.errors()
 
 
-def test_the_score_is_the_same_whoever_asks(service: Running, examples: list[dict[str, Any]]) -> None:  # noqa: F811
+def test_the_score_is_the_same_whoever_asks(service: Running, examples: list[dict[str, Any]]) -> None:
     table = open_feature_table(service.settings)
     predictor = load_predictor(live_bundle(service.settings) or "")
     records = table.get([table.key(each["key"]) for each in examples], predictor.features)

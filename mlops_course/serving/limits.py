@@ -59,7 +59,7 @@ def read_limits(
 ) -> Limits:
     """Limits as they are written on a command line; those that aren't named stay. Raises: CourseError."""
     found: dict[str, Any] = {}
-    kinds = {field.name: type(field.default) for field in fields(Limits)}
+    kinds: dict[str, type[int] | type[float]] = {name: type(value) for name, value in vars(Limits()).items()}
     for pair in pairs:
         name, _, text = pair.partition("=")
         if name not in kinds:

@@ -31,8 +31,8 @@ MARKUP = """<!doctype html>
     <h2 id="flight-title">Flight</h2>
     <div class="row"><label class="wide">Choose one <select id="flight"></select></label>
     <button id="others" type="button">Others</button></div>
-    <p class="hint spaced">What matters most for this flight. Change it, and see what happens. An empty field is a missing
-    value.</p>
+    <p class="hint spaced">What matters most for this flight. Change it, and see what happens. An empty field is a
+    missing value.</p>
     <div id="fields"></div>
   </section>
 """

@@ -205,7 +205,7 @@ def configure(
 ) -> uvicorn.Config:
     """All settings of the server."""
     return uvicorn.Config(
-        launch, factory=True, workers=workers, http=Connection, ws="none", loop="auto", interface="asgi3", lifespan="on",
+        launch, factory=True, workers=workers, http=Connection, ws="none", interface="asgi3", lifespan="on",
         log_config=log_config(as_json), access_log=False, server_header=False, proxy_headers=False,
         timeout_keep_alive=30, timeout_graceful_shutdown=max(1, int(launch.limits.seconds)), backlog=2048,
     )  # fmt: skip

@@ -61,7 +61,7 @@ class Question(msgspec.Struct, forbid_unknown_fields=True):
     """One row to score."""
 
     record: msgspec.Raw = ABSENT  # read later, when it is clear which model answers
-    key: Key | None = None
+    key: Key | msgspec.UnsetType = msgspec.UNSET
 
 
 class Batch(msgspec.Struct, forbid_unknown_fields=True):
@@ -208,7 +208,7 @@ def name_keys(
     """Check the keys that came along. Raises: Problem."""
     work.names = [None] * len(work.questions)
     for number, question in enumerate(work.questions):
-        if question.key is None:
+        if question.key is msgspec.UNSET:
             if question.record is ABSENT:
                 problem = "there is neither a record nor a key"
                 where = work.path(number, "record")
@@ -327,8 +327,9 @@ def write_down(
     predictor, now = choice.predictor, time.time()
     reference, threshold = predictor.reference, predictor.threshold
     if service.log is not None:
+        about = (work.request_id, now, reference)
         entries = [
-            Entry(work.request_id, now, reference, value, value >= threshold, row.tobytes(), number, choice.role, each.key)
+            Entry(*about, value, value >= threshold, row.tobytes(), number, choice.role, each.key or None)
             for number, (value, row, each) in enumerate(zip(values, matrix, work.questions, strict=True))
         ]
         try:
@@ -435,7 +436,7 @@ def check_names(
     names, colons = int(bool(work.within)), 0
     for question in work.questions:
         names += 0 if question.record is ABSENT else 1 + len(predictor.features)
-        if question.key is not None:
+        if question.key is not msgspec.UNSET:
             names += 1 + len(question.key)
             colons += sum(str(value).count(":") + name.count(":") for name, value in question.key.items())
     refuse_repeated(body, names, colons)
@@ -474,8 +475,9 @@ def refusal(
 
 
 REFUSALS: dict[int | str, dict[str, Any]] = {
-    400: refusal("The body is no JSON."), 404: refusal("There is no such flight."), 408: refusal("The body came too slowly."),
-    413: refusal("The body or the batch is too large."), 415: refusal("The body is no JSON by its headers."),
+    400: refusal("The body is no JSON."), 404: refusal("There is no such flight."),
+    408: refusal("The body came too slowly."), 413: refusal("The body or the batch is too large."),
+    415: refusal("The body is no JSON by its headers."),
     422: refusal("A field is missing, unknown, or has a wrong value."), 429: refusal("Too many requests."),
     503: refusal("There is no model, too much to do, or the log can't be written."),
 }  # fmt: skip
@@ -525,7 +527,7 @@ def add_model(
         predictor, table = service.models.choose(None).predictor, service.table
         keys = [] if table is None else await asyncio.to_thread(some_keys, table, count)
         if table is None or not keys:
-            return [{"key": None, "record": typical_record(predictor)}]
+            return [{"record": typical_record(predictor)}]
         names = [table.key(key) for key in keys]
         records = await asyncio.to_thread(table.get, names, predictor.features)
         return [{"key": key, "record": record} for key, record in zip(keys, records, strict=True)]
