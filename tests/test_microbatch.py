@@ -228,9 +228,15 @@ from mlops_course.deployment import microbatch
 own = microbatch._write_answers
 def slow(path, answers, predictor):
     rows = own(path, answers, predictor) if {after} else 0
+    path.parents[2].joinpath("begun").touch()
     time.sleep(600)
 microbatch._write_answers = slow
 """
+
+
+def begun(inbox: Path) -> bool:
+    """Whether the slow process is at the place where it waits."""
+    return (inbox / "begun").exists()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="uses SIGKILL")
@@ -239,7 +245,7 @@ def test_a_process_that_is_killed_while_it_scores_loses_nothing(small: Settings,
     """Killed before its answers are written, and between the answers and moving the file."""
     deliver(inbox, "only.csv", flights(200))
     with watching(small, inbox, code=SLOW.format(after=after)) as process:
-        wait_until(lambda: bool(list((inbox / "working").glob("*/only.csv")) if not after else names(inbox, "scored")), process)
+        wait_until(lambda: begun(inbox), process)
         assert run_once(small, inbox) == [], "its process lives, so nobody else touches it"
         process.kill()
     (scored,) = run_once(small, inbox)
@@ -281,7 +287,7 @@ def test_a_file_that_kills_every_process_is_set_aside_after_the_third(small: Set
 def test_a_process_that_is_asked_to_end_gives_back_what_it_had(small: Settings, inbox: Path, how: signal.Signals) -> None:
     deliver(inbox, "only.csv", flights(20))
     with watching(small, inbox, code=SLOW.format(after=False)) as process:
-        wait_until(lambda: bool(list((inbox / "working").glob("*/only.csv"))), process)
+        wait_until(lambda: begun(inbox), process)
         process.send_signal(how)
         assert process.wait(30) in (130, 143)
     assert names(inbox, "incoming") == ["only.csv"]
