@@ -562,7 +562,7 @@ def publish_bundle(
     print_json({"live": folder.name, "folder": folder}) if as_json else typer.echo(f"{folder.name} is live")
 
 # %% ../nbs/cli.ipynb #11c10005
-release_app = typer.Typer(no_args_is_help=True, help="Put a new version beside the live one, step by step, or take it back.")
+release_app = typer.Typer(no_args_is_help=True, help="Put a new version beside the live one, or take it back.")
 app.add_typer(release_app, name="release")
 Because = Annotated[str, typer.Option("--reason", help="Why; it is kept in the history.")]
 
@@ -646,15 +646,13 @@ def _show_release(settings: "Settings", as_json: bool) -> None:
         return
     share = f"{release['share']:.0%} of the requests" if release["status"] == "running" else release["status"]
     typer.echo(f"live: {status['live']}; {release['strategy']} of {release['candidate']}: {share}")
-    print_all(table("when,status,#share,by,why", [[line[name] for name in ("time", "status", "share", "by", "reason")] for line in history]))
-    print_all(table("check,slice,#low,#high,#limit,#counted,verdict", [list(_check_row(check)) for check in status["checks"]]))
+    steps = ("time", "status", "share", "by", "reason")
+    checks = ("name", "slice", "low", "high", "limit", "count", "verdict")
+    print_all(table("when,status,#share,by,why", [[line[name] for name in steps] for line in history]))
+    rows: list[list[object]] = [[check[name] for name in checks] for check in status["checks"]]
+    print_all(table("check,slice,#low,#high,#limit,#counted,verdict", rows))
     if status["outlook"]:
         typer.echo(f"next: {status['outlook']['action']}: {status['outlook']['reason']}")
-
-
-def _check_row(check: dict[str, Any]) -> tuple[object, ...]:
-    """One check's line."""
-    return tuple(check[name] for name in ("name", "slice", "low", "high", "limit", "count", "verdict"))
 
 # %% ../nbs/cli.ipynb #11c10011
 @app.command("score-files")

@@ -42,10 +42,10 @@ def flights(count: int, seed: int = 0) -> pd.DataFrame:
     """Features of made-up flights; some carriers have names that a CSV reader likes to misunderstand."""
     generator = np.random.default_rng(seed)
     return pd.DataFrame({
-        "carrier": generator.choice(["UA", "NA", "9E", "007"], count), "origin": generator.choice(["JFK", "EWR"], count),
-        "dest": "BOS", "hour_of_day": generator.integers(5, 23, count).astype(np.float32),
-        "temperature": np.where(generator.random(count) < 0.1, np.nan, generator.normal(50, 20, count)).astype(np.float32),
-    })  # fmt: skip
+        "carrier": generator.choice(["UA", "NA", "9E", "007"], count), "origin": "JFK", "dest": "BOS",
+        "hour_of_day": generator.integers(5, 23, count).astype(np.float32),
+        "temperature": np.where(generator.random(count) < 0.1, np.nan, generator.normal(50, 20, count)),
+    }).astype({"temperature": "float32"})  # fmt: skip
 
 
 @pytest.fixture
@@ -140,7 +140,11 @@ def test_batch_micro_batch_and_online_give_the_same_answers(own_quarter: Quarter
         ("torn.csv.gz", b"\x1f\x8b\x08\x00", "torn.csv.gz can't be read: "),
         ("latin.csv", "carrier\nÜA\n".encode("latin-1"), "latin.csv can't be read: "),
         ("other.csv", b"a,b\n1,2\n", "the features lack carrier"),
-        ("words.csv", b"carrier,origin,dest,hour_of_day,temperature\nUA,JFK,BOS,late,50\n", "hour_of_day is 'late' in row 0"),
+        (
+            "words.csv",
+            b"carrier,origin,dest,hour_of_day,temperature\nUA,JFK,BOS,late,50\n",
+            "hour_of_day is 'late' in row 0",
+        ),
         ("huge.csv", b"carrier,origin,dest,hour_of_day,temperature\nUA,JFK,BOS,1e99,50\n", "hour_of_day is "),
     ],
 )
@@ -206,7 +210,17 @@ def test_without_a_live_model_files_wait(inbox: Path, settings: Settings, small:
 @contextlib.contextmanager
 def watching(settings: Settings, inbox: Path, *options: str, code: str = "") -> Iterator[subprocess.Popen[str]]:
     """The command line, in a process of its own, perhaps with something changed in it; it doesn't outlive the block."""
-    command = [sys.executable, "-c", f"{code}\n{COMMAND[2]}", "score-files", str(inbox), "--settle", "0", "--json", *options]
+    command = [
+        sys.executable,
+        "-c",
+        f"{code}\n{COMMAND[2]}",
+        "score-files",
+        str(inbox),
+        "--settle",
+        "0",
+        "--json",
+        *options,
+    ]
     with subprocess.Popen([*command, "--home", str(settings.home)], stdout=subprocess.PIPE, text=True) as process:
         try:
             yield process
@@ -284,7 +298,9 @@ def test_a_file_that_kills_every_process_is_set_aside_after_the_third(small: Set
 
 @pytest.mark.skipif(os.name == "nt", reason="uses signals")
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_a_process_that_is_asked_to_end_gives_back_what_it_had(small: Settings, inbox: Path, how: signal.Signals) -> None:
+def test_a_process_that_is_asked_to_end_gives_back_what_it_had(
+    small: Settings, inbox: Path, how: signal.Signals
+) -> None:
     deliver(inbox, "only.csv", flights(20))
     with watching(small, inbox, code=SLOW.format(after=False)) as process:
         wait_until(lambda: begun(inbox), process)
@@ -298,7 +314,9 @@ def test_several_watchers_share_the_work_and_score_each_file_once(small: Setting
     for number in range(60):
         deliver(inbox, f"file{number:02d}.csv", flights(20, seed=number))
     told: list[list[Scored]] = [[], [], []]
-    watchers = [threading.Thread(target=watch, args=(small, inbox, each.append, True), kwargs={"settle": 0}) for each in told]
+    watchers = [
+        threading.Thread(target=watch, args=(small, inbox, each.append, True), kwargs={"settle": 0}) for each in told
+    ]
     for watcher in watchers:
         watcher.start()
     for watcher in watchers:
@@ -317,7 +335,9 @@ def test_a_new_live_model_scores_the_next_file(small: Settings, inbox: Path, tmp
     rows = flights(2000)
     label = pd.Series(np.arange(len(rows)) % 2.0)
     model = train(rows.assign(label=label), flight_delay, TrainingConfig(iterations=2))
-    newer = write_bundle(settings, flight_delay, model, rows, "flight-delay@2", Origin(run_id="x", data={}, first="", last=""))
+    newer = write_bundle(
+        settings, flight_delay, model, rows, "flight-delay@2", Origin(run_id="x", data={}, first="", last="")
+    )
     told: list[Scored] = []
 
     def tell(scored: Scored) -> None:
@@ -328,7 +348,10 @@ def test_a_new_live_model_scores_the_next_file(small: Settings, inbox: Path, tmp
     time.sleep(0.02)
     deliver(inbox, "b.csv", flights(5, seed=2))
     watch(settings, inbox, tell, once=True, settle=0)
-    assert [(scored.file, scored.model) for scored in told] == [("a.csv", "flight-delay@1"), ("b.csv", "flight-delay@2")]
+    assert [(scored.file, scored.model) for scored in told] == [
+        ("a.csv", "flight-delay@1"),
+        ("b.csv", "flight-delay@2"),
+    ]
 
 
 @pytest.fixture(autouse=True)

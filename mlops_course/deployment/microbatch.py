@@ -156,7 +156,7 @@ def score_file(
     status = "known" if known else "scored"
     return Scored(path.name, status, rows, model, str(answers), "", time.monotonic() - begin)
 
-# %% ../../nbs/internals/11_microbatch.ipynb #92e87de3
+# %% ../../nbs/internals/11_microbatch.ipynb #4a1bbc00
 MISSING = ["", "NA", "NaN", "nan", "null", "None"]  # what a number that is missing looks like in a CSV file
 
 
@@ -174,7 +174,8 @@ def _read(path: Path, predictor: Predictor) -> pd.DataFrame:
         if path.suffix == ".parquet":
             frame = pd.read_parquet(path)
         else:
-            frame = pd.read_csv(path, dtype=dict.fromkeys(texts, "str"), keep_default_na=False, na_values=missing)  # type: ignore[arg-type]
+            types: Any = dict.fromkeys(texts, "str")
+            frame = pd.read_csv(path, dtype=types, keep_default_na=False, na_values=missing)
     except (OSError, ValueError, EOFError, zlib.error) as error:
         reason = str(error).splitlines()[0].replace(str(path), path.name) if str(error) else type(error).__name__
         raise InboxError(f"{path.name} can't be read: {reason}", "Deliver it again") from error
@@ -198,7 +199,7 @@ def _rows_and_model(answers: Path) -> tuple[int, str]:
     models = pd.read_parquet(answers, columns=["model"])["model"]
     return len(models), str(models.iloc[0])
 
-# %% ../../nbs/internals/11_microbatch.ipynb #f17dd372
+# %% ../../nbs/internals/11_microbatch.ipynb #783db24b
 def _ending(path: Path) -> str:
     """`.csv.gz` is one ending."""
     return next((ending for ending in ENDINGS if path.name.endswith(ending)), path.suffix)
@@ -216,19 +217,20 @@ def _put_away(inbox: Inbox, path: Path, target: Path) -> None:
 
 def _reject(inbox: Inbox, path: Path, reason: str, seconds: float) -> Scored:
     """Set a file aside, with the reason beside it."""
-    name = f"{_stem(path)}.{secrets.token_hex(3)}{_ending(path)}" if inbox.place("rejected", path.name).exists() else path.name
+    taken = inbox.place("rejected", path.name).exists()
+    name = f"{_stem(path)}.{secrets.token_hex(3)}{_ending(path)}" if taken else path.name
     write_atomic(inbox.place("rejected", f"{name}.reason.txt"), f"{reason}\n")
     _put_away(inbox, path, inbox.place("rejected", name))
     return Scored(path.name, "rejected", 0, "", "", reason, seconds)
 
-# %% ../../nbs/internals/11_microbatch.ipynb #7530f4d5
+# %% ../../nbs/internals/11_microbatch.ipynb #b3f1ac10
 def score_arrivals(
     settings: Settings,  # whose live model scores
     inbox: Inbox,  # of this process
     settle: float = 1.0,  # seconds for which a file must not have changed
 ) -> Iterator[Scored]:  # one by one, as they are done
     """Score all files that have arrived, until there is none. Raises: InboxError when no model is live."""
-    yield from map(lambda each: _logged(inbox, each), take_back(inbox))
+    yield from (_logged(inbox, each) for each in take_back(inbox))
     folder, predictor = None, None
     while path := claim(inbox, settle):
         live = live_bundle(settings)
