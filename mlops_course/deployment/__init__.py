@@ -113,7 +113,7 @@ def _changed(settings: Settings, release: Release, reason: str, status: str) -> 
         raise ReleaseError(f"the release is {now.status} since a moment ago: {now.reason}", "Look at it again")
     return changed
 
-# %% ../../nbs/11_deployment.ipynb #51f58de0
+# %% ../../nbs/11_deployment.ipynb #0a53f9ae
 def release_status(
     settings: Settings,  # whose workspace
 ) -> dict[str, Any]:  # ready for JSON: the release, what was counted, each check, and what would be decided
@@ -130,7 +130,7 @@ def release_status(
         "outlook": outlook, "counts": _summary(msgspec.to_builtins(counts)),
     }  # fmt: skip
 
-
+# %% ../../nbs/11_deployment.ipynb #c4718d84
 def _summary(counts: dict[str, Any]) -> dict[str, Any]:
     """The counts of each version, without the times' buckets; with the means that an A/B test wants."""
     found = {}

@@ -52,23 +52,16 @@ class Scored:
     reason: str  # why it was rejected
     seconds: float
 
-# %% ../../nbs/internals/11_microbatch.ipynb #d980c58a
-class Inbox:
-    """A watched folder, as one process sees it. Raises: InboxError, WorkspaceError."""
+# %% ../../nbs/internals/11_microbatch.ipynb #56ef4e72
+class _Places:
+    """The places inside a watched folder, as one process sees them."""
 
     def __init__(self, folder: Path) -> None:
         from filelock import FileLock
 
         self.folder = Path(folder)
         self.worker = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
-        try:
-            for name in FOLDERS:
-                (self.folder / name).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise workspace_error(error, self.folder) from error
-        self.lock: FileLock = FileLock(self.place("working", f"{self.worker}.lock"))
-        self.lock.acquire()
-        self.mine.mkdir()
+        self.lock: FileLock = FileLock(self.folder / "working" / f"{self.worker}.lock")
 
     def place(self, *names: str) -> Path:  # somewhere inside
         return self.folder.joinpath(*names)
@@ -76,6 +69,21 @@ class Inbox:
     @property
     def mine(self) -> Path:  # what this process has claimed
         return self.place("working", self.worker)
+
+# %% ../../nbs/internals/11_microbatch.ipynb #b7698a1b
+class Inbox(_Places):
+    """A watched folder, in which a process may claim files. Raises: WorkspaceError."""
+
+    def open(self) -> Inbox:
+        """Make what isn't there yet, and a folder of one's own."""
+        try:
+            for name in FOLDERS:
+                (self.folder / name).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise workspace_error(error, self.folder) from error
+        self.lock.acquire()
+        self.mine.mkdir()
+        return self
 
     def close(self) -> None:
         """Give back what was claimed, and leave."""
@@ -103,7 +111,7 @@ def claim(
             return path.rename(inbox.mine / path.name)
     return None
 
-# %% ../../nbs/internals/11_microbatch.ipynb #559ec36c
+# %% ../../nbs/internals/11_microbatch.ipynb #d02f1882
 def take_back(
     inbox: Inbox,  # of this process
 ) -> list[Scored]:  # files that were set aside
@@ -123,7 +131,7 @@ def take_back(
         folder.with_name(f"{folder.name}.lock").unlink(missing_ok=True)
     return aside
 
-
+# %% ../../nbs/internals/11_microbatch.ipynb #b3520099
 def _give_free(inbox: Inbox, path: Path) -> Iterator[Scored]:
     """One file of a dead process: back to the others, or aside when that happened too often."""
     notes = inbox.place("working", f"{path.name}.deaths")
@@ -248,7 +256,7 @@ def _logged(inbox: Inbox, scored: Scored) -> Scored:
         file.write(json.dumps({"time": time.time(), **vars(scored)}, ensure_ascii=False) + "\n")
     return scored
 
-# %% ../../nbs/internals/11_microbatch.ipynb #a70b29bd
+# %% ../../nbs/internals/11_microbatch.ipynb #8126d0ae
 def watch(
     settings: Settings,  # whose live model scores
     folder: Path,  # to be watched
@@ -258,7 +266,7 @@ def watch(
     settle: float = 1.0,  # seconds for which a file must not have changed
 ) -> int:  # how many files were looked at
     """Score files as they arrive, until interrupted. Raises: InboxError, WorkspaceError."""
-    inbox, count = Inbox(folder), 0
+    inbox, count = Inbox(folder).open(), 0
     try:
         while True:
             for scored in score_arrivals(settings, inbox, settle):

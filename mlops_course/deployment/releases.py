@@ -53,9 +53,9 @@ STEPS: dict[str, tuple[float, ...]] = {"shadow": (0.0,), "canary": (0.05, 0.25),
 Strategy = Literal["shadow", "canary", "blue-green", "ab"]
 Status = Literal["running", "promoted", "rolled back"]
 
-# %% ../../nbs/internals/11_releases.ipynb #ae43c74f
-class Release(Struct, frozen=True, forbid_unknown_fields=True):
-    """A candidate on its way, as it stands in `serving/release.json`."""
+# %% ../../nbs/internals/11_releases.ipynb #b6cb8b67
+class _Written(Struct, frozen=True, forbid_unknown_fields=True):
+    """What stands in `serving/release.json`."""
 
     strategy: Strategy
     status: Status
@@ -72,6 +72,10 @@ class Release(Struct, frozen=True, forbid_unknown_fields=True):
     revision: Count = 1
     format: Literal[1] = 1
     limits: Limits = Limits()
+
+# %% ../../nbs/internals/11_releases.ipynb #7c376bf5
+class Release(_Written, frozen=True, forbid_unknown_fields=True):
+    """A candidate on its way."""
 
     def __post_init__(self) -> None:
         if self.step >= len(self.steps):
