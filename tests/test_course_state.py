@@ -1,5 +1,6 @@
 """The course tool's state: progress in one file, labs in the workspace, quizzes, and what lessons promise."""
 
+import ast
 import json
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 
 from mlops_course.course.checkpoints import NEEDS, STAGES, CheckpointError, checkpoint_command, missing
 from mlops_course.course.labs import LabError, break_lab, check_lab, fix_lab, prove_lab
-from mlops_course.course.lessons import Lab, Lesson, read_lesson
+from mlops_course.course.lessons import Lab, Lesson, find_lessons, read_lesson
 from mlops_course.course.progress import (
     ProgressError,
     change,
@@ -263,6 +264,13 @@ def test_a_lesson_whose_copy_does_not_run_is_found(lesson: Lesson) -> None:
 
 
 # ---------------------------------------------------------------- checkpoints
+
+
+def test_the_first_lesson_names_the_stages_of_the_real_pipeline() -> None:
+    cells = json.loads((find_lessons()[0]).read_text(encoding="utf-8"))["cells"]
+    found = next("".join(cell["source"]) for cell in cells if "".join(cell["source"]).startswith("needs = {"))
+    needs = find_pipeline("training").needs
+    assert ast.literal_eval(found.removeprefix("needs = ")) == {name: sorted(needs[name]) for name in sorted(needs)}
 
 
 def test_a_checkpoint_goes_no_further_than_a_lesson_needs() -> None:
