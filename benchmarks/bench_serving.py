@@ -196,6 +196,7 @@ class Server:
     path: str = "/predict"
     rates: dict[int, float] = field(default_factory=dict)  # requests a second, by connections
     p99: dict[int, float] = field(default_factory=dict)  # milliseconds
+    cpu: float = 0.0  # microseconds of processor time a request, at 8 connections: less shaken by neighbours
     ready: float = 0.0  # seconds
     memory: float = 0.0  # MB
     note: str = ""
@@ -281,6 +282,11 @@ def load(server: Server, scratch: Path, url: str, connections: int, seconds: int
         server.p99[connections] = float(p99[1]) * {"us": 0.001, "ms": 1, "s": 1000}[p99[2]]
 
 
+def used(processes: list[psutil.Process]) -> float:
+    """Seconds of processor time."""
+    return sum(sum(each.cpu_times()[:2]) for each in processes)
+
+
 def measure(server: Server, scratch: Path, port: int, record: str, seconds: int) -> None:
     """All figures of one server."""
     url, body = f"http://127.0.0.1:{port}{server.path}", server.body % record if "%s" in server.body else server.body
@@ -288,9 +294,12 @@ def measure(server: Server, scratch: Path, port: int, record: str, seconds: int)
     (scratch / "post.lua").write_text(LUA.format(path=scratch / "body.json"), encoding="utf-8")
     with running(server, scratch, url, body.encode()) as process:
         load(server, scratch, url, 8, 1)  # warm
-        for connections in CONNECTIONS:
-            load(server, scratch, url, connections, seconds)
         processes = [process, *process.children(recursive=True)]
+        for connections in CONNECTIONS:
+            before = used(processes)
+            load(server, scratch, url, connections, seconds)
+            if connections == 8:
+                server.cpu = (used(processes) - before) / (server.rates[8] * seconds) * 1e6
         server.memory = sum(each.memory_info().rss for each in processes) / 1e6
 
 
@@ -310,12 +319,12 @@ def figures(found: dict[str, Server]) -> dict[str, float]:
 def show(found: dict[str, Server]) -> None:
     """The table."""
     columns = "".join(f"{f'{each} conn.':>10}" for each in CONNECTIONS)
-    print(f"\n{'':26}{columns}{'x mlflow':>10}{'p99 of 8':>11}{'MB':>7}{'ready':>8}")
+    print(f"\n{'':26}{columns}{'x mlflow':>10}{'p99 of 8':>11}{'cpu':>10}{'MB':>7}{'ready':>8}")
     base = found["mlflow"].rates[8] if "mlflow" in found else float("nan")
     for server in found.values():
         rates = "".join(f"{server.rates.get(each, 0):10,.0f}" for each in CONNECTIONS)
-        rest = f"{server.rates[8] / base:10.1f}{server.p99[8]:8.1f} ms{server.memory:7.0f}{server.ready:6.1f} s"
-        print(f"{server.name:26}{rates}{rest}  {server.note}", flush=True)
+        times = f"{server.p99[8]:8.1f} ms{server.cpu:7,.0f} us{server.memory:7.0f}{server.ready:6.1f} s"
+        print(f"{server.name:26}{rates}{server.rates[8] / base:10.1f}{times}  {server.note}", flush=True)
 
 
 def main() -> int:
