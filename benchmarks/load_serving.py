@@ -98,7 +98,7 @@ async def disturb(settings: Settings, process: int, total: int, swaps: int, todo
             publish(settings, names[(swapped + 1) % 2])
             swapped += 1
         if not seen.killed and done > total / 2:
-            seen.killed = workers(process)[0].pid
+            seen.killed = max(workers(process), key=lambda each: sum(each.cpu_times()[:2])).pid  # the busiest
             os.kill(seen.killed, signal.SIGKILL)
 
 
@@ -129,6 +129,9 @@ def complaints(seen: Seen, settings: Settings, options: argparse.Namespace) -> l
         f"{len(seen.models)} models answered": len(seen.models) == 2,
         "no worker was killed": bool(seen.killed),
     }
+    tenths = [options.requests * part / 10 for part in range(1, 11)]
+    steps = [max((size for done, size in seen.memory if done <= tenth), default=0) for tenth in tenths]
+    print("largest worker so far, MB, by tenths of the requests: " + " ".join(f"{size:.0f}" for size in steps))
     print(f"memory {before:.0f} -> {after:.0f} MB, {len(ids):,} predictions on disk, {seen.broken} connections broke")
     return [text for text, fine in checks.items() if not fine]
 

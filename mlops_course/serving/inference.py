@@ -322,7 +322,7 @@ def _number(value: Any, name: str, row: int) -> float:
     return float(value)
 
 # %% ../../nbs/internals/07_inference.ipynb #e33d3043
-LARGEST = float(np.finfo(np.float32).max) + 2.0**102  # rounds to float32's largest number; from here on it is infinite
+LARGEST = float(np.finfo(np.float32).max) + 2.0**103  # half a step beyond the largest float32: infinite from here on
 
 
 def _shown(value: object) -> str:

@@ -14,8 +14,9 @@ import secrets
 import sqlite3
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 from urllib.parse import parse_qsl
 
@@ -24,13 +25,12 @@ import numpy as np
 
 # %% auto #0
 __all__ = ['log', 'Text', 'Whole', 'Key', 'ABSENT', 'QUESTION', 'BATCH', 'encode', 'PLACE', 'NAMED', 'UNREADABLE', 'FEW',
-           'JSON_TYPE', 'REFUSALS', 'ENDLESS', 'REASONS', 'SILENT', 'PATHS', 'Question', 'Batch', 'Answer', 'Row',
-           'Answers', 'unreadable', 'refuse_repeated', 'Service', 'open_table', 'Work', 'name_keys', 'read_records',
-           'decoder_of', 'find_records', 'look_up', 'score', 'write_down', 'check_form', 'body_of', 'request_id_of',
-           'wanted_reasons', 'PredictOne', 'read', 'check_names', 'PredictMany', 'refusal', 'add_health', 'add_model',
-           'typical_record', 'some_keys', 'newest_key', 'record_schema', 'key_schema', 'schemas', 'operation',
-           'describe', 'tick', 'tick_on', 'lifespan', 'build_api', 'handlers', 'Door', 'problem_response',
-           'add_refusals', 'create_app']
+           'JSON_TYPE', 'REFUSALS', 'REASONS', 'SILENT', 'PATHS', 'Question', 'Batch', 'Answer', 'Row', 'Answers',
+           'unreadable', 'refuse_repeated', 'Service', 'open_table', 'Work', 'name_keys', 'read_records', 'decoder_of',
+           'find_records', 'look_up', 'score', 'write_down', 'check_form', 'body_of', 'request_id_of', 'wanted_reasons',
+           'PredictOne', 'read', 'check_names', 'PredictMany', 'refusal', 'add_health', 'add_model', 'typical_record',
+           'some_keys', 'newest_key', 'record_schema', 'key_schema', 'schemas', 'operation', 'describe', 'tick',
+           'tick_on', 'lifespan', 'build_api', 'handlers', 'Door', 'problem_response', 'add_refusals', 'create_app']
 
 # %% ../../nbs/internals/07_service.ipynb #ae022867
 from fastapi import FastAPI, Query, Request, Response
@@ -40,7 +40,7 @@ from starlette.routing import Route
 
 from .. import __version__
 from ..environment import Settings
-from .inference import InputError, Predictor, Reason
+from .inference import LARGEST, InputError, Predictor, Reason
 from .limits import Authorize, Guard, Limits, Scope
 from .metrics import Metrics, expose
 from .models import Choice, LiveModels, Models
@@ -164,6 +164,7 @@ class Service:
     table: FeatureTable | None = None
     table_problem: str = "not opened yet"
     again: float = 0.0  # when to try to open the table again
+    background: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "background"))
 
     def problems(self) -> list[str]:
         """Why it can't answer; empty: it can."""
@@ -561,17 +562,14 @@ def newest_key(table: FeatureTable) -> tuple[tuple[str, str], ...]:  # name and 
     """What a key is made of."""
     return list(table.layouts.values())[-1].key
 
-# %% ../../nbs/internals/07_service.ipynb #c490ebc7
-ENDLESS = float(np.finfo(np.float32).max) + 2.0**103  # half a step beyond the largest number: rounds to infinity
-
-
+# %% ../../nbs/internals/07_service.ipynb #6a06493a
 def record_schema(
     predictor: Predictor | None,  # None: there is no model yet
 ) -> dict[str, Any]:  # JSON schema
     """Describe a record of a model."""
     if predictor is None:
         return {"type": "object", "additionalProperties": {"type": ["number", "string", "null"]}}
-    number = {"type": ["number", "null"], "exclusiveMinimum": -ENDLESS, "exclusiveMaximum": ENDLESS}
+    number = {"type": ["number", "null"], "exclusiveMinimum": -LARGEST, "exclusiveMaximum": LARGEST}
     kinds = {"number": number, "category": {"type": ["string", "null"]}}
     features = predictor.manifest.features
     return {
@@ -655,12 +653,12 @@ async def tick(
     service: Service,  # that runs
 ) -> None:
     """What is done once a second."""
-    before = service.models.failures
-    await asyncio.to_thread(service.models.refresh)
-    await asyncio.to_thread(open_table, service)
+    before, aside = service.models.failures, asyncio.get_running_loop().run_in_executor
+    await aside(service.background, service.models.refresh)
+    await aside(service.background, open_table, service)
     if service.log is not None:
         try:
-            await asyncio.to_thread(service.log.sync)
+            await aside(service.background, service.log.sync)
         except OSError as error:
             service.log.problem = f"the log can't be brought to the disk: {error}"
         tend(service.log)
@@ -705,6 +703,7 @@ def lifespan(
         finally:
             background.cancel()
             await asyncio.gather(background, return_exceptions=True)
+            service.background.shutdown()
             if service.log is not None:
                 service.log.close()
 
