@@ -9,7 +9,7 @@ __all__ = ['app', 'Debug', 'Home', 'AsJson', 'Version', 'Name', 'Parameters', 'S
            'backfill_pipeline', 'export_pipeline', 'list_cache', 'prune_cache', 'verify_cache', 'show_pipelines',
            'show_runs', 'show_run', 'diff_runs', 'show_doctor', 'ui_command', 'without_password', 'open_ui',
            'serve_model', 'publish_bundle', 'release_limits', 'start_release', 'promote_release', 'roll_back_release',
-           'show_release', 'score_files']
+           'show_release', 'score_inbox']
 
 # %% ../nbs/cli.ipynb #5db341e0
 import json
@@ -655,8 +655,8 @@ def _show_release(settings: "Settings", as_json: bool) -> None:
         typer.echo(f"next: {status['outlook']['action']}: {status['outlook']['reason']}")
 
 # %% ../nbs/cli.ipynb #11c10011
-@app.command("score-files")
-def score_files(
+@app.command("inbox")
+def score_inbox(
     folder: Annotated[Path, typer.Argument(help="Files are put into its sub-folder incoming.")],
     once: Annotated[bool, typer.Option("--once", help="End when nothing is left.")] = False,
     settle: Annotated[float, typer.Option(help="Seconds for which a file must not have changed.")] = 1.0,

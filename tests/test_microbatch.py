@@ -214,7 +214,7 @@ def watching(settings: Settings, inbox: Path, *options: str, code: str = "") -> 
         sys.executable,
         "-c",
         f"{code}\n{COMMAND[2]}",
-        "score-files",
+        "inbox",
         str(inbox),
         "--settle",
         "0",
@@ -358,4 +358,4 @@ def test_a_new_live_model_scores_the_next_file(small: Settings, inbox: Path, tmp
 def nothing_left_running() -> Iterator[None]:
     """Every process that a test started has ended."""
     yield
-    assert [child for child in psutil.Process().children() if "score-files" in " ".join(child.cmdline())] == []
+    assert [child for child in psutil.Process().children() if "inbox" in " ".join(child.cmdline())] == []

@@ -300,7 +300,7 @@ async def score(
     work: Work,  # the rows
 ) -> tuple[Choice, np.ndarray, np.ndarray, list[Any], float]:  # who, (n, k) float32, (n,) float64, records, seconds
     """Score rows with the model whose turn it is. Raises: Problem."""
-    choice: Choice | None = service.models.choose(work.sticky)
+    choice: Choice | None = service.models.choose(work.sticky or work.request_id)
     whole = ABSENT not in [question.record for question in work.questions]
     while choice is not None:
         begin, predictor = time.perf_counter(), choice.predictor
