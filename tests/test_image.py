@@ -33,6 +33,7 @@ pytestmark = [
         bool(MISSING), reason=f"not installed: {', '.join(MISSING)} (Debian: apt install {' '.join(NEEDED)})"
     ),
     pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="makes its base image as root"),
+    pytest.mark.skipif(not os.environ.get("IMAGE_TEST"), reason="builds images for some minutes: set IMAGE_TEST=1"),
 ]
 IMAGE, USER = "localhost/mlops-course:test", 10001
 CONTAINERS = """[containers]
