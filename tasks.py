@@ -29,6 +29,7 @@ VENV = ROOT / ".venv"
 BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
 PYTHON = BIN / ("python.exe" if os.name == "nt" else "python")
 LOCK = ROOT / "requirements.lock"
+IMAGE_LOCKS = {"serving": "serving_requirements", "mlflow": "tracking_requirements", "build": "build_requirements"}
 STAMP = VENV / "installed-from"
 LOG = VENV / "install.log"
 GENERATED = ("nbs/**/*.ipynb", "mlops_course/**/*.py", "README.md")
@@ -284,13 +285,15 @@ def before_commit(arguments: list[str]) -> None:
 
 
 def check(arguments: list[str]) -> None:
-    """Look without running: generated files in sync, style, types, workflows."""
+    """Look without running: generated files in sync, style, types, workflows, Dockerfiles, compose file."""
     unchanged([])
     print("notebooks clean, package and README in sync", flush=True)
     need(tool("ruff"), "check", ".")
     need(*module("mypy"))
     workflows = sorted(ROOT.glob(".github/workflows/*.yml"))
     need(tool("check-jsonschema"), "--builtin-schema", "vendor.github-workflows", *workflows)
+    need(tool("check-jsonschema"), "--builtin-schema", "vendor.compose-spec", ROOT / "deploy" / "compose.yaml")
+    need(tool("hadolint"), *sorted(ROOT.glob("deploy/*Dockerfile")))
 
 
 def export(arguments: list[str]) -> None:
@@ -317,23 +320,36 @@ def docs(arguments: list[str]) -> None:
 
 
 def lock(arguments: list[str]) -> None:
-    """Write requirements.lock from settings.ini; versions stay unless they must change (or --upgrade is given)."""
+    """Write the locks from settings.ini; versions stay unless they must change (or --upgrade is given)."""
     settings = ConfigParser(delimiters=["="])
     settings.read(ROOT / "settings.ini", encoding="utf-8")
     project = settings["DEFAULT"]
     groups = ("requirements", "course_requirements", "cluster_requirements", "dev_requirements")
-    wishes = "\n".join(project[group] for group in groups)
+    compile_lock(LOCK, "\n".join(project[group] for group in groups), *arguments)
+    with tempfile.TemporaryDirectory() as temporary:
+        limits = Path(temporary) / "constraints.txt"
+        limits.write_text(constraints(), encoding="utf-8")
+        for name, group in IMAGE_LOCKS.items():
+            path = ROOT / "deploy" / f"{name}.lock"
+            path.unlink(missing_ok=True)  # else versions in it would win over the lock's
+            compile_lock(path, project[group], "--constraint", limits, "--no-annotate")
+    print("requirements.lock, and those of the image in deploy, are up to date with settings.ini")
+
+
+def compile_lock(path: Path, wishes: str, *arguments: object) -> None:
+    """Exact versions with hashes, for every system and Python version, of what is wished for."""
     uv = tool("uv") if tool("uv").exists() else shutil.which("uv")
     if not uv:
         raise Stop("uv is needed to make a lock: make install brings it, or pip install uv")
+    settings = ConfigParser(delimiters=["="])
+    settings.read(ROOT / "settings.ini", encoding="utf-8")
     command = [
-        str(uv), "pip", "compile", "--universal", "--python-version", project["min_python"], "--generate-hashes",
-        "--no-emit-index-url", "--custom-compile-command", "make lock", "--quiet", "--output-file", LOCK.name,
-        *arguments, "-",
+        uv, "pip", "compile", "--universal", "--python-version", settings["DEFAULT"]["min_python"], "--generate-hashes",
+        "--no-emit-index-url", "--custom-compile-command", "make lock", "--quiet", "--output-file",
+        path.relative_to(ROOT).as_posix(), *arguments, "-",
     ]  # fmt: skip
-    if subprocess.run(command, cwd=ROOT, input=wishes, text=True).returncode:
-        raise Stop("no lock was written: see above")
-    print("requirements.lock is up to date with settings.ini")
+    if subprocess.run([str(part) for part in command], cwd=ROOT, input=wishes, text=True).returncode:
+        raise Stop(f"{path.name} was not written: see above")
 
 
 def hooks(arguments: list[str]) -> None:

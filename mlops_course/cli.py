@@ -4,12 +4,15 @@
 
 # %% auto #0
 __all__ = ['app', 'Debug', 'Home', 'AsJson', 'Version', 'Name', 'Parameters', 'Start', 'Only', 'Until', 'Force', 'Width',
-           'Engine', 'Timeout', 'Scheduler', 'cache_app', 'ENTRY', 'runs_app', 'Commands', 'describe_error', 'common',
-           'main', 'parse_parameters', 'run_pipeline', 'plan_pipeline', 'show_graph', 'backfill_pipeline',
-           'export_pipeline', 'list_cache', 'prune_cache', 'verify_cache', 'show_pipelines', 'show_runs', 'show_run',
-           'diff_runs', 'show_doctor', 'ui_command', 'without_password', 'open_ui']
+           'Engine', 'Timeout', 'Scheduler', 'cache_app', 'ENTRY', 'runs_app', 'release_app', 'Because', 'Commands',
+           'describe_error', 'common', 'main', 'parse_parameters', 'run_pipeline', 'plan_pipeline', 'show_graph',
+           'backfill_pipeline', 'export_pipeline', 'list_cache', 'prune_cache', 'verify_cache', 'show_pipelines',
+           'show_runs', 'show_run', 'diff_runs', 'show_doctor', 'ui_command', 'without_password', 'open_ui',
+           'serve_model', 'publish_bundle', 'release_limits', 'start_release', 'promote_release', 'roll_back_release',
+           'show_release', 'watch_folder']
 
 # %% ../nbs/cli.ipynb #5db341e0
+import json
 import os
 import re
 import sys
@@ -521,3 +524,158 @@ def open_ui(home: Home = None, port: Annotated[int, typer.Option(help="On this m
     import subprocess
 
     raise typer.Exit(subprocess.run(command, cwd=settings.home, env=environment, check=False).returncode)
+
+# %% ../nbs/cli.ipynb #5e7e0003
+@app.command("serve")
+def serve_model(
+    host: Annotated[str, typer.Option(help="Whom to listen to. Default: this machine only.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0: any that is free.")] = 8000,
+    workers: Annotated[int, typer.Option(help="Processes that answer.")] = 1,
+    limit: Annotated[list[str] | None, typer.Option(help="name=number, such as rows=500; repeatable.")] = None,
+    service: Annotated[str | None, typer.Option("--app", help="module:function that makes another app.")] = None,
+    home: Home = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Log as JSON, a document a line.")] = False,
+) -> None:
+    """Serve the published model as a REST service."""
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ.setdefault(name, "1")  # a row is no work for many threads, and each of them takes memory
+    from mlops_course.serving.limits import read_limits
+    from mlops_course.serving.server import APP, serve
+
+    def announce(address: str) -> None:
+        line = json.dumps({"event": "listening", "url": address}) if as_json else address
+        print(line, flush=True)
+
+    serve(_settings(home), host, port, workers, read_limits(limit or []), as_json, announce, service or APP)
+
+# %% ../nbs/cli.ipynb #11c10002
+@app.command("publish")
+def publish_bundle(
+    bundle: Annotated[str, typer.Argument(help="Such as flight-delay@3, or the folder of a bundle.")],
+    home: Home = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a bundle the one that is served."""
+    from mlops_course.serving import publish
+
+    folder = publish(_settings(home).prepare(), bundle)
+    print_json({"live": folder.name, "folder": folder}) if as_json else typer.echo(f"{folder.name} is live")
+
+# %% ../nbs/cli.ipynb #11c10005
+release_app = typer.Typer(no_args_is_help=True, help="Put a new version beside the live one, step by step, or take it back.")
+app.add_typer(release_app, name="release")
+Because = Annotated[str, typer.Option("--reason", help="Why; it is kept in the history.")]
+
+
+def release_limits(
+    pairs: list[str],  # like "errors=0.05", "slices=carrier,origin"
+) -> Any:  # deployment's Limits
+    """The values of --limit options. Raises: ParameterError naming the wrong one."""
+    import msgspec
+
+    from mlops_course.deployment import Limits
+    from mlops_course.pipelines import ParameterError
+
+    values: dict[str, Any] = dict(parse_parameters(pairs))
+    if "slices" in values:
+        values["slices"] = [name for name in values["slices"].split(",") if name]
+    try:
+        return msgspec.convert(values, Limits, strict=False)
+    except msgspec.ValidationError as error:
+        names = ", ".join(Limits.__struct_fields__)
+        raise ParameterError(f"a limit is wrong: {error}", f"The limits are {names}") from error
+
+# %% ../nbs/cli.ipynb #11c10006
+@release_app.command("start")
+def start_release(
+    candidate: Annotated[str, typer.Argument(help="A bundle of the workspace, such as flight-delay@4.")],
+    strategy: Annotated[str, typer.Option(help="shadow, canary, blue-green or ab.")] = "canary",
+    step: Annotated[list[float] | None, typer.Option(help="Share of the requests; repeatable, rising.")] = None,
+    limit: Annotated[list[str] | None, typer.Option(help="name=number, such as errors=0.05; repeatable.")] = None,
+    reason: Because = "asked for",
+    home: Home = None,
+    as_json: AsJson = False,
+) -> None:
+    """Put a candidate beside the live model."""
+    from mlops_course import deployment
+
+    steps, limits = tuple(step) if step else None, release_limits(limit or [])
+    settings = _settings(home)
+    deployment.start_release(settings, candidate, strategy, steps, limits, reason)
+    _show_release(settings, as_json)
+
+# %% ../nbs/cli.ipynb #11c10007
+@release_app.command("promote")
+def promote_release(reason: Because, home: Home = None, as_json: AsJson = False) -> None:
+    """Make the candidate the live model, now."""
+    from mlops_course import deployment
+
+    settings = _settings(home)
+    deployment.promote_release(settings, reason)
+    _show_release(settings, as_json)
+
+
+@release_app.command("rollback")
+def roll_back_release(reason: Because, home: Home = None, as_json: AsJson = False) -> None:
+    """Let the stable version answer everybody again, now."""
+    from mlops_course import deployment
+
+    settings = _settings(home)
+    deployment.roll_back_release(settings, reason)
+    _show_release(settings, as_json)
+
+
+@release_app.command("status")
+def show_release(home: Home = None, as_json: AsJson = False) -> None:
+    """Say how the release stands, and what was counted."""
+    _show_release(_settings(home), as_json)
+
+# %% ../nbs/cli.ipynb #11c10008
+def _show_release(settings: "Settings", as_json: bool) -> None:
+    """The state of a release, for programs or for people."""
+    from mlops_course.deployment import read_history, release_status
+
+    status = release_status(settings)
+    release = status["release"]
+    history = [line for line in read_history(settings) if release and line["release"] == release["id"]]
+    if as_json:
+        print_json({**status, "history": history})
+        return
+    if release is None:
+        typer.echo(f"live: {status['live'] or 'nothing'}; there was no release yet")
+        return
+    share = f"{release['share']:.0%} of the requests" if release["status"] == "running" else release["status"]
+    typer.echo(f"live: {status['live']}; {release['strategy']} of {release['candidate']}: {share}")
+    print_all(table("when,status,#share,by,why", [[line[name] for name in ("time", "status", "share", "by", "reason")] for line in history]))
+    print_all(table("check,slice,#low,#high,#limit,#counted,verdict", [list(_check_row(check)) for check in status["checks"]]))
+    if status["outlook"]:
+        typer.echo(f"next: {status['outlook']['action']}: {status['outlook']['reason']}")
+
+
+def _check_row(check: dict[str, Any]) -> tuple[object, ...]:
+    """One check's line."""
+    return tuple(check[name] for name in ("name", "slice", "low", "high", "limit", "count", "verdict"))
+
+# %% ../nbs/cli.ipynb #11c10011
+@app.command("watch")
+def watch_folder(
+    folder: Annotated[Path, typer.Argument(help="Files are put into its sub-folder incoming.")],
+    once: Annotated[bool, typer.Option("--once", help="End when nothing is left.")] = False,
+    settle: Annotated[float, typer.Option(help="Seconds for which a file must not have changed.")] = 1.0,
+    home: Home = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON document a line.")] = False,
+) -> None:
+    """Score files as they arrive, with the live model."""
+    from mlops_course.deployment import Scored, watch
+
+    rejected = 0
+
+    def tell(scored: Scored) -> None:
+        nonlocal rejected
+        rejected += scored.status == "rejected"
+        line = f"{scored.file}: {scored.status}, {scored.rows} rows in {scored.seconds:.2f} s {scored.reason}".rstrip()
+        print(json.dumps(vars(scored), ensure_ascii=False) if as_json else line, flush=True)
+
+    watch(_settings(home), folder, tell, once, settle=settle)
+    if rejected:
+        raise typer.Exit(1)

@@ -1,0 +1,348 @@
+"""How many predictions a second does one worker give on one core, beside the ways in which others would serve this model?
+
+The same model and the same flight, asked over HTTP by wrk with 1, 8 and 32 connections: the server on one core, wrk on the other.
+`mlflow models serve`, BentoML (with --bentoml, the Python of an environment that has it), FastAPI with a DataFrame a request, this
+service bare, this service with key check, limits, counters and prediction log, and two apps that score nothing: FastAPI with a
+pydantic body, Starlette with a constant. Exit status 1 when a bar is missed. Needs Linux, two cores and wrk (apt install wrk);
+nothing else should run. The first run trains a model on January in --home, which takes half a minute.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from mlops_course.environment import Settings, load_settings
+
+CONNECTIONS = (1, 8, 32)
+BARS = (  # what, at least or at most, the bar
+    ("full / mlflow", ">=", 60.0),
+    ("full / fastapi hello", ">=", 0.8),
+    ("bare / mlflow", ">=", 110.0),
+    ("full: p99 at 8 connections, ms", "<=", 10.0),
+    ("full: resident memory, MB", "<=", 200.0),
+    ("full: ready after, s", "<=", 2.0),
+)
+LUA = """wrk.method = "POST"
+wrk.headers["Content-Type"] = "application/json"
+wrk.headers["Authorization"] = "Bearer key"
+local file = io.open("{path}")
+wrk.body = file:read("*a")
+"""
+
+
+# ---------------------------------------------------------------- the model
+
+
+def prepare(settings: Settings) -> Path:
+    """A bundle, the same model for scikit-learn, and one flight; made once and kept in the workspace."""
+    folder = settings.home / "bench"
+    if (folder / "one.json").is_file():
+        return folder
+    import joblib
+
+    from mlops_course.data import build_features, ingest, labelled_features, validate
+    from mlops_course.experiments import train
+    from mlops_course.project import flight_delay
+    from mlops_course.serving import Origin, materialise, publish, write_bundle
+
+    month = "2013-01"
+    delivery = ingest(settings, flight_delay, month)
+    tables = validate(settings, flight_delay, delivery.tables, [month]).tables
+    features = build_features(settings, flight_delay, tables, month, month)
+    rows = labelled_features(settings, flight_delay, features, tables["flights"], month, month)
+    model = train(rows, flight_delay)
+    origin = Origin(run_id="benchmark", data={"features": features}, first=month, last=month)
+    publish(settings, write_bundle(settings, flight_delay, model, rows, "flight-delay@1", origin))
+    materialise(settings, flight_delay, features, [month])
+    folder.mkdir(exist_ok=True)
+    joblib.dump(model, folder / "model.joblib")
+    save_mlflow(model, folder / "mlflow")
+    record = json.loads(rows[list(model.feature_names_in_)].iloc[5000:5001].to_json(orient="records"))[0]
+    (folder / "one.json").write_text(json.dumps(record), encoding="utf-8")
+    return folder
+
+
+def save_mlflow(model: object, folder: Path) -> None:
+    """The model as MLflow serves it."""
+    import mlflow.sklearn
+
+    shutil.rmtree(folder, ignore_errors=True)
+    mlflow.sklearn.save_model(model, folder, serialization_format="cloudpickle", pyfunc_predict_fn="predict_proba")
+
+
+# ---------------------------------------------------------------- the others: each is a whole program
+
+
+DATAFRAME = """
+import joblib, pandas as pd, uvicorn
+from fastapi import FastAPI
+from typing import Any
+model = joblib.load("{folder}/model.joblib")
+app = FastAPI()
+@app.post("/predict")
+def predict(record: dict[str, Any]) -> dict[str, float]:
+    frame = pd.DataFrame([record]).astype({{name: "float32" for name in record if name not in ("carrier", "origin", "dest")}})
+    return {{"score": float(model.predict_proba(frame)[0, 1])}}
+uvicorn.run(app, port={port}, access_log=False, log_level="warning")
+"""
+BENTOML = """
+import bentoml, joblib, pandas as pd
+from typing import Any
+@bentoml.service(workers=1)
+class Flights:
+    def __init__(self) -> None:
+        self.model = joblib.load("{folder}/model.joblib")
+    @bentoml.api(route="/predict")
+    def predict(self, record: dict[str, Any]) -> dict[str, float]:
+        frame = pd.DataFrame([record]).astype({{name: "float32" for name in record if name not in ("carrier", "origin", "dest")}})
+        return {{"score": float(self.model.predict_proba(frame)[0, 1])}}
+"""
+BARE = """
+import uvicorn
+from pathlib import Path
+from mlops_course.environment import Settings
+from mlops_course.serving.limits import Limits
+from mlops_course.serving.models import LiveModels
+from mlops_course.serving.service import Door, Service
+settings = Settings(home=Path("{home}"))
+app = Door(Service(settings, LiveModels(settings), Limits()))
+uvicorn.run(app, port={port}, access_log=False, log_level="warning")
+"""
+FULL = """
+from mlops_course.environment import Settings
+from mlops_course.serving.service import create_app
+import hashlib, hmac
+KNOWN = hashlib.sha256(b"Bearer key").digest()
+def authorize(scope):
+    for name, value in scope["headers"]:
+        if name == b"authorization" and hmac.compare_digest(hashlib.sha256(value).digest(), KNOWN):
+            return "ann"
+def make(settings, limits):
+    return create_app(settings, limits, authorize)
+"""
+HELLO_FASTAPI = """
+import json, uvicorn
+from fastapi import FastAPI
+from pydantic import BaseModel, create_model
+record = json.load(open("{folder}/one.json"))
+Record = create_model("Record", **{{name: (str | None if isinstance(value, str) else float | None, ...) for name, value in record.items()}})
+class Answer(BaseModel):
+    score: float
+    warned: bool
+    model: str
+app = FastAPI()
+@app.post("/predict")
+async def predict(record: Record) -> Answer:
+    return Answer(score=0.5, warned=False, model="hello")
+uvicorn.run(app, port={port}, access_log=False, log_level="warning")
+"""
+HELLO_SMALL = """
+import uvicorn
+from fastapi import FastAPI
+from pydantic import BaseModel
+class Question(BaseModel):
+    name: str
+class Answer(BaseModel):
+    score: float
+    warned: bool
+    model: str
+app = FastAPI()
+@app.post("/predict")
+async def predict(question: Question) -> Answer:
+    return Answer(score=0.5, warned=False, model="hello")
+uvicorn.run(app, port={port}, access_log=False, log_level="warning")
+"""
+HELLO_STARLETTE = """
+import uvicorn
+from starlette.applications import Starlette
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+async def predict(request):
+    return JSONResponse({{"score": 0.5, "warned": False, "model": "hello"}})
+app = Starlette(routes=[Route("/predict", predict, methods=["POST"])])
+uvicorn.run(app, port={port}, access_log=False, log_level="warning")
+"""
+
+
+@dataclass
+class Server:
+    """One way to serve."""
+
+    name: str
+    command: list[str]
+    body: str  # how the record is wrapped
+    path: str = "/predict"
+    rates: dict[int, float] = field(default_factory=dict)  # requests a second, by connections
+    p99: dict[int, float] = field(default_factory=dict)  # milliseconds
+    ready: float = 0.0  # seconds
+    memory: float = 0.0  # MB
+    note: str = ""
+
+
+def servers(settings: Settings, folder: Path, scratch: Path, port: int, bentoml: str | None) -> Iterator[Server]:
+    """All of them; their programs are written into the scratch folder."""
+
+    def program(name: str, text: str) -> list[str]:
+        (scratch / f"{name}.py").write_text(text.format(folder=folder, home=settings.home, port=port), encoding="utf-8")
+        return [sys.executable, str(scratch / f"{name}.py")]
+
+    mlflow = [sys.executable, "-m", "mlflow", "models", "serve", "-m", str(folder / "mlflow"), "--env-manager", "local"]
+    yield Server("mlflow", [*mlflow, "-p", str(port), "-w", "1"], '{"dataframe_records": [%s]}', "/invocations")
+    if bentoml:
+        (scratch / "bento.py").write_text(BENTOML.format(folder=folder), encoding="utf-8")
+        command = [bentoml, "-m", "bentoml", "serve", "bento:Flights", "--port", str(port)]
+        yield Server("bentoml", [*command, "--working-dir", str(scratch)], '{"record": %s}')
+    yield Server("fastapi + DataFrame", program("dataframe", DATAFRAME), "%s")
+    yield Server("bare", program("bare", BARE), '{"record": %s}')
+    (scratch / "bench_full.py").write_text(FULL, encoding="utf-8")
+    full = [str(Path(sys.executable).with_name("mlops-course")), "serve", "--home", str(settings.home)]
+    yield Server("full", [*full, "--port", str(port), "--app", "bench_full:make"], '{"record": %s}')
+    yield Server("fastapi hello", program("hello_fastapi", HELLO_FASTAPI), "%s")
+    yield Server("fastapi hello, one field", program("hello_small", HELLO_SMALL), '{"name": "ann"}')
+    yield Server("starlette hello", program("hello_starlette", HELLO_STARLETTE), "%s")
+
+
+# ---------------------------------------------------------------- measuring
+
+
+def ask(url: str, body: bytes) -> bool:
+    """Whether there is an answer."""
+    headers = {"Content-Type": "application/json", "Authorization": "Bearer key"}
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=5) as answer:
+            return bool(answer.status == 200)
+    except urllib.error.HTTPError as error:
+        if error.code != 503:
+            raise RuntimeError(f"{url} answers {error.code}: {error.read()[:500]!r}") from error
+        return False
+    except (urllib.error.URLError, ConnectionError, TimeoutError):
+        return False
+
+
+@contextmanager
+def running(server: Server, scratch: Path, url: str, body: bytes) -> Iterator[psutil.Process]:
+    """The server on the first core, until the end of the block."""
+    threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MLFLOW_TRACKING_URI": f"sqlite:///{scratch}/no.db"}
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # mlflow starts uvicorn by its name
+    others = {"PATH": path, "PYTHONPATH": str(scratch), "BENTOML_DO_NOT_TRACK": "True"}
+    environment = {**os.environ, **threads, **others}
+    begin = time.perf_counter()
+    with (scratch / "server.log").open("w") as log:
+        process = subprocess.Popen(
+            ["taskset", "-c", "0", *server.command], env=environment, stdout=log, stderr=log, start_new_session=True
+        )
+    try:
+        while not ask(url, body):
+            if process.poll() is not None or time.perf_counter() - begin > 90:
+                raise RuntimeError(f"{server.name} did not start:\n{(scratch / 'server.log').read_text()[-2000:]}")
+            time.sleep(0.01)
+        server.ready = time.perf_counter() - begin
+        yield psutil.Process(process.pid)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+            try:
+                process.wait(15)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def load(server: Server, scratch: Path, url: str, connections: int, seconds: int) -> None:
+    """Ask with wrk on the second core."""
+    command = ["taskset", "-c", "1", "wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--latency"]
+    done = subprocess.run([*command, "-s", str(scratch / "post.lua"), url], capture_output=True, text=True, check=True)
+    rate, p99 = re.search(r"Requests/sec:\s+([\d.]+)", done.stdout), re.search(r"99%\s+([\d.]+)(us|ms|s)", done.stdout)
+    if not rate or not p99 or "Non-2xx" in done.stdout or "Socket errors" in done.stdout:
+        server.note = " ".join(re.findall(r"Non-2xx.*|Socket errors.*", done.stdout))
+    if rate and p99:
+        server.rates[connections] = float(rate[1])
+        server.p99[connections] = float(p99[1]) * {"us": 0.001, "ms": 1, "s": 1000}[p99[2]]
+
+
+def measure(server: Server, scratch: Path, port: int, record: str, seconds: int) -> None:
+    """All figures of one server."""
+    url, body = f"http://127.0.0.1:{port}{server.path}", server.body % record if "%s" in server.body else server.body
+    (scratch / "body.json").write_text(body, encoding="utf-8")
+    (scratch / "post.lua").write_text(LUA.format(path=scratch / "body.json"), encoding="utf-8")
+    with running(server, scratch, url, body.encode()) as process:
+        load(server, scratch, url, 8, 1)  # warm
+        for connections in CONNECTIONS:
+            load(server, scratch, url, connections, seconds)
+        processes = [process, *process.children(recursive=True)]
+        server.memory = sum(each.memory_info().rss for each in processes) / 1e6
+
+
+def figures(found: dict[str, Server]) -> dict[str, float]:
+    """What the bars are about; rates at 8 connections."""
+    full, rate = found["full"], {name: server.rates[8] for name, server in found.items()}
+    return {
+        "full / mlflow": rate["full"] / rate["mlflow"],
+        "full / fastapi hello": rate["full"] / rate["fastapi hello"],
+        "bare / mlflow": rate["bare"] / rate["mlflow"],
+        "full: p99 at 8 connections, ms": full.p99[8],
+        "full: resident memory, MB": full.memory,
+        "full: ready after, s": full.ready,
+    }
+
+
+def show(found: dict[str, Server]) -> None:
+    """The table."""
+    print(f"\n{'':26}" + "".join(f"{f'{each} conn.':>10}" for each in CONNECTIONS) + f"{'x mlflow':>10}{'p99 of 8':>11}{'MB':>7}{'ready':>8}")
+    base = found["mlflow"].rates[8] if "mlflow" in found else float("nan")
+    for server in found.values():
+        rates = "".join(f"{server.rates.get(each, 0):10,.0f}" for each in CONNECTIONS)
+        rest = f"{server.rates[8] / base:10.1f}{server.p99[8]:8.1f} ms{server.memory:7.0f}{server.ready:6.1f} s"
+        print(f"{server.name:26}{rates}{rest}  {server.note}", flush=True)
+
+
+def main() -> int:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--home", type=Path, default=load_settings().home / "bench_serving")
+    parser.add_argument("--bentoml", help="the Python of an environment with bentoml and this one's scikit-learn")
+    parser.add_argument("--seconds", type=int, default=3, help="of each measurement")
+    parser.add_argument("--only", nargs="*", help="names of servers")
+    options = parser.parse_args()
+    settings = load_settings(home=options.home).prepare()
+    folder = prepare(settings)
+    record, found = (folder / "one.json").read_text(encoding="utf-8"), {}
+    with tempfile.TemporaryDirectory() as temporary, socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        free.close()
+        for server in servers(settings, folder, Path(temporary), port, options.bentoml):
+            if not options.only or server.name in options.only:
+                print(f"{server.name} ...", file=sys.stderr, flush=True)
+                measure(server, Path(temporary), port, record, options.seconds)
+                found[server.name] = server
+    shutil.rmtree(settings.serving / "predictions", ignore_errors=True)
+    show(found)
+    if options.only:
+        return 0
+    missed = 0
+    print()
+    for (name, sign, bar), value in zip(BARS, figures(found).values(), strict=True):
+        fine = value >= bar if sign == ">=" else value <= bar
+        missed += not fine
+        print(f"{name:34}{value:8.2f}   bar {sign} {bar:g}   {'reached' if fine else 'MISSED'}")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

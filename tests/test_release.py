@@ -1,0 +1,458 @@
+"""Release logic without a service: who gets which version, what is concluded from counts, what is written down."""
+
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlops_course.deployment import STEPS, Limits, Release, ReleaseError, begin, change, read_history, read_release
+from mlops_course.deployment.counting import Counts, Pairs, Requests, counts_folder, read_counts, write_counts
+from mlops_course.deployment.judging import SLICES, decide, judge
+from mlops_course.deployment.pairing import Sample, compare_sample
+from mlops_course.deployment.routing import candidate_answers, place_of
+from mlops_course.deployment.statistics import (
+    BUCKETS, bucket_of, edge_of, mean_interval, quantile_interval, share_interval,
+)  # fmt: skip
+from mlops_course.deployment.workers import guard
+from mlops_course.environment import Settings, write_atomic
+
+STABLE, CANDIDATE = "flight-delay@3", "flight-delay@4"
+shares = st.floats(0, 1)
+keys = st.text(max_size=40)
+
+# ---------------------------------------------------------------- the router
+
+
+@given(keys, keys)
+def test_a_key_has_one_place_below_one(key: str, release: str) -> None:
+    assert 0 <= place_of(key, release) < 1
+    assert place_of(key, release) == place_of(key, release)
+
+
+@given(keys, shares, shares)
+def test_a_growing_share_never_takes_a_key_back(key: str, one: float, other: float) -> None:
+    small, large = sorted((one, other))
+    place = place_of(key, "release")
+    assert candidate_answers(place, small) <= candidate_answers(place, large)
+    assert not candidate_answers(place, 0.0)
+    assert candidate_answers(place, 1.0)
+
+
+def test_the_share_of_the_keys_is_the_share_that_was_asked_for() -> None:
+    places = np.array([place_of(f"{number}", "r") for number in range(20_000)])
+    for share in (0.01, 0.05, 0.5, 0.9):
+        assert abs((places < share).mean() - share) < 4 * math.sqrt(share * (1 - share) / 20_000)
+
+
+def test_another_release_tries_its_candidate_on_other_keys() -> None:
+    places = np.array([[place_of(f"{number}", release) for number in range(5000)] for release in "ab"])
+    assert abs(np.corrcoef(places)[0, 1]) < 0.06
+
+
+def test_a_key_has_the_same_place_on_every_machine() -> None:
+    assert place_of("desk-1", "20261124-canary") == 0.3871934740580941
+
+
+# ---------------------------------------------------------------- intervals
+
+
+@given(st.integers(0, 300), st.integers(0, 300), st.floats(1e-6, 0.4))
+def test_a_share_lies_in_its_interval_and_less_risk_means_a_wider_one(count: int, rest: int, alpha: float) -> None:
+    trials = count + rest
+    low, high = share_interval(count, trials, alpha)
+    assert 0 <= low <= (count / trials if trials else 0.5) <= high <= 1
+    wider = share_interval(count, trials, alpha / 10)
+    assert wider[0] <= low + 1e-9
+    assert wider[1] >= high - 1e-9
+
+
+def ever_wrong(share: float, generator: np.random.Generator, alpha: float) -> bool:
+    """Whether the interval of a service misses its true share at any of 600 looks."""
+    counts = (generator.random(600) < share).cumsum()
+    looks = ((int(count), trials) for trials, count in enumerate(counts, 1))
+    return any(not low <= share <= high for low, high in (share_interval(*look, alpha) for look in looks))
+
+
+@pytest.mark.parametrize("share", [0.01, 0.3])
+def test_shares_are_missed_no_more_often_than_promised_at_all_looks_together(share: float) -> None:
+    generator, runs, alpha = np.random.default_rng(1), 120, 0.1
+    missed = sum(ever_wrong(share, generator, alpha) for _ in range(runs))
+    assert missed <= runs * alpha + 3 * math.sqrt(runs * alpha)
+
+
+def test_means_are_missed_no_more_often_than_promised_at_all_looks_together() -> None:
+    generator, runs, alpha, missed = np.random.default_rng(2), 300, 0.1, 0
+    for _ in range(runs):
+        values = generator.exponential(0.1, 1500) - 0.1  # skewed, with mean 0
+        totals, squares = values.cumsum(), (values**2).cumsum()
+        looks = [mean_interval(n, totals[n - 1], squares[n - 1], alpha) for n in range(50, 1500, 10)]
+        missed += any(not low <= 0 <= high for low, high in looks)
+    assert missed <= runs * alpha + 3 * math.sqrt(runs * alpha)
+
+
+@given(st.lists(st.floats(1e-6, 200), min_size=1, max_size=300), st.floats(0.05, 0.95))
+def test_a_quantile_lies_in_its_interval(times: list[float], quantile: float) -> None:
+    buckets = np.bincount([bucket_of(each) for each in times], minlength=BUCKETS).tolist()
+    low, high = quantile_interval(buckets, quantile, 0.01)
+    found = float(np.quantile(times, quantile, method="inverted_cdf"))
+    assert low <= found <= high
+
+
+@given(st.floats(1e-6, 200))
+def test_a_time_lies_in_its_bucket(seconds: float) -> None:
+    bucket = bucket_of(seconds)
+    assert seconds <= edge_of(bucket) * (1 + 1e-9)
+    assert bucket == 0 or seconds >= edge_of(bucket - 1) * (1 - 1e-9)
+
+
+# ---------------------------------------------------------------- counts
+
+numbers = st.integers(0, 10**6)
+requests = st.builds(
+    Requests, answered=numbers, failed=numbers, rows=numbers, warned=numbers, total=st.integers(0, 1000).map(float),
+    buckets=st.lists(st.integers(0, 9), min_size=BUCKETS, max_size=BUCKETS),
+)  # fmt: skip
+pairs = st.dictionaries(
+    st.sampled_from(["", "carrier=UA", "carrier=AA"]),
+    st.builds(Pairs, count=numbers, total=st.integers(-99, 99).map(float), squares=st.integers(0, 99).map(float), flips=numbers),
+)
+workers = st.lists(st.builds(Counts, stable=requests, candidate=requests, pairs=pairs), max_size=4)
+
+
+@given(workers, st.randoms())
+def test_counts_are_the_same_in_whatever_order_workers_are_added(counted: list[Counts], order: Any) -> None:
+    def together(each: list[Counts]) -> bytes:
+        total = Counts()
+        for counts in each:
+            total.add(msgspec.json.decode(msgspec.json.encode(counts), type=Counts))
+        return msgspec.json.encode(total, order="sorted")
+
+    mixed = list(counted)
+    order.shuffle(mixed)
+    assert together(mixed) == together(counted)
+
+
+def test_a_damaged_file_of_counts_hurts_nobody_else(settings: Settings) -> None:
+    for worker in ("one", "two"):
+        write_counts(settings, "r", worker, Counts(candidate=Requests(answered=5)))
+    (counts_folder(settings, "r") / "two.json").write_bytes(b'{"candidate": {"answered": -5')
+    assert read_counts(settings, "r").candidate.answered == 5
+    assert read_counts(settings, "never").candidate.answered == 0
+
+
+# ---------------------------------------------------------------- decisions
+
+LIMITS = Limits(enough=500, hold_seconds=0)
+
+
+def release_of(strategy: str = "canary", limits: Limits = LIMITS, **values: Any) -> Release:
+    """A release that is running."""
+    plain = {"id": "r", "status": "running", "stable": STABLE, "candidate": CANDIDATE, "steps": STEPS[strategy], "step": 0}
+    moments = {"started": "2026-01-01T00:00:00+00:00", "changed": "2026-01-01T00:00:00+00:00", "reason": "", "by": "person"}
+    return Release(strategy=strategy, limits=limits, **{**plain, **moments, **values})  # type: ignore[arg-type]
+
+
+def counted(
+    rows: int = 1000, differences: float = 0.0, spread: float = 0.02, failed: int = 0, slower: float = 1.0, seed: int = 0,
+    carriers: tuple[float, ...] = (0.6, 0.35, 0.05), wrong: dict[int, float] | None = None,
+) -> Counts:  # fmt: skip
+    """Counts of a candidate that has answered as many requests as the stable version."""
+    generator, counts = np.random.default_rng(seed), Counts()
+    for role, factor in ((counts.stable, 1.0), (counts.candidate, slower)):
+        role.answered = rows
+        for seconds in generator.gamma(4, 0.001 * factor, rows):
+            role.timed(seconds)
+    counts.candidate.failed = failed
+    for carrier in generator.choice(len(carriers), rows, p=carriers):
+        difference = generator.normal(differences + (wrong or {}).get(int(carrier), 0.0), spread)
+        counts.pair(["", f"carrier={carrier}"], difference, flipped=abs(difference) > 0.1)
+    return counts
+
+
+@pytest.mark.parametrize(
+    ("counts", "named"),
+    [
+        (counted(failed=80), "errors "),
+        (counted(slower=3), "latency "),
+        (counted(differences=0.1), "shift "),
+        (counted(spread=0.2), "flips "),
+        (counted(4000, wrong={2: 0.3}), "shift of carrier=2 "),
+        (counted(failed=999), "errors "),
+    ],
+)
+@pytest.mark.parametrize("strategy", list(STEPS))
+def test_a_broken_limit_is_a_roll_back_that_names_it(strategy: str, counts: Counts, named: str) -> None:
+    decision = decide(release_of(strategy), counts, 0)
+    assert decision.action == "roll back"
+    assert named in decision.reason
+    assert decision.values == {"status": "rolled back"}
+
+
+def test_a_slice_that_is_too_small_to_be_seen_in_the_mean_is_seen() -> None:
+    verdicts = {(check.name, check.slice): check.verdict for check in judge(counted(4000, wrong={2: 0.3}), LIMITS)}
+    assert verdicts["shift", "carrier=2"] == "broken"
+    assert verdicts["shift", ""] == "held"
+
+
+@pytest.mark.parametrize("rows", [0, 1, 20, 49])
+def test_little_data_decides_nothing_however_bad_they_look(rows: int) -> None:
+    assert decide(release_of(), counted(rows, differences=0.5, failed=rows), 10**6).action == "wait"
+
+
+@given(st.integers(0, 2000), st.integers(0, 2000), st.integers(0, 100))
+def test_more_failures_never_make_a_candidate_look_better(answered: int, failed: int, more: int) -> None:
+    order = {"held": 0, "open": 1, "few": 1, "broken": 2}
+    failed, verdicts = min(failed, answered), []
+    for number in (failed, min(failed + more, answered)):
+        counts = Counts(stable=Requests(answered=1000), candidate=Requests(answered=answered, failed=number))
+        verdicts.append(order[judge(counts, LIMITS)[0].verdict])
+    assert verdicts[0] <= verdicts[1]
+
+
+def test_a_good_canary_goes_up_and_is_promoted() -> None:
+    first = decide(release_of(), counted(700), 0)
+    assert (first.action, first.values) == ("step", {"step": 1, "before": 700})
+    second = release_of(step=1, before=700)
+    assert decide(second, counted(1000), 0).action == "wait", "300 in this step"
+    assert decide(second, counted(1300), 0).values == {"status": "promoted"}
+
+
+def test_a_step_lasts_at_least_so_long() -> None:
+    patient = release_of(limits=Limits(enough=500, hold_seconds=60))
+    assert decide(patient, counted(700), 59).action == "wait"
+    assert decide(patient, counted(700), 60).action == "step"
+
+
+@pytest.mark.parametrize("strategy", ["shadow", "ab"])
+def test_shadow_and_ab_wait_for_a_person(strategy: str) -> None:
+    counts = counted(2000)
+    counts.silent_candidate.answered = 2000
+    decision = decide(release_of(strategy), counts, 10**6)
+    assert decision.action == "wait"
+    assert "all limits held" in decision.reason
+    assert "a person decides" in decision.reason
+
+
+def test_a_candidate_at_the_limit_is_neither_promoted_nor_rolled_back() -> None:
+    assert decide(release_of(), counted(3000, differences=LIMITS.shift), 10**6).action == "wait"
+
+
+def test_a_slice_with_few_rows_does_not_hold_a_release_up_but_is_named() -> None:
+    decision = decide(release_of(), counted(1000, carriers=(0.6, 0.39, 0.01)), 0)
+    assert decision.action == "step"
+    assert decision.reason.endswith("too few rows to judge carrier=2")
+
+
+def test_good_candidates_are_not_rolled_back_by_chance() -> None:
+    """200 harmless releases, each looked at three times: the promise is at most 1 % for all looks together."""
+    back = 0
+    for seed in range(200):
+        looks = (decide(release_of(limits=Limits(enough=10**6)), counted(rows, seed=seed, failed=rows // 100), 0)
+                 for rows in range(100, 1000, 300))  # fmt: skip
+        back += any(look.action == "roll back" for look in looks)
+    assert back <= 4
+
+
+def test_no_more_slices_are_judged_than_the_risk_is_shared_among() -> None:
+    counts = Counts(pairs={f"dest={number}": Pairs(count=number + 1) for number in range(100)})
+    judged = {check.slice for check in judge(counts, LIMITS) if check.slice}
+    assert len(judged) == SLICES
+    assert "dest=99" in judged
+    assert "dest=3" not in judged
+
+
+def test_a_candidate_that_no_worker_can_load_is_rolled_back() -> None:
+    decision = decide(release_of(), Counts(problem="flight-delay@4 can't be used: damaged"), 0)
+    assert (decision.action, decision.reason) == ("roll back", "flight-delay@4 can't be used: damaged")
+
+
+# ---------------------------------------------------------------- comparisons
+
+
+class Formula:
+    """Stands for a predictor: a formula over one feature."""
+
+    features, threshold = ("carrier", "x"), 0.5
+
+    def __init__(self, add: float, fails_on: float = math.inf) -> None:
+        self.add, self.fails_on = add, fails_on
+
+    def encode(self, records: list[dict[str, Any]]) -> np.ndarray:
+        return np.array([[record["x"]] for record in records])
+
+    def scores(self, matrix: np.ndarray) -> np.ndarray:
+        if (matrix == self.fails_on).any():
+            raise RuntimeError("no")
+        return matrix[:, 0] + self.add
+
+
+def compared(stable: Formula, candidate: Formula, requests: list[tuple[bool, list[dict[str, Any]]]], most: int = 100) -> Counts:
+    """Counts after a second's requests: who answered, and the rows."""
+    counts, sample = Counts(), Sample(most)
+    for by_candidate, records in requests:
+        predictor: Any = candidate if by_candidate else stable
+        sample.offer((predictor, predictor.scores(predictor.encode(records)), records))
+    compare_sample(stable, candidate, sample, Limits(), counts)  # type: ignore[arg-type]
+    assert sample.kept == []
+    return counts
+
+
+def test_a_difference_has_the_same_sign_whoever_answered() -> None:
+    rows = [(by, [{"carrier": "UA", "x": 0.3}]) for by in (True, False) for _ in range(5)]
+    counts = compared(Formula(0.0), Formula(0.25), rows)
+    assert counts.pairs[""].count == 10
+    assert counts.pairs[""].total == pytest.approx(2.5)
+    assert counts.pairs["carrier=UA"].flips == 10
+    assert (counts.silent_candidate.answered, counts.silent_stable.answered) == (5, 5)
+    assert sum(counts.silent_stable.buckets) == sum(counts.silent_candidate.buckets) == 10, "timed in pairs"
+
+
+def test_a_request_with_many_rows_is_one_observation_of_each_slice() -> None:
+    rows = [{"carrier": carrier, "x": 0.1} for carrier in ["UA"] * 300 + ["AA"] * 200 + [None]]
+    counts = compared(Formula(0.0), Formula(0.1), [(False, rows)])
+    assert {name: pairs.count for name, pairs in counts.pairs.items()} == {"": 1, "carrier=UA": 1, "carrier=AA": 1}
+
+
+def test_a_version_that_fails_silently_is_counted_as_failing_and_the_rest_is_compared() -> None:
+    rows = [(False, [{"carrier": "UA", "x": value}]) for value in (0.1, 0.2, 0.3)]
+    counts = compared(Formula(0.0), Formula(0.1, fails_on=0.2), rows)
+    assert (counts.silent_candidate.answered, counts.silent_candidate.failed) == (3, 1)
+    assert counts.pairs[""].count == 2
+
+
+def test_of_many_requests_a_fair_sample_is_kept() -> None:
+    places = np.zeros(400)
+    for _ in range(300):
+        sample = Sample(40)
+        for number in range(400):
+            sample.offer((None, number, []))  # type: ignore[arg-type]
+        for _, number, _ in sample.take():
+            places[number] += 1
+    assert places.sum() == 40 * 300
+    assert abs(places[:200].sum() / places.sum() - 0.5) < 0.03
+    assert (sample.seen, sample.kept) == (0, [])
+
+
+# ---------------------------------------------------------------- what is written down
+
+
+def test_each_step_is_kept_with_its_reason(settings: Settings) -> None:
+    release = begin(settings, "canary", STABLE, CANDIDATE, reason="because")
+    stepped = change(settings, release, "held", step=1, before=7)
+    assert stepped is not None
+    assert change(settings, stepped, "broken", status="rolled back") == read_release(settings)
+    lines = read_history(settings)
+    assert [(line["revision"], line["share"], line["reason"]) for line in lines] == [
+        (1, 0.05, "because"), (2, 0.25, "held"), (3, 0.0, "broken"),
+    ]  # fmt: skip
+
+
+def test_a_line_that_a_killed_process_did_not_write_is_added_by_the_next(settings: Settings) -> None:
+    release = begin(settings, "canary", STABLE, CANDIDATE)
+    path = settings.serving / "release-history.jsonl"
+    path.write_text("")
+    stepped = change(settings, release, "held", step=1)
+    assert stepped is not None
+    assert [line["revision"] for line in read_history(settings)] == [1, 2]
+    with path.open("a") as file:
+        file.write('{"release": "cut o')
+    change(settings, stepped, "broken", status="rolled back")
+    assert [line["revision"] for line in read_history(settings)][:2] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"candidate": "../../etc@1"}, r"\$\.candidate"),
+        ({"candidate": STABLE}, "both candidate and stable"),
+        ({"strategy": "rolling"}, r"\$\.strategy"),
+        ({"steps": (0.5, 1.5)}, r"<= 1\.0"),
+        ({"steps": (0.5, 0.5)}, "Only a canary has several, and they rise"),
+        ({"strategy": "ab", "steps": (0.1, 0.5)}, "Only a canary has several"),
+        ({"strategy": "shadow", "steps": (0.1,)}, "Only a shadow answers nothing"),
+    ],
+)
+def test_nonsense_is_refused_by_name_and_leaves_no_trace(settings: Settings, values: dict[str, Any], named: str) -> None:
+    with pytest.raises(ReleaseError, match=named):
+        begin(settings, **{"strategy": "canary", "stable": STABLE, "candidate": CANDIDATE, **values})
+    assert read_release(settings) is None
+    assert read_history(settings) == []
+
+
+@pytest.mark.parametrize("text", [b"", b"{}", b"\xff", b'{"format": 2}', b"[]"])
+def test_a_damaged_state_is_named_and_nothing_is_overwritten(settings: Settings, text: bytes) -> None:
+    path = write_atomic(settings.serving / "release.json", text)
+    with pytest.raises(ReleaseError, match=r"can't read .*release\.json"):
+        read_release(settings)
+    with pytest.raises(ReleaseError):
+        begin(settings, "canary", STABLE, CANDIDATE)
+    assert path.read_bytes() == text
+
+
+def change_once(settings: Settings, release: Release, number: int) -> bool:
+    """In a process of its own."""
+    return change(settings, release, f"{number}", by="person", step=1) is not None
+
+
+@pytest.mark.skipif(os.name == "nt", reason="forks")
+def test_of_many_who_change_the_same_revision_one_succeeds(settings: Settings) -> None:
+    release = begin(settings, "canary", STABLE, CANDIDATE)
+    with multiprocessing.get_context("fork").Pool(4) as pool:
+        done = pool.starmap(change_once, [(settings, release, number) for number in range(8)])
+    assert sum(done) == 1
+    assert [line["revision"] for line in read_history(settings)] == [1, 2]
+
+
+def live(settings: Settings, reference: str) -> None:
+    """Make a folder look as if it were the live bundle."""
+    manifest = settings.serving / "bundles" / reference / "bundle.json"
+    write_atomic(manifest, "{}")
+    digest = hashlib.sha256(b"{}").hexdigest()
+    write_atomic(settings.serving / "live.json", json.dumps({"bundle": reference, "manifest": digest}))
+
+
+@pytest.mark.parametrize(
+    ("reference", "status", "reason"),
+    [
+        ("flight-delay@9", "rolled back", "flight-delay@9 became the live model meanwhile"),
+        (CANDIDATE, "promoted", "it is the live model already"),
+    ],
+)
+def test_a_release_follows_when_the_live_model_is_changed_beside_it(
+    settings: Settings, reference: str, status: str, reason: str
+) -> None:
+    begin(settings, "canary", STABLE, CANDIDATE)
+    live(settings, reference)
+    guard(settings)
+    release = read_release(settings)
+    assert release is not None
+    assert (release.status, release.reason, release.by) == (status, reason, "guard")
+    assert guard(settings) is None, "it is over"
+
+
+def test_the_guard_waits_acts_and_counts_the_time_of_a_step(settings: Settings) -> None:
+    release = begin(settings, "canary", STABLE, CANDIDATE, limits=Limits(enough=500, hold_seconds=3600))
+    live(settings, STABLE)
+    write_counts(settings, release.id, "one", counted(700))
+    waiting = guard(settings)
+    assert waiting is not None
+    assert waiting.action == "wait"
+    later = guard(settings, datetime.now(UTC) + timedelta(hours=1, seconds=5))
+    assert later is not None
+    assert later.action == "step"
+    now = read_release(settings)
+    assert now is not None
+    assert (now.share, now.before) == (0.25, 700)
+    write_counts(settings, release.id, "two", counted(600, failed=300))
+    guard(settings)
+    assert read_release(settings) != now
+    assert read_history(settings)[-1]["status"] == "rolled back"
