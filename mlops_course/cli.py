@@ -9,7 +9,7 @@ __all__ = ['app', 'Debug', 'Home', 'AsJson', 'Version', 'Name', 'Parameters', 'S
            'backfill_pipeline', 'export_pipeline', 'list_cache', 'prune_cache', 'verify_cache', 'show_pipelines',
            'show_runs', 'show_run', 'diff_runs', 'show_doctor', 'ui_command', 'without_password', 'open_ui',
            'serve_model', 'publish_bundle', 'release_limits', 'start_release', 'promote_release', 'roll_back_release',
-           'show_release', 'watch_folder']
+           'show_release', 'score_files']
 
 # %% ../nbs/cli.ipynb #5db341e0
 import json
@@ -562,7 +562,7 @@ def publish_bundle(
     print_json({"live": folder.name, "folder": folder}) if as_json else typer.echo(f"{folder.name} is live")
 
 # %% ../nbs/cli.ipynb #11c10005
-release_app = typer.Typer(no_args_is_help=True, help="Put a new version beside the live one, step by step, or take it back.")
+release_app = typer.Typer(no_args_is_help=True, help="Put a new version beside the live one, or take it back.")
 app.add_typer(release_app, name="release")
 Because = Annotated[str, typer.Option("--reason", help="Why; it is kept in the history.")]
 
@@ -646,19 +646,17 @@ def _show_release(settings: "Settings", as_json: bool) -> None:
         return
     share = f"{release['share']:.0%} of the requests" if release["status"] == "running" else release["status"]
     typer.echo(f"live: {status['live']}; {release['strategy']} of {release['candidate']}: {share}")
-    print_all(table("when,status,#share,by,why", [[line[name] for name in ("time", "status", "share", "by", "reason")] for line in history]))
-    print_all(table("check,slice,#low,#high,#limit,#counted,verdict", [list(_check_row(check)) for check in status["checks"]]))
+    steps = ("time", "status", "share", "by", "reason")
+    checks = ("name", "slice", "low", "high", "limit", "count", "verdict")
+    print_all(table("when,status,#share,by,why", [[line[name] for name in steps] for line in history]))
+    rows: list[list[object]] = [[check[name] for name in checks] for check in status["checks"]]
+    print_all(table("check,slice,#low,#high,#limit,#counted,verdict", rows))
     if status["outlook"]:
         typer.echo(f"next: {status['outlook']['action']}: {status['outlook']['reason']}")
 
-
-def _check_row(check: dict[str, Any]) -> tuple[object, ...]:
-    """One check's line."""
-    return tuple(check[name] for name in ("name", "slice", "low", "high", "limit", "count", "verdict"))
-
 # %% ../nbs/cli.ipynb #11c10011
-@app.command("watch")
-def watch_folder(
+@app.command("score-files")
+def score_files(
     folder: Annotated[Path, typer.Argument(help="Files are put into its sub-folder incoming.")],
     once: Annotated[bool, typer.Option("--once", help="End when nothing is left.")] = False,
     settle: Annotated[float, typer.Option(help="Seconds for which a file must not have changed.")] = 1.0,
@@ -667,6 +665,7 @@ def watch_folder(
 ) -> None:
     """Score files as they arrive, with the live model."""
     from mlops_course.deployment import Scored, watch
+    from mlops_course.pipelines.scheduler import interruptible
 
     rejected = 0
 
@@ -676,6 +675,7 @@ def watch_folder(
         line = f"{scored.file}: {scored.status}, {scored.rows} rows in {scored.seconds:.2f} s {scored.reason}".rstrip()
         print(json.dumps(vars(scored), ensure_ascii=False) if as_json else line, flush=True)
 
-    watch(_settings(home), folder, tell, once, settle=settle)
+    with interruptible():
+        watch(_settings(home), folder, tell, once, settle=settle)
     if rejected:
         raise typer.Exit(1)

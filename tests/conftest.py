@@ -14,6 +14,7 @@ from mlops_course.experiments import _make_store
 from mlops_course.project import flight_delay, read_delivery
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait don't spin: tests may share a busy machine
+pytest_plugins = ["service_helpers"]  # fixtures for the tests of the service
 ROOT = Path(__file__).resolve().parent.parent
 
 

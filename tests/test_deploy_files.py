@@ -120,15 +120,22 @@ def selected(selector: Document, found: list[Document]) -> list[str]:
 
 
 def test_what_belongs_together_finds_each_other() -> None:
-    built = [run(program("kubectl"), "kustomize", DEPLOY / "kubernetes" / "overlays" / name) for name in ("production", "canary")]
+    built = [
+        run(program("kubectl"), "kustomize", DEPLOY / "kubernetes" / "overlays" / name)
+        for name in ("production", "canary")
+    ]
     found = [document for each in built for document in yaml.safe_load_all(each.stdout)]
     both = ["mlops-course", "mlops-course-canary"]
-    (service,), (budget,), (network,) = (of_kind(found, kind) for kind in ("Service", "PodDisruptionBudget", "NetworkPolicy"))
+    (service,), (budget,), (network,) = (
+        of_kind(found, kind) for kind in ("Service", "PodDisruptionBudget", "NetworkPolicy")
+    )
     assert selected(service["spec"]["selector"], found) == both, "the canary gets its share of the requests"
     assert selected(budget["spec"]["selector"]["matchLabels"], found) == both
     assert selected(network["spec"]["podSelector"]["matchLabels"], found) == both
     for each in of_kind(found, "Deployment"):
-        assert selected(each["spec"]["selector"]["matchLabels"], found) == [each["metadata"]["name"]], "only its own pods"
+        assert selected(each["spec"]["selector"]["matchLabels"], found) == [each["metadata"]["name"]], (
+            "only its own pods"
+        )
     (scaler,) = of_kind(found, "HorizontalPodAutoscaler")
     assert scaler["spec"]["scaleTargetRef"]["name"] == "mlops-course"
     stable, canary = of_kind(found, "Deployment")
@@ -136,8 +143,14 @@ def test_what_belongs_together_finds_each_other() -> None:
     assert canary["spec"]["replicas"] == 1
     names = {each["metadata"]["name"] for each in found}
     for pod in (stable["spec"]["template"]["spec"], canary["spec"]["template"]["spec"]):
-        claims = {each["persistentVolumeClaim"]["claimName"] for each in pod["volumes"] if "persistentVolumeClaim" in each}
-        models = {each["valueFrom"]["configMapKeyRef"]["name"] for each in pod["containers"][0]["env"] if "configMapKeyRef" in each.get("valueFrom", {})}
+        claims = {
+            each["persistentVolumeClaim"]["claimName"] for each in pod["volumes"] if "persistentVolumeClaim" in each
+        }
+        models = {
+            each["valueFrom"]["configMapKeyRef"]["name"]
+            for each in pod["containers"][0]["env"]
+            if "configMapKeyRef" in each.get("valueFrom", {})
+        }
         assert claims | models | {pod["serviceAccountName"]} <= names
     assert {each["metadata"].get("namespace", each["metadata"]["name"]) for each in found} == {"mlops-course"}
 
@@ -168,7 +181,9 @@ def compose() -> Document:
 
 
 def test_the_compose_file_fits_its_schema() -> None:
-    checked = run(sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec", DEPLOY / "compose.yaml")
+    checked = run(
+        sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec", DEPLOY / "compose.yaml"
+    )
     assert checked.returncode == 0, checked.stdout
 
 
@@ -227,7 +242,9 @@ import mlops_course.cli, mlops_course.serving.server, mlops_course.serving.servi
 
     from mlops_course.environment import locked_versions
 
-    there = {re.sub(r"[-_.]+", "-", name).lower() for name in locked_versions(DEPLOY / "serving.lock")} | {"mlops-course"}
+    there = {re.sub(r"[-_.]+", "-", name).lower() for name in locked_versions(DEPLOY / "serving.lock")} | {
+        "mlops-course"
+    }
     blocked = sorted(
         module for module, names in packages_distributions().items()
         if not {re.sub(r"[-_.]+", "-", name).lower() for name in names} & there
@@ -290,7 +307,11 @@ def test_the_dashboard_is_whole() -> None:
     taken: set[tuple[int, int]] = set()
     for panel in panels:
         place = panel["gridPos"]
-        cells = {(x, y) for x in range(place["x"], place["x"] + place["w"]) for y in range(place["y"], place["y"] + place["h"])}
+        cells = {
+            (x, y)
+            for x in range(place["x"], place["x"] + place["w"])
+            for y in range(place["y"], place["y"] + place["h"])
+        }
         assert not cells & taken, f"{panel['title']} lies upon another panel"
         assert all(x < 24 for x, _ in cells)
         taken |= cells

@@ -22,8 +22,16 @@ import pytest
 from conftest import Quarter, settings_in
 
 from mlops_course.deployment import (
-    Limits, ReleaseError, live_reference, promote_release, read_counts, read_history, read_release, release_status,
-    roll_back_release, start_release,
+    Limits,
+    ReleaseError,
+    live_reference,
+    promote_release,
+    read_counts,
+    read_history,
+    read_release,
+    release_status,
+    roll_back_release,
+    start_release,
 )  # fmt: skip
 from mlops_course.environment import Settings
 from mlops_course.experiments import TrainingConfig, train
@@ -57,7 +65,10 @@ class Models:
 def models(quarter: Quarter, tmp_path_factory: pytest.TempPathFactory) -> Models:
     """A stable model, a good candidate, and one that takes all flights of one carrier to be late."""
     settings = settings_in(tmp_path_factory.mktemp("models") / "workspace")
-    rows, origin = quarter.labelled("2013-01", "2013-02"), Origin(run_id="none", data={}, first="2013-01", last="2013-02")
+    rows, origin = (
+        quarter.labelled("2013-01", "2013-02"),
+        Origin(run_id="none", data={}, first="2013-01", last="2013-02"),
+    )
     wrong = rows.assign(label=rows["label"].where(rows["carrier"] != CARRIER, 1.0))
     for reference, table, iterations in ((STABLE, rows, 40), (GOOD, rows, 44), (BAD, wrong, 44)):
         model = train(table, flight_delay, TrainingConfig(iterations=iterations))
@@ -133,7 +144,9 @@ class Client:
 
     def ask(self, number: int) -> None:
         """One thread: its own connection, every so-many-th flight, again and again."""
-        mine = [(row, json.dumps({"record": self.records[row]})) for row in range(number, len(self.records), self.threads)]
+        mine = [
+            (row, json.dumps({"record": self.records[row]})) for row in range(number, len(self.records), self.threads)
+        ]
         with httpx.Client(base_url=self.url, headers={"content-type": "application/json"}, timeout=20) as client:
             while not self.stop.is_set():
                 for row, body in mine:
@@ -289,13 +302,18 @@ def test_a_killed_worker_is_no_loss_even_if_it_was_the_guard(models: Models, wor
 @pytest.mark.slow
 def test_blue_green_switches_all_at_once_and_back(models: Models, workspace: Settings, tmp_path: Path) -> None:
     def release(*arguments: str) -> dict[str, Any]:
-        done = subprocess.run([*COMMAND, "release", *arguments, "--home", str(workspace.home), "--json"], capture_output=True, text=True)
+        done = subprocess.run(
+            [*COMMAND, "release", *arguments, "--home", str(workspace.home), "--json"], capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 
     with serving(workspace) as server:
         shares = []
-        for step in (lambda: None, lambda: release("start", GOOD, "--strategy", "blue-green", "--limit", "enough=99999")):
+        for step in (
+            lambda: None,
+            lambda: release("start", GOOD, "--strategy", "blue-green", "--limit", "enough=99999"),
+        ):
             step()
             time.sleep(2.5)
             client = Client(server.url, models.records[:200]).until(lambda: True, 5)
@@ -326,7 +344,9 @@ def test_a_shadow_answers_nobody_and_is_found_out_all_the_same(models: Models, w
 
 
 @pytest.mark.slow
-def test_a_candidate_that_cannot_be_loaded_is_rolled_back_and_nobody_notices(models: Models, workspace: Settings) -> None:
+def test_a_candidate_that_cannot_be_loaded_is_rolled_back_and_nobody_notices(
+    models: Models, workspace: Settings
+) -> None:
     start_release(workspace, GOOD)
     graph = workspace.serving / "bundles" / GOOD / "model.onnx"
     graph.write_bytes(graph.read_bytes()[:-100])

@@ -20,7 +20,12 @@ from mlops_course.deployment.judging import SLICES, decide, judge
 from mlops_course.deployment.pairing import Sample, compare_sample
 from mlops_course.deployment.routing import candidate_answers, place_of
 from mlops_course.deployment.statistics import (
-    BUCKETS, bucket_of, edge_of, mean_interval, quantile_interval, share_interval,
+    BUCKETS,
+    bucket_of,
+    edge_of,
+    mean_interval,
+    quantile_interval,
+    share_interval,
 )  # fmt: skip
 from mlops_course.deployment.workers import guard
 from mlops_course.environment import Settings, write_atomic
@@ -123,7 +128,13 @@ requests = st.builds(
 )  # fmt: skip
 pairs = st.dictionaries(
     st.sampled_from(["", "carrier=UA", "carrier=AA"]),
-    st.builds(Pairs, count=numbers, total=st.integers(-99, 99).map(float), squares=st.integers(0, 99).map(float), flips=numbers),
+    st.builds(
+        Pairs,
+        count=numbers,
+        total=st.integers(-99, 99).map(float),
+        squares=st.integers(0, 99).map(float),
+        flips=numbers,
+    ),
 )
 workers = st.lists(st.builds(Counts, stable=requests, candidate=requests, pairs=pairs), max_size=4)
 
@@ -156,13 +167,26 @@ LIMITS = Limits(enough=500, hold_seconds=0)
 
 def release_of(strategy: str = "canary", limits: Limits = LIMITS, **values: Any) -> Release:
     """A release that is running."""
-    plain = {"id": "r", "status": "running", "stable": STABLE, "candidate": CANDIDATE, "steps": STEPS[strategy], "step": 0}
-    moments = {"started": "2026-01-01T00:00:00+00:00", "changed": "2026-01-01T00:00:00+00:00", "reason": "", "by": "person"}
+    plain = {
+        "id": "r",
+        "status": "running",
+        "stable": STABLE,
+        "candidate": CANDIDATE,
+        "steps": STEPS[strategy],
+        "step": 0,
+    }
+    moments = {
+        "started": "2026-01-01T00:00:00+00:00",
+        "changed": "2026-01-01T00:00:00+00:00",
+        "reason": "",
+        "by": "person",
+    }
     return Release(strategy=strategy, limits=limits, **{**plain, **moments, **values})  # type: ignore[arg-type]
 
 
 def counted(
-    rows: int = 1000, differences: float = 0.0, spread: float = 0.02, failed: int = 0, slower: float = 1.0, seed: int = 0,
+    rows: int = 1000, differences: float = 0.0, spread: float = 0.02, failed: int = 0, slower: float = 1.0,
+    seed: int = 0,
     carriers: tuple[float, ...] = (0.6, 0.35, 0.05), wrong: dict[int, float] | None = None,
 ) -> Counts:  # fmt: skip
     """Counts of a candidate that has answered as many requests as the stable version."""
@@ -295,7 +319,9 @@ class Formula:
         return matrix[:, 0] + self.add
 
 
-def compared(stable: Formula, candidate: Formula, requests: list[tuple[bool, list[dict[str, Any]]]], most: int = 100) -> Counts:
+def compared(
+    stable: Formula, candidate: Formula, requests: list[tuple[bool, list[dict[str, Any]]]], most: int = 100
+) -> Counts:
     """Counts after a second's requests: who answered, and the rows."""
     counts, sample = Counts(), Sample(most)
     for by_candidate, records in requests:
@@ -381,7 +407,9 @@ def test_a_line_that_a_killed_process_did_not_write_is_added_by_the_next(setting
         ({"strategy": "shadow", "steps": (0.1,)}, "Only a shadow answers nothing"),
     ],
 )
-def test_nonsense_is_refused_by_name_and_leaves_no_trace(settings: Settings, values: dict[str, Any], named: str) -> None:
+def test_nonsense_is_refused_by_name_and_leaves_no_trace(
+    settings: Settings, values: dict[str, Any], named: str
+) -> None:
     with pytest.raises(ReleaseError, match=named):
         begin(settings, **{"strategy": "canary", "stable": STABLE, "candidate": CANDIDATE, **values})
     assert read_release(settings) is None

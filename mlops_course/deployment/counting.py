@@ -88,7 +88,7 @@ class Counts(Struct, forbid_unknown_fields=True):
         for name in slices:
             self.pairs.setdefault(name, Pairs()).note(difference, flipped)
 
-# %% ../../nbs/internals/11_counting.ipynb #ab65d509
+# %% ../../nbs/internals/11_counting.ipynb #70004278
 def counts_folder(
     settings: Settings,  # whose workspace
     release: str,  # its id
@@ -106,7 +106,7 @@ def write_counts(
     """Write down what a worker has counted."""
     return write_atomic(counts_folder(settings, release) / f"{worker}.json", msgspec.json.encode(counts))
 
-
+# %% ../../nbs/internals/11_counting.ipynb #84847c22
 def read_counts(
     settings: Settings,  # whose workspace
     release: str,  # its id

@@ -21,7 +21,7 @@ from ..serving.models import Record
 # %% auto #0
 __all__ = ['Asked', 'Row', 'PROBES', 'Sample', 'pick', 'as_dict', 'compare_rows', 'time_rows', 'compare_sample', 'tally']
 
-# %% ../../nbs/internals/11_pairing.ipynb #4dbf4186
+# %% ../../nbs/internals/11_pairing.ipynb #b552be99
 Asked = tuple[Predictor, Any, Sequence[Record]]  # who answered, (n,) float64 scores, the rows
 
 
@@ -34,18 +34,18 @@ class Sample:
 
     def offer(self, asked: Asked) -> None:
         """Take in a request; all that were offered have the same chance to be kept."""
-        self.seen += 1
-        if len(self.kept) < self.most:
-            self.kept.append(asked)
+        self.seen, kept = self.seen + 1, self.kept  # another thread may take the list meanwhile
+        if len(kept) < self.most:
+            kept.append(asked)
         elif self.most and (place := self.generator.randrange(self.seen)) < self.most:
-            self.kept[place] = asked
+            kept[place] = asked
 
     def take(self) -> list[Asked]:
         """Hand over what was kept, and begin anew."""
         kept, self.kept, self.seen = self.kept, [], 0
         return kept
 
-# %% ../../nbs/internals/11_pairing.ipynb #f8e8196b
+# %% ../../nbs/internals/11_pairing.ipynb #ed31e44d
 Row = tuple[dict[str, Any], float, tuple[str, ...]]  # by feature name, the score it got, which slices it counts for
 
 
@@ -66,14 +66,14 @@ def pick(
             done |= slices
     return chosen
 
-
+# %% ../../nbs/internals/11_pairing.ipynb #4d8131e9
 def as_dict(record: Record, predictor: Predictor) -> dict[str, Any]:
     """A row by feature name, whatever the service made of it."""
     if isinstance(record, msgspec.Struct):
         return dict(zip(predictor.features, msgspec.structs.astuple(record), strict=True))
     return record
 
-# %% ../../nbs/internals/11_pairing.ipynb #3a44174e
+# %% ../../nbs/internals/11_pairing.ipynb #05e66ad1
 def compare_rows(
     stable: Predictor,  # one version
     candidate: Predictor,  # the other
@@ -89,7 +89,7 @@ def compare_rows(
             flipped = (given >= answering.threshold) != (found >= other.threshold)
             counts.pair(slices, given - found if by_candidate else found - given, flipped)
 
-
+# %% ../../nbs/internals/11_pairing.ipynb #9c536900
 def _silently(predictor: Predictor, rows: Sequence[Row], silent: Requests) -> list[float | None]:
     """Scores that nobody waits for; None where the version failed."""
     records = [row for row, _, _ in rows]
@@ -129,7 +129,7 @@ def time_rows(
             if _alone(predictor, row) is not None:
                 silent.timed(time.perf_counter() - begin)
 
-# %% ../../nbs/internals/11_pairing.ipynb #a0e8be4d
+# %% ../../nbs/internals/11_pairing.ipynb #8feb9e57
 def compare_sample(
     stable: Predictor,  # one version
     candidate: Predictor,  # the other
@@ -145,7 +145,7 @@ def compare_sample(
     compare_rows(stable, candidate, True, rows[candidate], counts)
     return sum(map(len, rows.values()))
 
-
+# %% ../../nbs/internals/11_pairing.ipynb #e7104c0e
 def tally(
     requests: Requests,  # of the version that answered
     seconds: float,  # how long it took

@@ -53,9 +53,9 @@ STEPS: dict[str, tuple[float, ...]] = {"shadow": (0.0,), "canary": (0.05, 0.25),
 Strategy = Literal["shadow", "canary", "blue-green", "ab"]
 Status = Literal["running", "promoted", "rolled back"]
 
-# %% ../../nbs/internals/11_releases.ipynb #ae43c74f
-class Release(Struct, frozen=True, forbid_unknown_fields=True):
-    """A candidate on its way, as it stands in `serving/release.json`."""
+# %% ../../nbs/internals/11_releases.ipynb #b6cb8b67
+class _Written(Struct, frozen=True, forbid_unknown_fields=True):
+    """What stands in `serving/release.json`."""
 
     strategy: Strategy
     status: Status
@@ -72,6 +72,10 @@ class Release(Struct, frozen=True, forbid_unknown_fields=True):
     revision: Count = 1
     format: Literal[1] = 1
     limits: Limits = Limits()
+
+# %% ../../nbs/internals/11_releases.ipynb #7c376bf5
+class Release(_Written, frozen=True, forbid_unknown_fields=True):
+    """A candidate on its way."""
 
     def __post_init__(self) -> None:
         if self.step >= len(self.steps):
@@ -157,7 +161,7 @@ def _now() -> str:
     """This second, UTC."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
-# %% ../../nbs/internals/11_releases.ipynb #79b2ec9a
+# %% ../../nbs/internals/11_releases.ipynb #06d7ce08
 def begin(
     settings: Settings,  # whose workspace
     strategy: str,  # shadow, canary, blue-green or ab
@@ -172,8 +176,8 @@ def begin(
     with changing(settings):
         last, now = read_release(settings), _now()
         if last and last.status == "running":
-            remedy = "Promote it or roll it back first"
-            raise ReleaseError(f"{last.candidate} is being released since {last.started}", remedy)
+            since = f"{last.candidate} is being released since {last.started}"
+            raise ReleaseError(since, "Promote it or roll it back first")
         number = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f")
         return _write(settings, _checked({
             "strategy": strategy, "status": "running", "stable": stable, "candidate": candidate,
@@ -181,7 +185,7 @@ def begin(
             "changed": now, "reason": reason, "by": by, "limits": msgspec.to_builtins(limits or Limits()),
         }))  # fmt: skip
 
-# %% ../../nbs/internals/11_releases.ipynb #ccbc5e65
+# %% ../../nbs/internals/11_releases.ipynb #5658a7be
 def _checked(values: dict[str, Any]) -> Release:
     """A release of these values. Raises: ReleaseError that names the wrong one."""
     try:
@@ -191,7 +195,7 @@ def _checked(values: dict[str, Any]) -> Release:
     rising = all(one < other for one, other in zip(release.steps, release.steps[1:], strict=False))
     if not rising or (release.strategy != "canary" and len(release.steps) > 1):
         steps = ", ".join(f"{step:g}" for step in release.steps)
-        raise ReleaseError(f"the steps {steps} don't fit {release.strategy}", "Only a canary has several, and they rise")
+        raise ReleaseError(f"{release.strategy} with the steps {steps}", "Only a canary has several, and they rise")
     if (release.strategy == "shadow") != (release.steps[0] == 0):
         raise ReleaseError(f"{release.strategy} with a share of {release.steps[0]:g}", "Only a shadow answers nothing")
     return release

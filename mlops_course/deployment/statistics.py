@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 __all__ = ['FASTEST', 'FINENESS', 'BUCKETS', 'evidence', 'share_interval', 'mean_interval', 'bucket_of', 'edge_of',
            'quantile_interval']
 
-# %% ../../nbs/internals/11_statistics.ipynb #98af7d09
+# %% ../../nbs/internals/11_statistics.ipynb #e7330cc1
 def evidence(
     count: int,  # how many were so
     trials: int,  # of how many
@@ -20,7 +20,8 @@ def evidence(
 ) -> float:  # log of the ratio; above log(1 / alpha) the share can be given up
     """How much the counts speak against a supposed share.
 
-    References: Robbins (1970), Statistical methods related to the law of the iterated logarithm (the mixture is Beta(1/2, 1/2)).
+    References: Robbins (1970), Statistical methods related to the law of the iterated logarithm; the mixture is
+    Beta(1/2, 1/2).
     """
     rest = trials - count
     if (count and share <= 0) or (rest and share >= 1):
@@ -55,7 +56,7 @@ def _edge(kept: Callable[[float], bool], inside: float, outside: float) -> float
         inside, outside = (middle, outside) if kept(middle) else (inside, middle)
     return outside
 
-# %% ../../nbs/internals/11_statistics.ipynb #78312438
+# %% ../../nbs/internals/11_statistics.ipynb #88281ef2
 def mean_interval(
     count: int,  # of values; use it from some 50 on
     total: float,  # their sum
@@ -65,7 +66,8 @@ def mean_interval(
 ) -> tuple[float, float]:
     """The means that the values don't speak against, at this look and all others.
 
-    References: Waudby-Smith, Arbour, Sinha, Kennedy, Ramdas (2024), Time-uniform central limit theory and asymptotic confidence sequences.
+    References: Waudby-Smith, Arbour, Sinha, Kennedy, Ramdas (2024), Time-uniform central limit theory and asymptotic
+    confidence sequences.
     """
     if count == 0:
         return -math.inf, math.inf

@@ -13,7 +13,7 @@ import re
 import secrets
 from collections.abc import Awaitable, Callable, Collection, Iterable, MutableMapping
 from dataclasses import dataclass, fields
-from time import monotonic, perf_counter
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from ..environment import CourseError
@@ -28,8 +28,8 @@ log = logging.getLogger("mlops_course.serving")
 
 # %% auto #0
 __all__ = ['Scope', 'App', 'log', 'PLAIN', 'Authorize', 'OPEN', 'Limits', 'read_limits', 'Buckets', 'Exchange', 'too_large',
-           'check_length', 'Gone', 'read_body', 'replay', 'identify', 'busy', 'check_rate', 'Guard', 'admit',
-           'as_problem', 'complain']
+           'check_length', 'Gone', 'read_body', 'identify', 'busy', 'check_rate', 'look', 'begin', 'Guard', 'end',
+           'admit', 'as_problem', 'complain']
 
 # %% ../../nbs/internals/07_limits.ipynb #8f956bc7
 @dataclass(frozen=True)
@@ -50,7 +50,8 @@ class Limits:
         for field in fields(self):
             value, least = getattr(self, field.name), 0 if field.name == "rate" else 0.01
             if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < math.inf:
-                raise CourseError(f"the limit {field.name} is {value!r}", "Give a number above 0; for the rate, 0: none")
+                remedy = "Give a number above 0; a rate of 0 means no limit"
+                raise CourseError(f"the limit {field.name} is {value!r}", remedy)
 
 # %% ../../nbs/internals/07_limits.ipynb #e79d1127
 def read_limits(
@@ -58,7 +59,7 @@ def read_limits(
 ) -> Limits:
     """Limits as they are written on a command line; those that aren't named stay. Raises: CourseError."""
     found: dict[str, Any] = {}
-    kinds = {field.name: type(field.default) for field in fields(Limits)}
+    kinds: dict[str, type[int] | type[float]] = {name: type(value) for name, value in vars(Limits()).items()}
     for pair in pairs:
         name, _, text = pair.partition("=")
         if name not in kinds:
@@ -91,13 +92,14 @@ class Buckets:
 PLAIN = re.compile(rb"[A-Za-z0-9._:-]{1,64}")
 
 
-class Exchange:
-    """One request and its answer, as the layer sees them."""
+class _Request:
+    """What the layer knows of a request."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.scope, self.receive, self.sender = scope, receive, send
         self.length, self.chunked, self.request_id = b"", False, ""
-        self.body, self.held, self.reading, self.status = b"", 0, False, 0
+        self.body, self.held, self.reading, self.status, self.given = b"", 0, False, 0, False
+        self.task, self.deadline, self.late = asyncio.current_task(), 0.0, False
         for name, value in scope["headers"]:
             if name == b"content-length":
                 self.length = value
@@ -107,12 +109,23 @@ class Exchange:
                 self.request_id = value.decode()
         self.request_id = self.request_id or secrets.token_hex(12)
 
+# %% ../../nbs/internals/07_limits.ipynb #07e765df
+class Exchange(_Request):
+    """One request and its answer."""
+
     async def send(self, message: Message) -> None:
         """Pass the answer on, with the request's id in it."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
             message["headers"] = [*message["headers"], (b"x-request-id", self.request_id.encode())]
         await self.sender(message)
+
+    async def replay(self) -> Message:
+        """Hand on the body that was read already; after it comes what the client does, which is to leave."""
+        if self.given:
+            return await self.receive()
+        self.given = True
+        return {"type": "http.request", "body": self.body, "more_body": False}
 
 # %% ../../nbs/internals/07_limits.ipynb #6de33924
 def too_large(
@@ -159,24 +172,8 @@ async def read_body(
     exchange.body = parts[0] if len(parts) == 1 else b"".join(parts)
     exchange.reading = False
 
-# %% ../../nbs/internals/07_limits.ipynb #0d9ba7ee
-def replay(
-    exchange: Exchange,  # whose body was read
-) -> Receive:  # what an app asks for the next message
-    """Hand a body on that was read already; after it comes what the client does, which is to leave."""
-    given = False
-
-    async def receive() -> Message:
-        nonlocal given
-        if given:
-            return await exchange.receive()
-        given = True
-        return {"type": "http.request", "body": exchange.body, "more_body": False}
-
-    return receive
-
-# %% ../../nbs/internals/07_limits.ipynb #b2b9596b
-Authorize = Callable[[Scope], Any]  # gives a principal, or an awaitable of one; None: nobody; PermissionError: not allowed
+# %% ../../nbs/internals/07_limits.ipynb #3fe5ff56
+Authorize = Callable[[Scope], Any]  # a principal, or an awaitable of one; None: nobody; PermissionError: not allowed
 OPEN = frozenset({"/health/live", "/health/ready"})  # what a supervisor asks before there is a key
 
 
@@ -211,6 +208,8 @@ class _Counts:
         self.buckets = Buckets(self.limits.rate, self.limits.burst)
         self.paths = {path: path for path in paths}
         self.running = self.held = 0
+        self.under_way: set[Exchange] = set()
+        self.looking = False
 
     def take(self, exchange: Exchange, part: bytes) -> None:
         """Account for a part of a body in memory. Raises: Problem."""
@@ -239,6 +238,32 @@ def check_rate(
         wait = [(b"retry-after", b"%d" % math.ceil(seconds))]
         raise Problem(429, f"{client} has sent more than {limit}", "Wait, or send many rows in one batch", headers=wait)
 
+# %% ../../nbs/internals/07_limits.ipynb #5ce54b89
+def look(
+    guard: _Counts,  # whose requests
+) -> None:
+    """Cancel what takes too long, and look again before long; stop looking when nothing is under way."""
+    now = monotonic()
+    for exchange in guard.under_way:
+        if now > exchange.deadline and not exchange.late and exchange.task is not None:
+            exchange.late = True
+            exchange.task.cancel()
+    guard.looking = bool(guard.under_way)
+    if guard.looking:
+        asyncio.get_running_loop().call_later(0.25, look, guard)
+
+
+def begin(
+    guard: _Counts,  # that counts it
+    exchange: Exchange,  # a request
+) -> None:
+    """Let the time of a request run."""
+    exchange.deadline = monotonic() + guard.limits.seconds
+    guard.under_way.add(exchange)
+    if not guard.looking:
+        guard.looking = True
+        asyncio.get_running_loop().call_later(0.25, look, guard)
+
 # %% ../../nbs/internals/07_limits.ipynb #0cc3c2ee
 class Guard(_Counts):
     """The layer around an ASGI app."""
@@ -248,19 +273,34 @@ class Guard(_Counts):
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        begin, exchange = perf_counter(), Exchange(scope, receive, send)
+        exchange = Exchange(scope, receive, send)
+        begin(self, exchange)
         try:
-            async with asyncio.timeout(self.limits.seconds):
-                await admit(self, exchange)
+            await admit(self, exchange)
         except Gone:
             exchange.status = 499  # nobody is there to read an answer
+        except asyncio.CancelledError:
+            if not exchange.late or exchange.task is None:
+                raise  # the server ends
+            exchange.task.uncancel()
+            await complain(exchange, TimeoutError(), self.limits)
         except Exception as error:
             await complain(exchange, error, self.limits)
         finally:
-            self.held -= exchange.held
-            if self.metrics is not None:
-                path = self.paths.get(scope["path"], "other")
-                self.metrics.answered(path, scope["method"], exchange.status, perf_counter() - begin)
+            end(self, exchange)
+
+# %% ../../nbs/internals/07_limits.ipynb #53825ae7
+def end(
+    guard: Guard,  # that counts it
+    exchange: Exchange,  # a request that is answered, or never will be
+) -> None:
+    """Let go of a request, and count it."""
+    guard.under_way.discard(exchange)
+    guard.held -= exchange.held
+    if guard.metrics is not None:
+        path = guard.paths.get(exchange.scope["path"], "other")
+        seconds = monotonic() - exchange.deadline + guard.limits.seconds
+        guard.metrics.answered(path, exchange.scope["method"], exchange.status, seconds)
 
 # %% ../../nbs/internals/07_limits.ipynb #3e01f7b8
 async def admit(
@@ -283,7 +323,7 @@ async def admit(
         raise busy(f"{guard.running} requests are running")
     guard.running += 1
     try:
-        await guard.app(scope, replay(exchange), exchange.send)
+        await guard.app(scope, exchange.replay, exchange.send)
     finally:
         guard.running -= 1
 

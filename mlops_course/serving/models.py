@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("mlops_course.serving")
 
 # %% auto #0
-__all__ = ['log', 'Record', 'Choice', 'Models', 'LiveModels', 'no_model']
+__all__ = ['log', 'Record', 'NONE_YET', 'Choice', 'Models', 'LiveModels', 'no_model']
 
 # %% ../../nbs/internals/07_models.ipynb #1dbdc9ac
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ class Models:
         raise NotImplementedError
 
     def observe(self, choice: Choice, seconds: float, scores: Any, ok: bool, records: Sequence[Record]) -> None:
-        """Hear what came of it, after the answer: how long it took, (n,) float64 scores, None if it failed, and the rows."""
+        """Hear, after the answer, what came of it: seconds, (n,) float64 scores or None, whether it worked, rows."""
 
 # %% ../../nbs/internals/07_models.ipynb #6ff5fb9f
 class _Watching(Models):
@@ -74,7 +74,7 @@ class _Watching(Models):
     def __init__(self, settings: Settings, patience: float = 10.0) -> None:
         self.settings, self.patience = settings, patience
         self.choice: Choice | None = None
-        self.problem, self.again = "no model has been published yet", 0.0
+        self.problem, self.again = NONE_YET, 0.0
         self._seen: object = None
 
     @property
@@ -92,25 +92,34 @@ class _Watching(Models):
         seen, self._seen = self._seen, mark
         return mark != seen or (self.failures > 0 and bool(self.problem) and time.monotonic() >= self.again)
 
-# %% ../../nbs/internals/07_models.ipynb #9fbe7c93
-class LiveModels(_Watching):
-    """The bundle that was published last."""
+# %% ../../nbs/internals/07_models.ipynb #71b2d38c
+NONE_YET = "no model has been published yet"
+
+
+class _Loading(_Watching):
+    """Loads the live bundle, beside the one that answers."""
 
     def refresh(self) -> None:
         """Take the bundle that is live now, if it is another one and sound."""
-        if not self.changed():
-            return
         try:
+            if not self.changed():
+                return
             folder = live_bundle(self.settings)
-            if folder is not None:
-                predictor, card = load_predictor(folder), (folder / CARD).read_text(encoding="utf-8")
-                predictor.scores(np.zeros((1, len(predictor.features)), dtype=np.float32))
-                self.choice, self.card, self.problem = Choice(predictor), card, ""
-                log.info("%s answers from now on", predictor.reference)
+            if folder is None:
+                self.problem = "what was published is gone" if self.choice else NONE_YET
+                return
+            predictor, card = load_predictor(folder), (folder / CARD).read_text(encoding="utf-8")
+            predictor.scores(np.zeros((1, len(predictor.features)), dtype=np.float32))
+            self.choice, self.card, self.problem = Choice(predictor), card, ""
+            log.info("%s answers from now on", predictor.reference)
         except (CourseError, OSError, UnicodeDecodeError) as error:
             self.problem, self.failures = f"the newest model was refused: {error}", self.failures + 1
             self.again = time.monotonic() + self.patience
             log.error("%s", self.problem)
+
+# %% ../../nbs/internals/07_models.ipynb #4edc048a
+class LiveModels(_Loading):
+    """The bundle that was published last."""
 
     def choose(self, sticky: str | None) -> Choice:
         """The live model. Raises: Problem when there is none."""

@@ -25,12 +25,14 @@ MARKUP = """<!doctype html>
 <main>
   <header><h1>Will this flight be late?</h1><p id="question">&nbsp;</p></header>
   <p id="trouble" role="alert" hidden></p>
-  <form id="key-form" hidden><label>Key <input id="key" type="password" autocomplete="off"></label><button>Use it</button></form>
+  <form id="key-form" hidden><label>Key <input id="key" type="password" autocomplete="off"></label>
+  <button>Use it</button></form>
   <section class="card" aria-labelledby="flight-title">
     <h2 id="flight-title">Flight</h2>
     <div class="row"><label class="wide">Choose one <select id="flight"></select></label>
     <button id="others" type="button">Others</button></div>
-    <p class="hint spaced">What matters most for this flight. Change it, and see what happens. An empty field is a missing value.</p>
+    <p class="hint spaced">What matters most for this flight. Change it, and see what happens. An empty field is a
+    missing value.</p>
     <div id="fields"></div>
   </section>
 """
@@ -45,7 +47,8 @@ MARKUP += """  <section class="card" aria-labelledby="score-title" aria-live="po
     <ol id="reasons"></ol>
     <p class="hint spaced">Compared with a typical value of each feature. Red: more likely late. Blue: less likely.</p>
   </section>
-  <footer><span id="model">no model yet</span> <a href="/openapi.json">/openapi.json</a> <a href="/metrics">/metrics</a></footer>
+  <footer><span id="model">no model yet</span>
+  <a href="/openapi.json">/openapi.json</a> <a href="/metrics">/metrics</a></footer>
 </main>
 </html>
 """
@@ -84,11 +87,13 @@ STYLE += """
   border-radius: .4rem; transition: width .2s; } .warned #bar { background: var(--red); }
 #mark { position: absolute; top: -.3rem; bottom: -.3rem; width: 2px; background: var(--text); left: 0; }
 #reasons { list-style: none; margin: 0; padding: 0; display: grid; gap: .45rem; }
-#reasons li { display: grid; grid-template-columns: 1fr 6rem 3.4rem; gap: .6rem; align-items: center; font-size: .9rem; }
+#reasons li { display: grid; grid-template-columns: 1fr 6rem 3.4rem; gap: .6rem; align-items: center;
+  font-size: .9rem; }
 #reasons .name { overflow-wrap: anywhere; line-height: 1.25; } #reasons small { color: var(--soft); display: block; }
 #reasons .track { height: .55rem; position: relative; border-left: 1px solid var(--line); }
 #reasons .track i { display: block; height: 100%; border-radius: 0 .3rem .3rem 0; background: var(--blue); }
-#reasons .later i { background: var(--red); } #reasons .effect { text-align: right; font-variant-numeric: tabular-nums; }
+#reasons .later i { background: var(--red); }
+#reasons .effect { text-align: right; font-variant-numeric: tabular-nums; }
 #trouble { margin: 0; padding: .7rem 1rem; border-radius: .5rem; border: 1px solid var(--red); color: var(--red); }
 #key-form { display: flex; gap: .6rem; align-items: end; } [hidden] { display: none !important; }
 .spaced { margin-top: .9rem; }
@@ -146,25 +151,28 @@ function make(tag, className, text) {
 
 function bar(reason, largest) {
   const item = make('li', reason.effect > 0 ? 'later' : 'earlier'), name = make('span', 'name', words(reason.name));
-  const values = Object.entries(reason.values).map(([label, value]) => `${label === reason.name ? '' : words(label) + ' '}${show(value)}`);
+  const values = Object.entries(reason.values)
+    .map(([label, value]) => (label === reason.name ? '' : words(label) + ' ') + show(value));
   name.append(make('small', '', values.slice(0, 3).join(', ')));
   const track = make('span', 'track'), length = make('i');
   length.style.width = `${100 * Math.abs(reason.effect) / largest}%`;
   track.append(length);
-  item.append(name, track, make('span', 'effect', `${reason.effect > 0 ? '+' : '−'}${Math.abs(100 * reason.effect).toFixed(1)}`));
+  const effect = `${reason.effect > 0 ? '+' : '−'}${Math.abs(100 * reason.effect).toFixed(1)}`;
+  item.append(name, track, make('span', 'effect', effect));
   return item;
 }
 """
 
 # %% ../../nbs/internals/07_page.ipynb #f38fdd14
 SCRIPT += """
-const show = (value) => value === null ? 'missing' : typeof value === 'number' ? String(Math.round(value * 100) / 100) : value;
+const rounded = (value) => typeof value === 'number' ? String(Math.round(value * 100) / 100) : value;
+const show = (value) => value === null ? 'missing' : rounded(value);
 
 function fields(names) {
   $('fields').replaceChildren(...names.map((name) => {
     const label = make('label', '', words(name)), input = make('input');
     const number = typeof record[name] === 'number' || !texts.has(name);
-    Object.assign(input, { name, type: number ? 'number' : 'text', step: 'any', value: record[name] === null ? '' : number ? show(record[name]) : record[name] });
+    Object.assign(input, { name, type: number ? 'number' : 'text', step: 'any', value: rounded(record[name]) ?? '' });
     input.addEventListener('input', () => {
       record[name] = input.value === '' ? null : number ? Number(input.value) : input.value;
       safely(score);
@@ -174,16 +182,21 @@ function fields(names) {
   }));
 }
 
+"""
+
+# %% ../../nbs/internals/07_page.ipynb #2ebe1cfd
+SCRIPT += """
 const texts = new Set();
 
 async function choose() {
   record = { ...flights[$('flight').selectedIndex].record };
   const answer = await score();
-  if (answer) fields([...new Set([...texts, ...answer.reasons.flatMap((reason) => Object.keys(reason.values))])].slice(0, 12));
+  const telling = answer ? answer.reasons.flatMap((reason) => Object.keys(reason.values)) : [];
+  if (answer) fields([...new Set([...texts, ...telling])].slice(0, 12));
 }
 """
 
-# %% ../../nbs/internals/07_page.ipynb #2ebe1cfd
+# %% ../../nbs/internals/07_page.ipynb #e0f3391d
 SCRIPT += """
 function title(flight) {
   if (!flight.key) return 'a typical flight';
@@ -194,7 +207,7 @@ function title(flight) {
 }
 """
 
-# %% ../../nbs/internals/07_page.ipynb #e0f3391d
+# %% ../../nbs/internals/07_page.ipynb #b2283654
 SCRIPT += """
 async function begin() {
   const [model, found] = await Promise.all([ask('/model'), ask('/examples?count=12')]);

@@ -277,9 +277,8 @@ def as_frame(
         "features": [each.features for each in entries], "segment": [segment] * len(entries),
     }  # fmt: skip
     kinds = use_case.tables[0].contract().columns
-    keys = {
-        name: _key_column([(each.key or {}).get(name) for each in entries], str(kinds[name].dtype)) for name in use_case.key
-    }
+    given = {name: [(each.key or {}).get(name) for each in entries] for name in use_case.key}
+    keys = {name: _key_column(values, str(kinds[name].dtype)) for name, values in given.items()}
     return pd.DataFrame({**keys, **columns})
 
 # %% ../../nbs/internals/07_predictions.ipynb #3559c89d

@@ -100,7 +100,8 @@ class Connection(_Counting):
         if now - self.since < limits.seconds + (0 if self.heading else 1):
             return
         if self.head and self.heading:
-            self.end_with(Problem(408, f"the headers were not complete after {limits.seconds:g} seconds", "Send faster"))
+            late = f"the headers were not complete after {limits.seconds:g} seconds"
+            self.end_with(Problem(408, late, "Send them at once"))
         else:  # nothing came at all, or a body that was refused goes on and on
             self.transport.close()
 
@@ -144,7 +145,8 @@ def bind(
     except (OSError, OverflowError) as error:
         taken.close()
         if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
-            raise ServeError(f"port {port} of {host} is in use", "End what runs there, or name another --port") from error
+            remedy = "End what runs there, or name another --port"
+            raise ServeError(f"port {port} of {host} is in use", remedy) from error
         raise ServeError(f"can't listen on {host} port {port}: {error}", "Name another --host or --port") from error
     return taken
 
@@ -203,7 +205,7 @@ def configure(
 ) -> uvicorn.Config:
     """All settings of the server."""
     return uvicorn.Config(
-        launch, factory=True, workers=workers, http=Connection, ws="none", loop="auto", interface="asgi3", lifespan="on",
+        launch, factory=True, workers=workers, http=Connection, ws="none", interface="asgi3", lifespan="on",
         log_config=log_config(as_json), access_log=False, server_header=False, proxy_headers=False,
         timeout_keep_alive=30, timeout_graceful_shutdown=max(1, int(launch.limits.seconds)), backlog=2048,
     )  # fmt: skip

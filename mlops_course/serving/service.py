@@ -11,9 +11,10 @@ import json
 import logging
 import re
 import secrets
+import sqlite3
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass
 from typing import Annotated, Any
 from urllib.parse import parse_qsl
@@ -25,10 +26,10 @@ import numpy as np
 __all__ = ['log', 'Text', 'Whole', 'Key', 'ABSENT', 'QUESTION', 'BATCH', 'encode', 'PLACE', 'NAMED', 'UNREADABLE', 'FEW',
            'JSON_TYPE', 'REFUSALS', 'REASONS', 'SILENT', 'PATHS', 'Question', 'Batch', 'Answer', 'Row', 'Answers',
            'unreadable', 'refuse_repeated', 'Service', 'open_table', 'Work', 'name_keys', 'read_records', 'decoder_of',
-           'find_records', 'score', 'write_down', 'check_form', 'body_of', 'request_id_of', 'wanted_reasons',
+           'find_records', 'look_up', 'score', 'write_down', 'check_form', 'body_of', 'request_id_of', 'wanted_reasons',
            'PredictOne', 'read', 'check_names', 'PredictMany', 'refusal', 'add_health', 'add_model', 'typical_record',
-           'some_keys', 'record_schema', 'key_schema', 'schemas', 'operation', 'describe', 'tick', 'tick_on',
-           'lifespan', 'build_api', 'handlers', 'Door', 'problem_response', 'add_refusals', 'create_app']
+           'some_keys', 'newest_key', 'record_schema', 'key_schema', 'schemas', 'operation', 'describe', 'tick',
+           'tick_on', 'lifespan', 'build_api', 'handlers', 'Door', 'problem_response', 'add_refusals', 'create_app']
 
 # %% ../../nbs/internals/07_service.ipynb #ae022867
 from fastapi import FastAPI, Query, Request, Response
@@ -42,10 +43,10 @@ from .inference import InputError, Predictor, Reason
 from .limits import Authorize, Guard, Limits, Scope
 from .metrics import Metrics, expose
 from .models import Choice, LiveModels, Models
-from .online import FeatureTable, FeatureTableError, SqliteTable, open_feature_table
+from .online import FeatureTable, FeatureTableError, FileStore, open_feature_table
 from .page import add_page
 from .predictions import Entry, PredictionLog, log_folder, tend
-from .problems import PROBLEM, Document, Problem, Receive, Send, document, refuse, respond
+from .problems import JSON, PROBLEM, Document, Problem, Receive, Send, document, refuse, respond
 
 log = logging.getLogger("mlops_course.serving")
 
@@ -60,7 +61,7 @@ class Question(msgspec.Struct, forbid_unknown_fields=True):
     """One row to score."""
 
     record: msgspec.Raw = ABSENT  # read later, when it is clear which model answers
-    key: Key | None = None
+    key: Key | msgspec.UnsetType = msgspec.UNSET
 
 
 class Batch(msgspec.Struct, forbid_unknown_fields=True):
@@ -123,7 +124,8 @@ def unreadable(
         return Problem(422, what, remedy, field or None, int(number[1]) if number else row)
     if isinstance(error, RecursionError):
         return Problem(400, "the body is nested too deeply", "Send a record: an object without objects inside")
-    return Problem(400, f"the body is no JSON in UTF-8: {error}", "Send JSON as RFC 8259 has it, without NaN and Infinity")
+    remedy = "Send JSON as RFC 8259 has it, without NaN and Infinity"
+    return Problem(400, f"the body is no JSON in UTF-8: {error}", remedy)
 
 # %% ../../nbs/internals/07_service.ipynb #0344bbbd
 UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
@@ -206,7 +208,7 @@ def name_keys(
     """Check the keys that came along. Raises: Problem."""
     work.names = [None] * len(work.questions)
     for number, question in enumerate(work.questions):
-        if question.key is None:
+        if question.key is msgspec.UNSET:
             if question.record is ABSENT:
                 problem = "there is neither a record nor a key"
                 where = work.path(number, "record")
@@ -254,24 +256,38 @@ async def find_records(
     work: Work,  # of whose rows some have a key only
 ) -> tuple[list[Any], np.ndarray]:  # the records, and (n, k) float32
     """Look up what is asked for by key, read the rest. Raises: Problem."""
-    if service.table is None:
-        later = [(b"retry-after", b"10")]
-        raise Problem(503, service.table_problem, "Send whole records, or materialise the features", headers=later)
     places = [number for number, question in enumerate(work.questions) if question.record is ABSENT]
     names = [str((work.names or [])[number]) for number in places]
-    get = service.table.get
-    local = isinstance(service.table, SqliteTable)
-    found = get(names, predictor.features) if local else await asyncio.to_thread(get, names, predictor.features)
+    found = await look_up(service, names, predictor)
     for number, name, record in zip(places, names, found, strict=True):
         if record is None:
-            field = work.path(number, "key")
-            raise Problem(404, f"there is no {name} in the online feature table", "Ask for another flight, or send a "
-                "record", field, work.row(number))  # fmt: skip
+            what, field = f"there is no {name} in the online feature table", work.path(number, "key")
+            raise Problem(404, what, "Ask for another flight, or send a record", field, work.row(number))
     rest = [question for question in work.questions if question.record is not ABSENT]
     given, _ = read_records(predictor, Work(rest, work.request_id, within=work.within)) if rest else ([], None)
     looked_up, read = iter(found), iter(given)
-    records: list[Any] = [next(looked_up) if each.record is ABSENT else msgspec.structs.asdict(next(read)) for each in work.questions]
+    records: list[Any] = [
+        next(looked_up) if each.record is ABSENT else msgspec.structs.asdict(next(read)) for each in work.questions
+    ]
     return records, predictor.encode(records)
+
+# %% ../../nbs/internals/07_service.ipynb #6492c0cc
+async def look_up(
+    service: Service,  # with the table
+    names: list[str],  # of the keys
+    predictor: Predictor,  # that says which features are wanted
+) -> list[Any]:  # records; None: there is no such row
+    """Ask the online feature table: a file on the spot, a server from a thread. Raises: Problem."""
+    table, wanted = service.table, predictor.features
+    try:
+        if table is None:
+            raise FeatureTableError(service.table_problem)
+        here = isinstance(table.store, FileStore)
+        return table.get(names, wanted) if here else await asyncio.to_thread(table.get, names, wanted)
+    except FeatureTableError as error:
+        service.table, service.table_problem = None, str(error)  # it is opened again before long
+        later = [(b"retry-after", b"10")]
+        raise Problem(503, error.problem, "Send whole records, or materialise the features", headers=later) from error
 
 # %% ../../nbs/internals/07_service.ipynb #94e301b8
 FEW = 16  # rows that are scored on the spot
@@ -283,7 +299,7 @@ async def score(
 ) -> tuple[Choice, np.ndarray, np.ndarray, list[Any], float]:  # who, (n, k) float32, (n,) float64, records, seconds
     """Score rows with the model whose turn it is. Raises: Problem."""
     choice: Choice | None = service.models.choose(work.sticky or work.request_id)
-    whole = all(question.record is not ABSENT for question in work.questions)
+    whole = ABSENT not in [question.record for question in work.questions]
     while choice is not None:
         begin, predictor = time.perf_counter(), choice.predictor
         records, matrix = (
@@ -311,9 +327,10 @@ def write_down(
     predictor, now = choice.predictor, time.time()
     reference, threshold = predictor.reference, predictor.threshold
     if service.log is not None:
+        about = (work.request_id, now, reference)
         entries = [
-            Entry(work.request_id, now, reference, value, value >= threshold, row.tobytes(), number, choice.role, question.key)
-            for number, (value, row, question) in enumerate(zip(values, matrix, work.questions, strict=True))
+            Entry(*about, value, value >= threshold, row.tobytes(), number, choice.role, each.key or None)
+            for number, (value, row, each) in enumerate(zip(values, matrix, work.questions, strict=True))
         ]
         try:
             service.log.append(entries)
@@ -334,7 +351,7 @@ def check_form(
     """Look at the headers that say how a body is to be read. Raises: Problem."""
     sticky = None
     for name, value in scope["headers"]:
-        if name == b"content-type" and not JSON_TYPE.fullmatch(value):
+        if name == b"content-type" and value != JSON and not JSON_TYPE.fullmatch(value):
             kind = value[:60].decode("latin-1")
             raise Problem(415, f"the body is {kind}", "Send application/json in UTF-8", "header content-type")
         if name == b"content-encoding" and value != b"identity":
@@ -390,8 +407,9 @@ class PredictOne:
         check_names(body, work, choice.predictor)
         values = scores.tolist()
         write_down(service, work, choice, matrix, values)
-        predictor = choice.predictor
-        answer = Answer(values[0], values[0] >= predictor.threshold, predictor.threshold, predictor.reference, work.request_id)
+        predictor, value = choice.predictor, values[0]
+        threshold, reference = predictor.threshold, predictor.reference
+        answer = Answer(value, value >= threshold, threshold, reference, work.request_id)
         if reasons:
             answer.reasons = predictor.reasons(matrix[0], reasons)
         await respond(send, 200, encode(answer))
@@ -418,7 +436,7 @@ def check_names(
     names, colons = int(bool(work.within)), 0
     for question in work.questions:
         names += 0 if question.record is ABSENT else 1 + len(predictor.features)
-        if question.key is not None:
+        if question.key is not msgspec.UNSET:
             names += 1 + len(question.key)
             colons += sum(str(value).count(":") + name.count(":") for name, value in question.key.items())
     refuse_repeated(body, names, colons)
@@ -457,8 +475,9 @@ def refusal(
 
 
 REFUSALS: dict[int | str, dict[str, Any]] = {
-    400: refusal("The body is no JSON."), 404: refusal("There is no such flight."), 408: refusal("The body came too slowly."),
-    413: refusal("The body or the batch is too large."), 415: refusal("The body is no JSON by its headers."),
+    400: refusal("The body is no JSON."), 404: refusal("There is no such flight."),
+    408: refusal("The body came too slowly."), 413: refusal("The body or the batch is too large."),
+    415: refusal("The body is no JSON by its headers."),
     422: refusal("A field is missing, unknown, or has a wrong value."), 429: refusal("Too many requests."),
     503: refusal("There is no model, too much to do, or the log can't be written."),
 }  # fmt: skip
@@ -508,7 +527,7 @@ def add_model(
         predictor, table = service.models.choose(None).predictor, service.table
         keys = [] if table is None else await asyncio.to_thread(some_keys, table, count)
         if table is None or not keys:
-            return [{"key": None, "record": typical_record(predictor)}]
+            return [{"record": typical_record(predictor)}]
         names = [table.key(key) for key in keys]
         records = await asyncio.to_thread(table.get, names, predictor.features)
         return [{"key": key, "record": record} for key, record in zip(keys, records, strict=True)]
@@ -520,20 +539,26 @@ def typical_record(
     """A record of typical values."""
     return {feature.name: feature.typical for feature in predictor.manifest.features}
 
-
+# %% ../../nbs/internals/07_service.ipynb #28263d4d
 def some_keys(
     table: FeatureTable,  # of the online features
     count: int,  # how many
 ) -> list[dict[str, Any]]:  # keys as a client gives them
     """A few keys to try; none when the table can't list them."""
-    if not isinstance(table, SqliteTable):
+    if not isinstance(table.store, FileStore):
         return []
-    kinds = table.layouts[max(table.layouts)].key
-    rows = table._base.execute("SELECT key FROM rows ORDER BY random() LIMIT ?", (count,)).fetchall()
+    kinds, sql = newest_key(table), "SELECT key FROM rows WHERE use_case = ? ORDER BY random() LIMIT ?"
+    with closing(sqlite3.connect(f"{table.store.path.absolute().as_uri()}?mode=ro", uri=True)) as base:
+        keys = [key.split("|") for (key,) in base.execute(sql, (table.use_case, count))]
     return [
-        {name: int(text) if kind == "integer" else text for (name, kind), text in zip(kinds, key.split("|"), strict=True)}
-        for (key,) in rows
+        {name: int(text) if kind == "integer" else text for (name, kind), text in zip(kinds, key, strict=True)}
+        for key in keys
     ]
+
+
+def newest_key(table: FeatureTable) -> tuple[tuple[str, str], ...]:  # name and kind of each part
+    """What a key is made of."""
+    return list(table.layouts.values())[-1].key
 
 # %% ../../nbs/internals/07_service.ipynb #6a06493a
 def record_schema(
@@ -564,7 +589,7 @@ def key_schema(
         "integer": {"type": "integer", "minimum": -(2**53), "maximum": 2**53},
         "text": {"type": "string", "minLength": 1, "maxLength": 100, "pattern": "^[^|]+$"},
     }
-    properties = {name: kinds[kind] for name, kind in table.layouts[max(table.layouts)].key}
+    properties = {name: kinds[kind] for name, kind in newest_key(table)}
     more = {"additionalProperties": False, "example": next(iter(some_keys(table, 1)), None)}
     return {"type": "object", "required": list(properties), "properties": properties, **more}
 
@@ -615,7 +640,8 @@ def describe(
     own: dict[str, Any],  # what FastAPI writes
 ) -> dict[str, Any]:  # an OpenAPI document
     """Describe the whole service."""
-    one, many = operation("Question", "Answer", "Score one flight", [REASONS]), operation("Batch", "Answers", "Score many")
+    one = operation("Question", "Answer", "Score one flight", [REASONS])
+    many = operation("Batch", "Answers", "Score many flights")
     paths = {**own["paths"], "/predict": {"post": one}, "/predict/batch": {"post": many}}
     parts = own.get("components", {})
     return {**own, "paths": paths, "components": {**parts, "schemas": {**parts.get("schemas", {}), **schemas(service)}}}
@@ -667,7 +693,8 @@ def lifespan(
         service.models.start(service.log, service.metrics)
         await tick(service)
         gc.collect()
-        gc.freeze()  # what is there now stays: the collector needn't look at it again
+        gc.freeze()  # what is there now stays: the collector needn't look at it again,
+        gc.set_threshold(20_000, 50, 100)  # and what a request makes is gone when it is answered
         background = asyncio.create_task(tick_on(service))
         try:
             yield

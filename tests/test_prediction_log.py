@@ -1,0 +1,271 @@
+"""The log of predictions: what was answered is on the disk, whatever happens to the process, and counted once."""
+
+import errno
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import Quarter
+from service_helpers import FIRST, serving, until
+
+from mlops_course.data import read_table
+from mlops_course.environment import Settings
+from mlops_course.project import flight_delay
+from mlops_course.serving import load_predictor
+from mlops_course.serving import predictions as room
+from mlops_course.serving.bundle import live_bundle
+from mlops_course.serving.predictions import (
+    Entry,
+    LogLimits,
+    PredictionLog,
+    collect_predictions,
+    encode,
+    log_folder,
+    read_segment,
+    tend,
+)
+from mlops_course.serving.problems import Problem
+
+pytestmark = pytest.mark.filterwarnings("ignore:Series.values returning:DeprecationWarning")  # inside pyarrow
+
+KEY = {"time_hour": "2013-02-01T10:00:00Z", "minute": 5, "carrier": "UA", "flight": 12, "origin": "EWR"}
+
+
+def entry(number: int = 0, **changes: Any) -> Entry:
+    features = np.array([number, np.nan], dtype="<f4").tobytes()
+    given: dict[str, Any] = {"id": f"r{number}", "time": 1.36e9 + number, "model": FIRST, "score": 0.5, "warned": True}
+    return Entry(**{**given, "features": features, "key": KEY, **changes})
+
+
+def segments(settings: Settings, ending: str) -> list[Path]:
+    return sorted(log_folder(settings).glob(f"*.{ending}"))
+
+
+@pytest.fixture
+def writer(settings: Settings) -> Any:
+    made = PredictionLog(log_folder(settings))
+    yield made
+    made.close()
+
+
+# ---------------------------------------------------------------- writing
+
+
+def test_what_was_appended_is_in_the_file_at_once(writer: PredictionLog, settings: Settings) -> None:
+    writer.append([entry(1), entry(2)])
+    found, torn = read_segment(segments(settings, "open")[0])
+    assert (found, torn) == ([entry(1), entry(2)], 0)
+    assert writer.size == segments(settings, "open")[0].stat().st_size
+
+
+def test_a_segment_is_closed_when_it_is_large_or_old_or_at_the_end(settings: Settings) -> None:
+    writer = PredictionLog(log_folder(settings), LogLimits(segment=500, seconds=0.2))
+    tend(writer)
+    assert segments(settings, "jsonl") == [], "an empty one isn't closed"
+    while writer.size < 500:
+        writer.append([entry()])
+    tend(writer)
+    assert (len(segments(settings, "jsonl")), len(segments(settings, "open")), writer.size) == (1, 1, 0)
+    writer.append([entry()])
+    time.sleep(0.3)
+    tend(writer)
+    assert len(segments(settings, "jsonl")) == 2
+    writer.append([entry()])
+    writer.close()
+    assert (len(segments(settings, "jsonl")), len(segments(settings, "open"))) == (3, 0)
+    writer.close()
+
+
+def test_a_full_disk_refuses_and_leaves_no_half_line(
+    writer: PredictionLog, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer.append([entry(1)])
+    real = os.write
+
+    def nearly_full(descriptor: int, data: bytes) -> int:
+        if len(data) > 10:
+            return real(descriptor, data[:10])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(room.os, "write", lambda descriptor, data: nearly_full(descriptor, bytes(data)))
+    for _ in range(2):
+        with pytest.raises(Problem, match="the disk is full") as caught:
+            writer.append([entry(2)])
+        assert caught.value.status == 503
+    tend(writer)
+    assert writer.problem
+    monkeypatch.setattr(room.os, "write", real)
+    tend(writer)
+    assert writer.problem == ""
+    writer.append([entry(3)])
+    assert read_segment(segments(settings, "open")[0]) == ([entry(1), entry(3)], 0)
+
+
+def test_more_than_the_total_refuses_until_somebody_collects(settings: Settings) -> None:
+    writer = PredictionLog(log_folder(settings), LogLimits(segment=1, total=2000))
+    while not writer.problem:
+        writer.append([entry()])
+        writer.sync()
+        tend(writer)
+    with pytest.raises(Problem, match="the limit is 2,000"):
+        writer.append([entry()])
+    collect_predictions(settings, flight_delay)
+    writer.sync()
+    tend(writer)
+    writer.append([entry()])
+    writer.close()
+
+
+def test_a_folder_that_is_taken_away_is_noticed(settings: Settings) -> None:
+    blocked = settings.home / "blocked"
+    blocked.write_text("")
+    writer = PredictionLog(blocked)
+    with pytest.raises(Problem) as caught:
+        writer.append([entry()])
+    assert caught.value.status == 503
+    tend(writer)
+    assert writer.problem
+    blocked.unlink()
+    tend(writer)
+    writer.append([entry()])
+    writer.close()
+
+
+# ---------------------------------------------------------------- collecting
+
+
+def test_the_table_has_the_key_in_its_own_columns(writer: PredictionLog, settings: Settings) -> None:
+    writer.append([entry(1), entry(2, key=None, role="shadow", row=3), entry(3, key={"minute": "x", "carrier": 7})])
+    writer.close()
+    collected = collect_predictions(settings, flight_delay)
+    assert (collected.segments, collected.rows, collected.torn) == (1, 3, 0)
+    frame = read_table(settings, str(collected.table)).sort_values("id", ignore_index=True)
+    assert list(frame.columns[:5]) == list(flight_delay.key)
+    first = frame.iloc[0]
+    assert first["time_hour"] == pd.Timestamp("2013-02-01T10:00:00Z")
+    assert (first["minute"], first["carrier"], first["flight"], first["origin"]) == (5, "UA", 12, "EWR")
+    assert frame.loc[1:, list(flight_delay.key)].isna().all(axis=None)
+    assert frame["role"].tolist() == ["live", "shadow", "live"]
+    np.testing.assert_array_equal(np.frombuffer(first["features"], "<f4"), np.float32([1, np.nan]))
+    assert segments(settings, "jsonl") == []
+
+
+def test_collecting_again_or_after_a_crash_counts_nothing_twice(
+    writer: PredictionLog, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer.append([entry(number) for number in range(5)])
+    writer.close()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            collect_predictions(settings, flight_delay)
+    assert len(segments(settings, "jsonl")) == 1, "it is in the table, and the file is still there"
+    collected = collect_predictions(settings, flight_delay)
+    again = collect_predictions(settings, flight_delay)
+    assert (collected.rows, again.rows, again.table) == (5, 0, collected.table)
+    assert len(read_table(settings, str(again.table))) == 5
+
+
+def test_a_line_that_was_never_finished_is_left_out(writer: PredictionLog, settings: Settings) -> None:
+    writer.append([entry(1)])
+    writer.close()
+    path = segments(settings, "jsonl")[0]
+    path.write_bytes(path.read_bytes() + b"\n" + encode(entry(2))[:40])
+    assert read_segment(path) == ([entry(1)], 1)
+    assert collect_predictions(settings, flight_delay).torn == 1
+
+
+def test_what_is_being_written_is_left_alone(writer: PredictionLog, settings: Settings) -> None:
+    writer.append([entry(1)])
+    assert collect_predictions(settings, flight_delay).rows == 0
+    writer.append([entry(2)])
+    writer.close()
+    assert collect_predictions(settings, flight_delay).rows == 2
+
+
+def test_nothing_is_lost_between_a_writer_and_a_collector(settings: Settings) -> None:
+    """Segments are opened and closed all the time, and collected all the time."""
+    stop, rows = threading.Event(), 0
+    writer = PredictionLog(log_folder(settings), LogLimits(segment=1))
+
+    def write() -> None:
+        for number in range(60):
+            writer.append([entry(number)])
+            tend(writer)
+        writer.close()
+        stop.set()
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    while not stop.is_set():
+        rows += collect_predictions(settings, flight_delay).rows
+    thread.join()
+    rows += (collected := collect_predictions(settings, flight_delay)).rows
+    ids = read_table(settings, str(collected.table))["id"]
+    assert (rows, sorted(ids)) == (60, sorted(f"r{number}" for number in range(60)))
+
+
+# ---------------------------------------------------------------- with the service
+
+
+def ids_in_log(settings: Settings) -> list[str]:
+    return [each.id for path in log_folder(settings).iterdir() for each in read_segment(path)[0]]
+
+
+def test_a_killed_service_has_left_what_it_answered_and_labels_can_be_joined(
+    home: Path, quarter: Quarter
+) -> None:  # fmt: skip
+    with serving(home) as running:
+        examples = running.client.get("/examples?count=20").json()
+        answers = [running.ask(key=each["key"]).json() for each in examples]
+        batch = running.client.post("/predict/batch", json={"rows": examples}).json()
+        os.killpg(running.process.pid, signal.SIGKILL)
+        running.process.wait(10)
+    assert ids_in_log(running.settings) == [each["request_id"] for each in answers] + [batch["request_id"]] * 20
+    collected = collect_predictions(running.settings, flight_delay)
+    assert (collected.rows, collected.torn) == (40, 0)
+    frame = read_table(running.settings, str(collected.table))
+    flights = read_table(quarter.settings, quarter.rows, ["2013-01", "2013-02"])
+    joined = frame.merge(flights.assign(label=flight_delay.label(flights)), on=list(flight_delay.key), how="left")
+    assert (len(joined), joined["sched_dep_time"].notna().all()) == (40, True)
+    first = joined[joined["id"] == answers[0]["request_id"]].iloc[0]
+    assert (first["score"], first["model"]) == (answers[0]["score"], FIRST)
+    predictor = load_predictor(live_bundle(running.settings) or "")
+    np.testing.assert_array_equal(
+        np.frombuffer(first["features"], "<f4"), predictor.encode([examples[0]["record"]])[0]
+    )
+
+
+def test_a_service_that_cannot_write_refuses_and_recovers(home: Path) -> None:
+    folder = home / "serving" / "predictions"
+    folder.write_text("a file stands where the log should be")
+    with serving(home, ready=False) as running:
+        record = running.client.get("/examples").json()[0]["record"]
+        refused = running.ask(record=record)
+        assert (refused.status_code, "can't be recorded" in refused.json()["detail"]) == (503, True)
+        assert running.client.get("/health/ready").status_code == 503
+        assert "serving_log_failures_total 1.0" in running.client.get("/metrics").text
+        folder.unlink()
+        running.wait_ready()
+        assert running.ask(record=record).status_code == 200
+    assert len(ids_in_log(running.settings)) == 1
+
+
+def test_lines_are_json_that_people_can_read(writer: PredictionLog, settings: Settings) -> None:
+    writer.append([entry(1)])
+    line = json.loads(segments(settings, "open")[0].read_text())
+    assert (line["id"], line["key"], line["warned"]) == ("r1", KEY, True)
+
+
+def test_a_service_closes_its_segment_when_it_ends(home: Path) -> None:
+    with serving(home) as running:
+        running.ask(record=running.client.get("/examples").json()[0]["record"])
+        assert running.stop() == 0
+        until(lambda: [path.suffix for path in log_folder(running.settings).iterdir()] == [".jsonl"])

@@ -1,0 +1,228 @@
+"""The processes that serve: started, killed, replaced, swapped under load, and ended with what they were at."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from service_helpers import FIRST, SECOND, Running, serving, until
+
+from mlops_course.serving import publish
+from mlops_course.serving.predictions import log_folder, read_segment
+
+pytestmark = pytest.mark.filterwarnings("ignore:Series.values returning:DeprecationWarning")  # inside pyarrow
+
+
+def workers(running: Running) -> list[int]:
+    """The processes that answer, in the order of their birth."""
+    found = []
+    for each in psutil.Process(running.process.pid).children():
+        with suppress(psutil.Error):  # it has just died
+            found += [each.pid] if "resource_tracker" not in " ".join(each.cmdline()) else []
+    return found
+
+
+class Load:
+    """Clients that ask without a pause, each over its own connections, until the end of the block."""
+
+    def __init__(self, running: Running, clients: int = 4) -> None:
+        self.running, self.stopping = running, threading.Event()
+        self.record = running.client.get("/examples").json()[0]["record"]
+        self.answered: list[str] = []  # ids
+        self.models: Counter[str] = Counter()
+        self.failed: list[str] = []
+        self.threads = [threading.Thread(target=self._ask, daemon=True) for _ in range(clients)]
+
+    def _ask(self) -> None:
+        with httpx.Client(base_url=self.running.url, timeout=30) as client:
+            while not self.stopping.is_set():
+                try:
+                    answer = client.post("/predict", json={"record": self.record})
+                except httpx.TransportError as error:
+                    self.failed.append(type(error).__name__)
+                    continue
+                if answer.status_code == 200:
+                    self.answered.append(answer.json()["request_id"])
+                    self.models[answer.json()["model"]] += 1
+                else:
+                    self.failed.append(answer.text)
+
+    def __enter__(self) -> "Load":
+        for thread in self.threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stopping.set()
+        for thread in self.threads:
+            thread.join(30)
+
+
+def logged(running: Running) -> list[str]:
+    return [each.id for path in log_folder(running.settings).iterdir() for each in read_segment(path)[0]]
+
+
+def test_a_model_is_swapped_twenty_times_under_load_and_no_request_fails(home: Path) -> None:
+    with serving(home) as running:
+        with Load(running) as load:
+            for number in range(20):
+                reference = SECOND if number % 2 == 0 else FIRST
+                before = load.models[reference]
+                publish(running.settings, reference)
+                until(lambda: load.models[reference] > before)  # noqa: B023
+        assert load.failed == []
+        assert sorted(load.answered) == sorted(logged(running)), "each prediction is there, and once"
+
+
+def test_a_killed_worker_is_replaced_and_what_it_answered_is_there(home: Path) -> None:
+    with serving(home, "--workers", "2") as running:
+        until(lambda: len(workers(running)) == 2)
+        with Load(running) as load:
+            until(lambda: len(load.answered) > 200)
+            victim = workers(running)[0]
+            os.kill(victim, signal.SIGKILL)
+            until(lambda: victim not in workers(running) and len(workers(running)) == 2)
+            seen = len(load.answered)
+            until(lambda: len(load.answered) > seen + 200)
+        assert all("Error" in each for each in load.failed), load.failed[:3]
+        assert len(load.failed) <= 20, "only what the dead one was at, or was given in the moment of its death"
+        assert running.stop() == 0
+        found = logged(running)
+        assert set(load.answered) <= set(found)
+        assert len(found) - len(load.answered) <= 8, "a prediction that was written, and never answered"
+
+
+def test_counts_of_all_workers_are_added_and_outlive_them(home: Path) -> None:
+    with serving(home, "--workers", "2") as running:
+
+        def count(pattern: str) -> float:
+            with httpx.Client(base_url=running.url) as client:
+                text = client.get("/metrics").text
+            return sum(float(each) for each in re.findall(rf"^{pattern} ([\d.e+]+)$", text, re.MULTILINE))
+
+        until(lambda: count("serving_ready") == 2)
+        record = running.client.get("/examples").json()[0]["record"]
+        for _ in range(40):
+            with httpx.Client(base_url=running.url) as client:  # a connection of its own: any worker may get it
+                assert client.post("/predict", json={"record": record}).status_code == 200
+        answers = r'serving_requests_total\{method="POST",path="/predict",status="200"\}'
+        assert count(answers) == 40
+        os.kill(workers(running)[0], signal.SIGKILL)
+        until(lambda: count("serving_ready") == 2 and len(workers(running)) == 2)
+        assert count(answers) == 40
+
+
+def test_asked_to_end_it_finishes_what_it_is_at(home: Path) -> None:
+    with serving(home) as running:
+        record = running.client.get("/examples").json()[0]["record"]
+        body = json.dumps({"record": record}).encode()
+        with socket.create_connection(("127.0.0.1", running.port), timeout=20) as connection:
+            head = b"POST /predict HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
+            connection.sendall(head % len(body) + body[:100])
+            time.sleep(0.3)
+            running.process.send_signal(signal.SIGTERM)
+            until(lambda: refuses(running.port))
+            connection.sendall(body[100:])
+            assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+        assert running.process.wait(20) == 0
+        assert len(logged(running)) == 1
+
+
+def refuses(port: int) -> bool:
+    with socket.socket() as attempt:
+        return attempt.connect_ex(("127.0.0.1", port)) != 0
+
+
+@pytest.mark.parametrize("count", ["1", "2"])
+def test_asked_to_end_it_ends_with_status_0_and_leaves_nobody(home: Path, count: str) -> None:
+    with serving(home, "--workers", count) as running:
+        family = [running.process.pid, *(each.pid for each in psutil.Process(running.process.pid).children(True))]
+        assert running.stop() == 0
+        until(lambda: not any(psutil.pid_exists(each) for each in family[1:]))
+        assert refuses(running.port)
+
+
+def run_serve(*options: str) -> "subprocess.CompletedProcess[str]":
+    program = [sys.executable, "-c", "from mlops_course.cli import main; main()"]
+    return subprocess.run([*program, "serve", *options], capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("count", ["1", "2"])
+def test_a_port_that_is_taken_is_said_in_one_line(tmp_path: Path, count: str) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        done = run_serve("--home", str(tmp_path), "--port", port, "--workers", count)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert f"port {port} of 127.0.0.1 is in use" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--port", "99999"], "can't listen"),
+        (["--host", "no.such.host.invalid"], "can't listen"),
+        (["--workers", "0"], "0 workers"),
+        (["--limit", "rows=many"], "the limit rows"),
+        (["--app", "no.such:app"], "there is no app"),
+        (["--app", "nonsense"], "there is no app"),
+    ],
+)
+def test_what_cannot_be_started_is_said_in_one_line(tmp_path: Path, options: list[str], words: str) -> None:
+    done = run_serve("--home", str(tmp_path), *options)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert words in done.stderr
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_for_programs_each_line_of_the_log_is_a_document(home: Path) -> None:
+    with serving(home, "--json") as running:
+        running.stop()
+        time.sleep(0.2)
+        lines = [json.loads(line) for line in running.errors().splitlines()]
+    assert any(line["message"] == f"{FIRST} answers from now on" for line in lines)
+
+
+def test_it_listens_to_this_machine_only(home: Path) -> None:
+    with serving(home) as running:
+        assert running.url.startswith("http://127.0.0.1:")
+        listening = [each for each in psutil.Process(running.process.pid).net_connections() if each.status == "LISTEN"]
+        assert [each.laddr.ip for each in listening] == ["127.0.0.1"]
+
+
+def test_serving_imports_nothing_that_training_needs() -> None:
+    code = "import sys, mlops_course.serving.server, mlops_course.serving.service; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    tops = {name.split(".")[0] for name in done.stdout.split()}
+    heavy = {"pandas", "sklearn", "scipy", "mlflow", "pyarrow", "deltalake", "onnx", "skl2onnx", "papermill"}
+    assert tops & heavy == set()
+
+
+@pytest.mark.slow
+def test_many_requests_while_models_are_swapped_and_workers_killed(root: Path, home: Path) -> None:
+    """A small run of the script that sends half a million."""
+    command = [sys.executable, str(root / "benchmarks" / "load_serving.py"), "--home", str(home)]
+    done = subprocess.run([*command, "--requests", "20000", "--swaps", "4"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_worker_is_small(home: Path) -> None:
+    with serving(home) as running:
+        record: dict[str, Any] = running.client.get("/examples").json()[0]["record"]
+        for _ in range(100):
+            running.ask(record=record)
+        assert psutil.Process(running.process.pid).memory_info().rss < 250e6
