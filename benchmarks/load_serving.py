@@ -1,8 +1,8 @@
 """Does the service hold out: half a million requests, no refusal, no growth, every prediction on the disk?
 
 Meanwhile the model is swapped twenty times and a worker is killed. Needs a workspace with two bundles and a feature
-table (--home; without it, one is made as bench_serving.py does, with a copy of its model). Exit status 1 when something is
-lost, counted twice, answered with a 5xx, or when a worker's memory grows by more than a tenth after the first fifth.
+table (--home; without it, one is made as bench_serving.py does, with a copy of its model). Exit status 1 when something
+is lost, counted twice, answered with a 5xx, or when a worker's memory grows by more than a tenth after the first fifth.
 """
 
 import argparse
@@ -129,7 +129,7 @@ def complaints(seen: Seen, settings: Settings, options: argparse.Namespace) -> l
         f"{len(seen.models)} models answered": len(seen.models) == 2,
         "no worker was killed": bool(seen.killed),
     }
-    print(f"memory {before:.0f} -> {after:.0f} MB, {len(ids):,} predictions on the disk, {seen.broken} connections broke")
+    print(f"memory {before:.0f} -> {after:.0f} MB, {len(ids):,} predictions on disk, {seen.broken} connections broke")
     return [text for text, fine in checks.items() if not fine]
 
 

@@ -388,9 +388,8 @@ def version_of(
 
 def cores() -> int:
     """How many processors this process may use, which can be fewer than the machine has."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    affine = hasattr(os, "sched_getaffinity")
+    return len(os.sched_getaffinity(0)) if affine else os.cpu_count() or 1
 
 
 def memory() -> int | None:  # bytes; None where the system doesn't say

@@ -10,9 +10,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 import yaml
 
+from mlops_course.environment import Settings
+from mlops_course.experiments import TrainingConfig, train
+from mlops_course.project import flight_delay
+from mlops_course.serving import Origin, publish, write_bundle
 from mlops_course.serving.limits import Limits
 from mlops_course.serving.metrics import Metrics, expose
 
@@ -226,8 +232,16 @@ def test_an_images_lock_has_the_projects_versions_with_hashes_and_no_address(loc
     assert all("--hash=sha256:" in part for part in re.split(r"^(?=[\w.-]+==)", text, flags=re.MULTILINE)[1:])
 
 
-def test_the_service_needs_no_more_than_its_lock() -> None:
-    """Everything that the service imports comes from a package that is in the image."""
+def test_the_service_needs_no_more_than_its_lock(settings: Settings) -> None:
+    """Everything that the service imports, also when it answers, comes from a package that is in the image."""
+    generator = np.random.default_rng(1)
+    rows = pd.DataFrame({name: generator.choice(["UA", "JFK", "BOS"], 1000) for name in flight_delay.categorical})
+    rows = rows.assign(hour_of_day=generator.integers(5, 23, 1000).astype(np.float32), label=np.arange(1000) % 2.0)
+    model, origin = (
+        train(rows, flight_delay, TrainingConfig(iterations=2)),
+        Origin(run_id="", data={}, first="", last=""),
+    )
+    publish(settings, write_bundle(settings, flight_delay, model, rows, "flight-delay@1", origin))
     code = """
 import sys, json
 class Missing:
@@ -236,7 +250,17 @@ class Missing:
             raise ModuleNotFoundError(name)
 blocked = set(json.loads(sys.argv[1]))
 sys.meta_path.insert(0, Missing())
-import mlops_course.cli, mlops_course.serving.server, mlops_course.serving.service, mlops_course.deployment
+import mlops_course.cli, mlops_course.serving.server
+from pathlib import Path
+from mlops_course.deployment import ReleaseModels, release_app
+from mlops_course.environment import Settings
+settings = Settings(home=Path(sys.argv[2]))
+release_app(settings)
+models = ReleaseModels(settings)
+models.refresh()
+predictor = models.choose("desk").predictor
+record = {"carrier": "UA", "origin": "JFK", "dest": "BOS", "hour_of_day": 9.0}
+print(predictor.scores(predictor.encode([record])), predictor.reasons(predictor.encode([record])))
 """
     from importlib.metadata import packages_distributions
 
@@ -250,7 +274,7 @@ import mlops_course.cli, mlops_course.serving.server, mlops_course.serving.servi
         if not {re.sub(r"[-_.]+", "-", name).lower() for name in names} & there
     )  # fmt: skip
     assert {"pandas", "sklearn", "mlflow"} <= set(blocked)
-    done = run(sys.executable, "-c", code, json.dumps(blocked))
+    done = run(sys.executable, "-c", code, json.dumps(blocked), settings.home)
     assert done.returncode == 0, done.stderr
 
 

@@ -276,6 +276,22 @@ def test_a_release_survives_a_restart_and_keys_keep_their_version(models: Models
     assert read_release(workspace) == release
 
 
+def test_without_a_key_requests_are_shared_by_chance_and_the_stable_version_stays_the_one_that_is_shown(
+    models: Models, workspace: Settings
+) -> None:
+    start_release(workspace, GOOD, "ab", (0.5,), Limits(**FAST))
+    with serving(workspace, workers=1) as server, httpx.Client(base_url=server.url) as client:
+        asked = {"record": models.records[0]}
+        told = [client.post("/predict", json=asked).json()["model"] for _ in range(60)]
+        shown = {client.get(path).json()[name] for path, name in (("/model", "reference"), ("/health/ready", "model"))}
+        swaps = [
+            line for line in client.get("/metrics").text.splitlines() if line.startswith("serving_model_swaps_total")
+        ]
+    assert set(told) == {STABLE, GOOD}
+    assert shown == {STABLE}
+    assert all(GOOD not in line for line in swaps), "a canary isn't a swap of the live model"
+
+
 @pytest.mark.slow
 def test_a_killed_worker_is_no_loss_even_if_it_was_the_guard(models: Models, workspace: Settings) -> None:
     with serving(workspace) as server:

@@ -5,6 +5,7 @@ import json
 import socket
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -156,7 +157,10 @@ def test_what_is_no_http_is_refused(service: Running, junk: bytes) -> None:
     assert json.loads(data.partition(b"\r\n\r\n")[2])["title"] == "Bad Request"
 
 
-@pytest.mark.parametrize("path", [b"/%ff", b"/\xff", b"/../../etc/passwd", b"//predict", b"/%00", b"http://[::1/", b"*"])
+STRANGE = [b"/%ff", b"/\xff", b"/../../etc/passwd", b"//predict", b"/%00", b"http://[::1/", b"*"]
+
+
+@pytest.mark.parametrize("path", STRANGE)
 def test_a_strange_address_is_refused(service: Running, path: bytes) -> None:
     assert service.raw(b"GET " + path + b" HTTP/1.1\r\nhost: x\r\n\r\n")[0] in (400, 404)
 
@@ -211,8 +215,8 @@ def test_several_requests_in_one_go_are_answered_in_order(service: Running) -> N
 # ---------------------------------------------------------------- how often, how many at once
 
 
-def test_more_than_the_rate_is_refused_and_health_is_not(published: Any, tmp_path_factory: Any) -> None:
-    with serving(published, "--limit", "rate=1", "--limit", "burst=3") as running:
+def test_more_than_the_rate_is_refused_and_health_is_not(home: Path) -> None:
+    with serving(home, "--limit", "rate=1", "--limit", "burst=3") as running:
         statuses = [running.ask().status_code for _ in range(5)]
         assert statuses == [422, 422, 422, 429, 429]
         refused = running.ask()

@@ -216,7 +216,8 @@ def test_serving_imports_nothing_that_training_needs() -> None:
 def test_many_requests_while_models_are_swapped_and_workers_killed(root: Path, home: Path) -> None:
     """A small run of the script that sends half a million."""
     command = [sys.executable, str(root / "benchmarks" / "load_serving.py"), "--home", str(home)]
-    done = subprocess.run([*command, "--requests", "20000", "--swaps", "4"], capture_output=True, text=True, timeout=300)
+    command += ["--requests", "20000", "--swaps", "4"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -22,8 +22,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+# %% ../../nbs/internals/01_checking.ipynb #4c274370
 from mlops_course.course.lessons import (
-    LAB_TAGS,
     Lesson,
     answered,
     belongs_to,
@@ -97,7 +97,7 @@ class Plan:
         return number if number in self.lesson.exercises else None
 
 # %% ../../nbs/internals/01_checking.ipynb #d3674747
-SKIPPED = {"skip-check", "wrong-answers", *LAB_TAGS.values()}  # a lab has a check of its own
+SKIPPED = {"skip-check", "wrong-answers"}
 
 
 def _is_run(cell: dict[str, Any]) -> bool:

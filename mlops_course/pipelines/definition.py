@@ -96,7 +96,7 @@ class Parameter:
 # %% ../../nbs/internals/09_definition.ipynb #c5b4fa88
 OUTPUT_KINDS = ("value", "table", "run", "file")
 
-
+# %% ../../nbs/internals/09_definition.ipynb #703407cc
 @dataclass(frozen=True)
 class Stage:
     """One step: a notebook, what goes in, and what comes out."""
@@ -206,7 +206,7 @@ def _strict_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any
 
 _StrictLoader.add_constructor("tag:yaml.org,2002:map", _strict_mapping)
 
-
+# %% ../../nbs/internals/09_definition.ipynb #6431c622
 def _load_yaml(path: Path) -> object:
     try:
         return yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
@@ -269,7 +269,7 @@ def _read_stage(part: object, where: str) -> Stage:
     _check_numbers(entries, where)
     return Stage(**{key: value for key, value in entries.items() if value is not None})
 
-
+# %% ../../nbs/internals/09_definition.ipynb #dbcc1edf
 def _names(part: object, where: str) -> tuple[str, ...]:
     """A list of names."""
     if part is None or (isinstance(part, list) and all(isinstance(name, str) for name in part)):
@@ -507,7 +507,7 @@ def check_parameters(
     _check_order(pipeline, values)
     return values
 
-
+# %% ../../nbs/internals/09_definition.ipynb #4398e321
 def _check_order(pipeline: Pipeline, values: Mapping[str, object]) -> None:
     """Values that are right one by one can be wrong together."""
     for one, sign, other in pipeline.order:

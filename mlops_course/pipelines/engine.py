@@ -107,13 +107,18 @@ class WarmEngine:
     @classmethod
     def nb_language(cls, nb: Any, language: str | None = None) -> str:
         """The language. Raises: CourseError when it isn't Python."""
-        kernel = nb.metadata.get("kernelspec", {})
-        found = language or nb.metadata.get("language_info", {}).get("name") or kernel.get("language") or "python"
-        if found.lower() != "python":
-            from mlops_course.environment import CourseError
+        return _only_python(nb, language)
 
-            raise CourseError(f"this engine runs Python, and the notebook is in {found}", "Use papermill's own engine")
-        return found
+# %% ../../nbs/internals/09_engine.ipynb #0n1ypyth
+def _only_python(notebook: Any, language: str | None) -> str:
+    """A notebook's language, unless it is another one."""
+    kernel = notebook.metadata.get("kernelspec", {})
+    found = language or notebook.metadata.get("language_info", {}).get("name") or kernel.get("language") or "python"
+    if found.lower() != "python":
+        from mlops_course.environment import CourseError
+
+        raise CourseError(f"this engine runs Python, and the notebook is in {found}", "Use papermill's own engine")
+    return found
 
 # %% ../../nbs/internals/09_engine.ipynb #88dfd0b1
 OURS = ("progress_bar", "log_output", "autosave_cell_every")  # for the recorder

@@ -53,7 +53,7 @@ GOODBYE = 5.0  # seconds that a notebook has at its end for what it registered w
 # OpenMP is what scikit-learn's boosting uses, the others are behind NumPy. They are read when a library is loaded.
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
-
+# %% ../../nbs/internals/09_workers.ipynb #be38199a
 class Worker:
     """A process that runs one notebook."""
 
@@ -147,7 +147,7 @@ def take_ready(
             raise EOFError
         return worker
 
-
+# %% ../../nbs/internals/09_workers.ipynb #c5ca7ca5
 def hang_up_all(
     ready: Ready,
 ) -> None:

@@ -60,7 +60,7 @@ def _make_shell() -> tuple[ModuleType, Any]:
     module = _load_shell()
     return module, module.make_shell()
 
-
+# %% ../../nbs/internals/09_zygote.ipynb #fafbad56
 def _preload(shell: Any, names: Iterable[str]) -> Iterator[tuple[str, str]]:  # each name, and why it can't be imported
     """Then the libraries, one after the other."""
     for name in names:
@@ -185,7 +185,7 @@ def _obey(zygote: _Zygote) -> None:
         zygote.orders.remove(order)
         _fork(zygote)
 
-
+# %% ../../nbs/internals/09_zygote.ipynb #d3c0b460
 def _fork(zygote: _Zygote) -> None:
     """One more worker."""
     gc.freeze()  # what is there now is never looked at again by the garbage collector: it stays shared

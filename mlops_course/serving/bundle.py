@@ -85,7 +85,7 @@ def _round_down(thresholds: np.ndarray) -> np.ndarray:
     """The largest float32 that is not above each threshold."""
     with np.errstate(over="ignore"):
         nearest = thresholds.astype(np.float32)
-    return np.where(nearest > thresholds, np.nextafter(nearest, np.float32(-np.inf)), nearest)
+        return np.where(nearest > thresholds, np.nextafter(nearest, np.float32(-np.inf)), nearest)
 
 # %% ../../nbs/internals/07_bundle.ipynb #98dc6825
 INPUT, OUTPUT = "features", "probabilities"

@@ -130,10 +130,11 @@ class Exchange(_Request):
 # %% ../../nbs/internals/07_limits.ipynb #6de33924
 def too_large(
     limit: int,  # bytes
-    announced: str = "more",  # bytes
+    announced: str = "",  # bytes, where they are known
 ) -> Problem:
     """What to say about a body over the limit."""
-    return Problem(413, f"the body has {announced} bytes, and the limit is {limit}", "Send fewer rows at a time")
+    size = f"{announced} bytes, and the limit is {limit}" if announced else f"more than {limit} bytes, the limit"
+    return Problem(413, f"the body has {size}", "Send fewer rows at a time")
 
 
 def check_length(
@@ -189,7 +190,7 @@ async def identify(
         raise Problem(403, f"this is not allowed: {error}", "Ask for the permission, or use another key") from error
     if principal is None:
         scheme = [(b"www-authenticate", b"Bearer")]
-        raise Problem(401, "nobody knows who is asking", "Send a key in the header Authorization", headers=scheme)
+        raise Problem(401, "nobody knows who is asking", "Send a key, as a bearer token", headers=scheme)
     return principal
 
 # %% ../../nbs/internals/07_limits.ipynb #87c538c8

@@ -61,7 +61,7 @@ class Models:
         """Look whether there is something new."""
 
     def choose(self, sticky: str | None) -> Choice:
-        """Say who answers; the same sticky key gets the same model. Raises: Problem with status 503."""
+        """Say who answers; the same sticky key gets the same model, None the usual one. Raises: Problem with 503."""
         raise NotImplementedError
 
     def observe(self, choice: Choice, seconds: float, scores: Any, ok: bool, records: Sequence[Record]) -> None:

@@ -24,12 +24,13 @@ import numpy as np
 
 # %% auto #0
 __all__ = ['log', 'Text', 'Whole', 'Key', 'ABSENT', 'QUESTION', 'BATCH', 'encode', 'PLACE', 'NAMED', 'UNREADABLE', 'FEW',
-           'JSON_TYPE', 'REFUSALS', 'REASONS', 'SILENT', 'PATHS', 'Question', 'Batch', 'Answer', 'Row', 'Answers',
-           'unreadable', 'refuse_repeated', 'Service', 'open_table', 'Work', 'name_keys', 'read_records', 'decoder_of',
-           'find_records', 'look_up', 'score', 'write_down', 'check_form', 'body_of', 'request_id_of', 'wanted_reasons',
-           'PredictOne', 'read', 'check_names', 'PredictMany', 'refusal', 'add_health', 'add_model', 'typical_record',
-           'some_keys', 'newest_key', 'record_schema', 'key_schema', 'schemas', 'operation', 'describe', 'tick',
-           'tick_on', 'lifespan', 'build_api', 'handlers', 'Door', 'problem_response', 'add_refusals', 'create_app']
+           'JSON_TYPE', 'REFUSALS', 'ENDLESS', 'REASONS', 'SILENT', 'PATHS', 'Question', 'Batch', 'Answer', 'Row',
+           'Answers', 'unreadable', 'refuse_repeated', 'Service', 'open_table', 'Work', 'name_keys', 'read_records',
+           'decoder_of', 'find_records', 'look_up', 'score', 'write_down', 'check_form', 'body_of', 'request_id_of',
+           'wanted_reasons', 'PredictOne', 'read', 'check_names', 'PredictMany', 'refusal', 'add_health', 'add_model',
+           'typical_record', 'some_keys', 'newest_key', 'record_schema', 'key_schema', 'schemas', 'operation',
+           'describe', 'tick', 'tick_on', 'lifespan', 'build_api', 'handlers', 'Door', 'problem_response',
+           'add_refusals', 'create_app']
 
 # %% ../../nbs/internals/07_service.ipynb #ae022867
 from fastapi import FastAPI, Query, Request, Response
@@ -560,14 +561,17 @@ def newest_key(table: FeatureTable) -> tuple[tuple[str, str], ...]:  # name and 
     """What a key is made of."""
     return list(table.layouts.values())[-1].key
 
-# %% ../../nbs/internals/07_service.ipynb #6a06493a
+# %% ../../nbs/internals/07_service.ipynb #c490ebc7
+ENDLESS = float(np.finfo(np.float32).max) + 2.0**103  # half a step beyond the largest number: rounds to infinity
+
+
 def record_schema(
     predictor: Predictor | None,  # None: there is no model yet
 ) -> dict[str, Any]:  # JSON schema
     """Describe a record of a model."""
     if predictor is None:
         return {"type": "object", "additionalProperties": {"type": ["number", "string", "null"]}}
-    number = {"type": ["number", "null"], "minimum": -3.4e38, "maximum": 3.4e38}
+    number = {"type": ["number", "null"], "exclusiveMinimum": -ENDLESS, "exclusiveMaximum": ENDLESS}
     kinds = {"number": number, "category": {"type": ["string", "null"]}}
     features = predictor.manifest.features
     return {
