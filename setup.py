@@ -15,7 +15,8 @@ ROOT = Path(__file__).parent.resolve()
 STATUS = {"3": "3 - Alpha", "4": "4 - Beta", "5": "5 - Production/Stable"}
 LICENSES = {"apache2": "Apache-2.0"}
 PYTHONS = ("3.11", "3.12", "3.13")
-CARRIED = ("*.ipynb", "pipelines/*.ipynb", "pipelines/*.yaml", "internals/*.ipynb")
+CARRIED = ("*.ipynb", "pipelines/*.ipynb", "pipelines/*.yaml", "internals/*.ipynb")  # of nbs
+READ = ("Dockerfile", "serving.lock", "kubernetes/**/*.yaml")  # of deploy: what lesson 11 reads
 
 
 def read_settings() -> dict[str, str]:
@@ -69,16 +70,16 @@ class BuildWithNotebooks(build_py):
             return
         package = Path(self.build_lib) / read_settings()["lib_name"]
         (package / "_build.json").write_text(build_state(), encoding="utf-8")
-        target = package / "_notebooks"
+        self.carry("nbs", CARRIED, package / "_notebooks")
+        self.carry("deploy", READ, package / "deploy")  # beside the notebooks, as in the repository
+
+    def carry(self, folder: str, patterns: tuple[str, ...], target: Path) -> None:
+        """Copy a folder's files into the package."""
         shutil.rmtree(target, ignore_errors=True)
-        for source in self.notebooks():
-            copy = target / source.relative_to(ROOT / "nbs")
+        for source in sorted(path for pattern in patterns for path in (ROOT / folder).glob(pattern)):
+            copy = target / source.relative_to(ROOT / folder)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, copy)
-
-    def notebooks(self) -> list[Path]:
-        """What the package carries."""
-        return sorted(path for pattern in CARRIED for path in (ROOT / "nbs").glob(pattern))
 
 
 settings = read_settings()

@@ -383,4 +383,5 @@ def test_a_build_says_which_code_it_is(tmp_path: Path) -> None:
     assert written.keys() == {"commit", "dirty", "lock"}
     assert written["lock"] == lock
     assert (tmp_path / "lib" / "mlops_course" / "_notebooks" / "pipelines" / "training.yaml").is_file()
+    assert (tmp_path / "lib" / "mlops_course" / "deploy" / "kubernetes" / "base" / "service.yaml").is_file()
     assert not (ROOT / "mlops_course" / "_build.json").exists(), "never in the clone itself"

@@ -256,6 +256,13 @@ def test_a_step_lasts_at_least_so_long() -> None:
     assert decide(patient, counted(700), 60).action == "step"
 
 
+def test_versions_that_are_faster_than_the_clock_of_the_counts_are_equally_fast() -> None:
+    counts = counted(700)
+    for role in (counts.stable, counts.candidate):
+        role.buckets = [role.answered] + [0] * (BUCKETS - 1)
+    assert decide(release_of(), counts, 0).action == "step"
+
+
 @pytest.mark.parametrize("strategy", ["shadow", "ab"])
 def test_shadow_and_ab_wait_for_a_person(strategy: str) -> None:
     counts = counted(2000)

@@ -11,7 +11,7 @@ from typing import Any
 
 from .counting import Counts, Pairs, Requests
 from .releases import Limits, Release
-from .statistics import mean_interval, quantile_interval, share_interval
+from .statistics import FASTEST, mean_interval, quantile_interval, share_interval
 
 # %% auto #0
 __all__ = ['SLICES', 'Check', 'judge', 'Decision', 'decide', 'answered']
@@ -57,7 +57,7 @@ def _latency(counts: Counts, limits: Limits) -> Check:
     if min(map(sum, pair)) < limits.least:
         pair = counts.silent_candidate.buckets, counts.silent_stable.buckets
     (low, high), (least, most) = (quantile_interval(each, 0.9, limits.alpha / 8) for each in pair)
-    worst = high / least if least else float("inf")
+    worst = high / max(least, FASTEST)  # times below that are all alike
     return Check("latency", "", low / most, worst, limits.latency, min(map(sum, pair)), limits.least)
 
 # %% ../../nbs/internals/11_judging.ipynb #a90d8b2e
