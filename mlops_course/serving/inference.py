@@ -172,7 +172,8 @@ class _Records(_Knowing):
         records: Sequence[msgspec.Struct],  # of `record_type`
     ) -> np.ndarray:  # (n, k) float32; NaN: missing
         "Turn decoded records into the numbers that the model takes. Raises: InputError when a number is too large."
-        return _matrix([msgspec.structs.astuple(each) for each in records], self._codes, self.features, self.unknown)
+        rows = [msgspec.structs.astuple(each) for each in records]
+        return _matrix(rows, self._codes, self.features, self.unknown, typed=True)
 
 # %% ../../nbs/internals/07_inference.ipynb #9d811f98
 class _Tables(_Records):
@@ -188,10 +189,10 @@ class _Tables(_Records):
             raise _lacking(missing, None)
         return _frame_matrix(frame, self._codes, self.features, self.unknown)
 
-# %% ../../nbs/internals/07_inference.ipynb #9a21770b
+# %% ../../nbs/internals/07_inference.ipynb #c0ded002
 CHUNK = 16_384  # rows scored in one call
 
-
+# %% ../../nbs/internals/07_inference.ipynb #9a21770b
 class _Scores(_Tables):
     """A predictor that scores."""
 
@@ -205,6 +206,8 @@ class _Scores(_Tables):
         matrix: np.ndarray,  # (n, k) float32, from one of the encoders
     ) -> np.ndarray:  # (n,) float64: probability of the label 1
         "Score rows."
+        if 0 < len(matrix) <= CHUNK:
+            return self._score(matrix)
         pieces = [matrix[start : start + CHUNK] for start in range(0, len(matrix), CHUNK)]
         if self.threads == 1 or len(pieces) < 2:
             return np.concatenate([self._score(piece) for piece in pieces] or [np.empty(0)])
@@ -252,21 +255,29 @@ def load_predictor(
 Codes = list[tuple[int, str, dict[str, float]]]
 NUMBERS = frozenset({float, int, type(None)})
 
+# %% ../../nbs/internals/07_inference.ipynb #c0ded001
+def _coded(row: Sequence[Any], codes: Codes, strange: list[str]) -> list[Any]:
+    """A row with the numbers of its categories; those that are not known are named. Raises: TypeError."""
+    values = list(row)
+    for place, name, known in codes:
+        text = values[place]
+        values[place] = code = known.get(text)
+        if code is None and text is not None:
+            if not isinstance(text, str):
+                raise TypeError
+            strange.append(name)
+    return values
+
 # %% ../../nbs/internals/07_inference.ipynb #4caa9155
-def _matrix(rows: list[Any], codes: Codes, features: tuple[str, ...], unknown: Counter[str]) -> np.ndarray:
-    """Tuples of values in the order of the features as (n, k) float32."""
-    encoded, strange = [], []
+def _matrix(
+    rows: list[Any], codes: Codes, features: tuple[str, ...], unknown: Counter[str], typed: bool = False
+) -> np.ndarray:
+    """Tuples of values in the order of the features as (n, k) float32; a decoder has seen to the types, or not."""
+    encoded, strange = list[list[Any]](), list[str]()
     try:
         for row in rows:
-            values = list(row)
-            for place, name, known in codes:
-                text = values[place]
-                values[place] = code = known.get(text)
-                if code is None and text is not None:
-                    if not isinstance(text, str):
-                        raise TypeError
-                    strange.append(name)
-            if not NUMBERS.issuperset(map(type, values)):
+            values = _coded(row, codes, strange)
+            if not typed and not NUMBERS.issuperset(map(type, values)):
                 raise TypeError
             encoded.append(values)
         with np.errstate(over="ignore"):
@@ -275,7 +286,8 @@ def _matrix(rows: list[Any], codes: Codes, features: tuple[str, ...], unknown: C
         return _carefully(rows, codes, features, unknown)
     if np.isinf(matrix).any():
         return _carefully(rows, codes, features, unknown)
-    unknown.update(strange)
+    if strange:
+        unknown.update(strange)
     return matrix
 
 # %% ../../nbs/internals/07_inference.ipynb #ba5bc2d7
