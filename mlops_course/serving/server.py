@@ -38,7 +38,7 @@ class _Refusing(HttpToolsProtocol):
     """A connection that can be refused before there is a request."""
 
     since = float("inf")  # when the part that is being waited for was begun
-    head = 0  # bytes of the headers so far
+    head = 0  # bytes of the headers so far; after them, bytes since the body last grew
     heading = True  # whether headers are being read
 
     def end_with(self, problem: Problem) -> None:
@@ -79,20 +79,37 @@ class _Counting(_Refusing):
     def on_message_complete(self) -> None:
         """Nothing more is waited for."""
         super().on_message_complete()
-        self.since = float("inf")
+        self.since, self.head = float("inf"), 0
 
 # %% ../../nbs/internals/07_server.ipynb #b6a473ef
-class Connection(_Counting):
-    """A connection with limits."""
+class _Bounded(_Counting):
+    """A connection that bounds all that is no body."""
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Take a header; one that comes after the body is dropped: nobody has checked it."""
+        if self.heading:
+            super().on_header(name, value)
+
+    def on_body(self, body: bytes) -> None:
+        """The body grows: the layer around the app counts it."""
+        self.head = 0
+        super().on_body(body)
 
     def data_received(self, data: bytes) -> None:
-        """Read on, unless the headers have no end."""
-        if self.heading:
-            self.head += len(data)
+        """Read on, unless the headers have no end, before the body or after it."""
+        self.head += len(data)
         super().data_received(data)
-        if self.heading and self.head > self.app.limits.head:
+        if self.head <= self.app.limits.head or self.transport.is_closing():
+            return
+        if not self.heading and self.cycle.response_started:
+            self.transport.abort()  # it has its answer already
+        else:
             much = f"the headers have more than {self.app.limits.head} bytes"
             self.end_with(Problem(431, much, "Send fewer or shorter headers"))
+
+# %% ../../nbs/internals/07_server.ipynb #ef0cd55b
+class Connection(_Bounded):
+    """A connection with limits."""
 
     def overdue(self, now: float) -> None:
         """End what has waited too long; called once a second."""
@@ -116,11 +133,14 @@ def watch(
     state.watched = True
 
     def look() -> None:
-        now = monotonic()
-        for each in list(connection.connections):
-            if isinstance(each, Connection):
-                each.overdue(now)
-        connection.loop.call_later(1, look)
+        try:
+            for each in list(connection.connections):
+                if isinstance(each, Connection):
+                    each.overdue(monotonic())
+        except Exception:  # a mistake with one connection must not end the watch over all
+            log.exception("the watch over connections failed")
+        finally:
+            connection.loop.call_later(1, look)
 
     connection.loop.call_later(1, look)
 
