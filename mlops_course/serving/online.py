@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from mlops_course.project import UseCase
 
 # %% auto #0
-__all__ = ['SEPARATOR', 'MOMENT', 'Record', 'TABLES', 'LAYOUTS', 'FIND', 'Months', 'FeatureTableError', 'Layout', 'Store',
-           'FeatureTable', 'FileStore', 'RedisStore', 'features_path', 'open_feature_table', 'materialise']
+__all__ = ['SEPARATOR', 'MOMENT', 'Record', 'TABLES', 'LAYOUTS', 'FIND', 'Months', 'FeatureTableError', 'Layout', 'name_key',
+           'Store', 'FeatureTable', 'FileStore', 'RedisStore', 'features_path', 'open_feature_table', 'materialise']
 
 # %% ../../nbs/internals/07_online.ipynb #7bae0503
 class FeatureTableError(CourseError):
@@ -57,8 +57,11 @@ class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 SEPARATOR, MOMENT = "|", "%Y-%m-%dT%H:%M:%SZ"
 
 
-def _key(parts: Sequence[tuple[str, str]], given: Mapping[str, object]) -> str:
-    """A key as text."""
+def name_key(
+    parts: Sequence[tuple[str, str]],  # name and kind of each
+    given: Mapping[str, object],  # the values by name; times in ISO form
+) -> str:  # the name of a row
+    """Name a row by its key. Raises: InputError naming the field."""
     if foreign := [name for name in given if name not in dict(parts)]:
         names = ", ".join(name for name, _ in parts)
         raise InputError(f"a key has no {str(foreign[0])[:60]!r}", f"Give {names}", str(foreign[0])[:60])
@@ -172,7 +175,7 @@ class FeatureTable(_Opened):
         given: Mapping[str, object],  # the key's values by name; times in ISO form
     ) -> str:  # the row's name
         "Name a row. Raises: InputError naming the field."
-        return _key(list(self.layouts.values())[-1].key, given)
+        return name_key(list(self.layouts.values())[-1].key, given)
 
     def get(
         self,

@@ -220,6 +220,7 @@ class Collected:
     segments: int
     rows: int
     torn: int  # lines that were never finished
+    set_aside: int = 0  # segments that can't be collected; they are still there, as `….bad`
 
 
 TABLE = "predictions_online"
@@ -287,11 +288,30 @@ def _key_column(values: list[Any], kind: str) -> pd.Series:
     import pandas as pd
 
     series = pd.Series(values, dtype="object")
+    texts = series.where(series.map(lambda value: isinstance(value, str)), None)
     if kind.startswith("datetime"):
-        return pd.to_datetime(series, utc=True, errors="coerce", format="ISO8601").dt.as_unit("us")
+        return pd.to_datetime(texts, utc=True, errors="coerce", format="ISO8601").dt.as_unit("us")
     if kind.startswith("int"):
-        return pd.to_numeric(series, errors="coerce").astype("Int64")
-    return series.where(series.map(lambda value: isinstance(value, str)), None).astype("str")
+        numbers = pd.to_numeric(series, errors="coerce").astype("float64")
+        whole = (numbers % 1 == 0) & (numbers.abs() <= 2**53)  # beyond that, two numbers may look the same
+        return numbers.where(whole).astype("Int64")
+    return texts.astype("str")
+
+# %% ../../nbs/internals/07_predictions.ipynb #2af2683a
+def _collect(settings: Settings, use_case: UseCase, path: Path) -> tuple[int, int] | None:
+    """Move one segment into the table: rows and unfinished lines; None: it was set aside."""
+    from mlops_course.data import replace_months
+
+    entries, torn = read_segment(path)
+    try:
+        if entries:
+            replace_months(settings, TABLE, as_frame(entries, use_case, path.stem), by="segment")
+    except (ValueError, TypeError, ArithmeticError):  # values that no table takes; the others must not wait for it
+        log.exception("the segment %s can't be collected, and is set aside", path.name)
+        path.rename(path.with_suffix(".bad"))
+        return None
+    path.unlink(missing_ok=True)
+    return len(entries), torn
 
 # %% ../../nbs/internals/07_predictions.ipynb #963435b5
 def collect_predictions(
@@ -299,18 +319,15 @@ def collect_predictions(
     use_case: UseCase,  # which columns name a row
 ) -> Collected:
     """Move closed segments into the table `predictions_online`; doing it again changes nothing."""
-    from mlops_course.data import newest_reference, replace_months, table_version
+    from mlops_course.data import newest_reference, table_version
 
     folder = log_folder(settings)
     if not folder.is_dir():
         return Collected(None, 0, 0, 0)
     close_orphans(folder)
-    segments, rows, torn = sorted(folder.glob("*.jsonl")), 0, 0
-    for path in segments:
-        entries, unreadable = read_segment(path)
-        if entries:
-            replace_months(settings, TABLE, as_frame(entries, use_case, path.stem), by="segment")
-        path.unlink(missing_ok=True)
-        rows, torn = rows + len(entries), torn + unreadable
+    found = [_collect(settings, use_case, path) for path in sorted(folder.glob("*.jsonl"))]
+    good = [counts for counts in found if counts is not None]
     there = table_version(settings, TABLE) is not None
-    return Collected(newest_reference(settings, TABLE) if there else None, len(segments), rows, torn)
+    table = newest_reference(settings, TABLE) if there else None
+    rows, torn = sum(rows for rows, _ in good), sum(torn for _, torn in good)
+    return Collected(table, len(good), rows, torn, len(found) - len(good))

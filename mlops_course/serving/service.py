@@ -26,11 +26,11 @@ import numpy as np
 __all__ = ['log', 'Text', 'Whole', 'Key', 'ABSENT', 'QUESTION', 'BATCH', 'encode', 'PLACE', 'NAMED', 'UNREADABLE', 'FEW',
            'JSON_TYPE', 'REFUSALS', 'ENDLESS', 'REASONS', 'SILENT', 'PATHS', 'Question', 'Batch', 'Answer', 'Row',
            'Answers', 'unreadable', 'refuse_repeated', 'Service', 'open_table', 'Work', 'name_keys', 'read_records',
-           'decoder_of', 'find_records', 'look_up', 'score', 'write_down', 'check_form', 'body_of', 'request_id_of',
-           'wanted_reasons', 'PredictOne', 'read', 'check_names', 'PredictMany', 'refusal', 'add_health', 'add_model',
-           'typical_record', 'some_keys', 'newest_key', 'record_schema', 'key_schema', 'schemas', 'operation',
-           'describe', 'tick', 'tick_on', 'lifespan', 'build_api', 'handlers', 'Door', 'problem_response',
-           'add_refusals', 'create_app']
+           'decoder_of', 'find_records', 'look_up', 'check_scores', 'score', 'write_down', 'check_form', 'body_of',
+           'request_id_of', 'wanted_reasons', 'PredictOne', 'read', 'check_names', 'PredictMany', 'refusal',
+           'add_health', 'add_model', 'typical_record', 'some_keys', 'newest_key', 'record_schema', 'key_schema',
+           'schemas', 'operation', 'describe', 'tick', 'tick_on', 'lifespan', 'build_api', 'handlers', 'Door',
+           'problem_response', 'add_refusals', 'create_app']
 
 # %% ../../nbs/internals/07_service.ipynb #ae022867
 from fastapi import FastAPI, Query, Request, Response
@@ -44,7 +44,7 @@ from .inference import InputError, Predictor, Reason
 from .limits import Authorize, Guard, Limits, Scope
 from .metrics import Metrics, expose
 from .models import Choice, LiveModels, Models
-from .online import FeatureTable, FeatureTableError, FileStore, open_feature_table
+from .online import FeatureTable, FeatureTableError, FileStore, name_key, open_feature_table
 from .page import add_page
 from .predictions import Entry, PredictionLog, log_folder, tend
 from .problems import JSON, PROBLEM, Document, Problem, Receive, Send, document, refuse, respond
@@ -54,7 +54,7 @@ log = logging.getLogger("mlops_course.serving")
 # %% ../../nbs/internals/07_service.ipynb #cfbbd15b
 Text = Annotated[str, msgspec.Meta(max_length=100)]
 Whole = Annotated[int, msgspec.Meta(ge=-(2**53), le=2**53)]
-Key = Annotated[dict[Text, Text | Whole | float | None], msgspec.Meta(max_length=20)]
+Key = Annotated[dict[Text, Text | Whole | None], msgspec.Meta(max_length=20)]
 ABSENT = msgspec.Raw()
 
 
@@ -164,6 +164,7 @@ class Service:
     table: FeatureTable | None = None
     table_problem: str = "not opened yet"
     again: float = 0.0  # when to try to open the table again
+    key_parts: tuple[tuple[str, str], ...] | None = None  # name and kind of each; they outlive the table
 
     def problems(self) -> list[str]:
         """Why it can't answer; empty: it can."""
@@ -179,6 +180,7 @@ def open_table(
         service.again = time.monotonic() + 10
         try:
             service.table, service.table_problem = open_feature_table(service.settings), ""
+            service.key_parts = newest_key(service.table)
         except FeatureTableError as error:
             service.table_problem = str(error)
 
@@ -214,9 +216,9 @@ def name_keys(
                 problem = "there is neither a record nor a key"
                 where = work.path(number, "record")
                 raise Problem(422, problem, "Give a record, or the key of a flight", where, work.row(number))
-        elif service.table is not None:
+        elif service.key_parts is not None:
             try:
-                work.names[number] = service.table.key(question.key)
+                work.names[number] = name_key(service.key_parts, question.key)
             except InputError as error:
                 field = work.path(number, f"key.{error.field}")
                 raise Problem(422, error.problem, error.remedy, field, work.row(number)) from error
@@ -290,6 +292,14 @@ async def look_up(
         later = [(b"retry-after", b"10")]
         raise Problem(503, error.problem, "Send whole records, or materialise the features", headers=later) from error
 
+# %% ../../nbs/internals/07_service.ipynb #18be9703
+def check_scores(
+    scores: np.ndarray,  # (n,) float64
+) -> None:
+    """Make sure that a model has said something. Raises: ArithmeticError."""
+    if not np.isfinite(scores).all():
+        raise ArithmeticError(f"{np.count_nonzero(~np.isfinite(scores))} of {len(scores)} scores are no numbers")
+
 # %% ../../nbs/internals/07_service.ipynb #94e301b8
 FEW = 16  # rows that are scored on the spot
 
@@ -309,6 +319,7 @@ async def score(
         try:
             many = len(matrix) > FEW
             scores = await asyncio.to_thread(predictor.scores, matrix) if many else predictor.scores(matrix)
+            check_scores(scores)
             return choice, matrix, scores, records, time.perf_counter() - begin
         except Exception as error:  # whatever a runtime raises: the model is broken, not the request
             log.error("%s failed on request %s", predictor.reference, work.request_id, exc_info=error)
