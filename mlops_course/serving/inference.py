@@ -74,7 +74,28 @@ def check_graph(
     table = {each.name: each for each in model.graph.node[0].attribute}
     if "post_transform" not in table or table["post_transform"].s != b"LOGISTIC":
         return "its scores are no probabilities"
-    return _check_trees({name: np.array(each.ints, np.int64) for name, each in table.items()}, table, width)
+    return _check_numbers(table) or _check_trees(_ints(table), table, width)
+
+# %% ../../nbs/internals/07_inference.ipynb #00ac4681
+def _check_numbers(table: dict[str, Any]) -> str | None:
+    """What is wrong with the numbers of a table of trees; None: nothing."""
+    for name, each in table.items():
+        bad = np.isnan if name == "nodes_values" else _endless  # `x <= inf` asks whether x is there at all
+        if bad(np.array([*each.floats, each.f])).any():
+            return f"its {name} are not all finite"
+        if each.HasField("t"):
+            return f"its {name} are of another kind than float32"
+    return None
+
+
+def _endless(numbers: np.ndarray) -> np.ndarray:
+    """Which numbers are NaN or infinite."""
+    return ~np.isfinite(numbers)
+
+
+def _ints(table: dict[str, Any]) -> dict[str, np.ndarray]:
+    """The whole numbers of a table of trees."""
+    return {name: np.array(each.ints, np.int64) for name, each in table.items()}
 
 # %% ../../nbs/internals/07_inference.ipynb #29a2a8e0
 BRANCHES = ("treeids", "nodeids", "featureids", "truenodeids", "falsenodeids")
