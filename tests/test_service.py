@@ -1,5 +1,6 @@
 """The REST service, asked by a real client over a real connection: answers, refusals, and what it says about itself."""
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -7,14 +8,16 @@ from typing import Any
 
 import httpx
 import numpy as np
+import onnx
 import pytest
 from fastapi.testclient import TestClient
 from service_helpers import FIRST, SECOND, Running, serving, until
 
 from mlops_course.environment import Settings
-from mlops_course.serving import Predictor, load_predictor, open_feature_table, publish
+from mlops_course.serving import BundleError, Predictor, load_predictor, open_feature_table, publish
+from mlops_course.serving import models as room
 from mlops_course.serving.bundle import live_bundle
-from mlops_course.serving.models import Choice, Models
+from mlops_course.serving.models import Choice, LiveModels, Models
 from mlops_course.serving.service import create_app
 
 pytestmark = pytest.mark.filterwarnings("ignore:Series.values returning:DeprecationWarning")  # inside pyarrow
@@ -293,8 +296,10 @@ class Fixed(Models):
         self.choice = choice
         self.seen: list[tuple[str, bool]] = []
 
-    def choose(self, sticky: str | None) -> Choice:
+    def live(self) -> Choice:
         return self.choice
+
+    choose = lambda self, _: self.choice  # noqa: E731
 
     def observe(self, choice: Choice, seconds: float, scores: Any, ok: bool, records: Any) -> None:
         self.seen.append((choice.role, ok))
@@ -315,6 +320,33 @@ def test_a_score_that_is_no_number_is_a_failure_of_the_model(
         answer = client.post(path, json=body)
         assert (answer.status_code, models.seen) == (status, seen), answer.text
         assert "null" not in answer.text
+
+
+def test_a_model_that_cannot_answer_is_not_published(home: Path) -> None:
+    (home / "serving" / "bundles" / SECOND / "model.onnx").rename(home / "model.onnx")
+    broken = onnx.load_model(home / "model.onnx")
+    broken.graph.node[0].domain = "else.where"
+    content = broken.SerializeToString()
+    manifest = home / "serving" / "bundles" / SECOND / "bundle.json"
+    found = json.loads(manifest.read_bytes())
+    found["files"]["model.onnx"] = hashlib.sha256(content).hexdigest()
+    manifest.write_text(json.dumps(found))
+    (home / "serving" / "bundles" / SECOND / "model.onnx").write_bytes(content)
+    live = (home / "serving" / "live.json").read_bytes()
+    with pytest.raises(BundleError, match="operations are"):
+        publish(Settings(home=home), SECOND)
+    assert (home / "serving" / "live.json").read_bytes() == live
+
+
+def test_whatever_a_new_model_raises_is_counted_and_tried_again(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = LiveModels(Settings(home=home), patience=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(room, "load_predictor", lambda _: (_ for _ in ()).throw(MemoryError("too large")))
+        models.refresh()
+        models.refresh()
+    assert (models.failures, models.ready, "too large" in models.problem) == (2, False, True)
+    models.refresh()
+    assert (models.ready, models.problem) == (True, "")
 
 
 def test_the_score_is_the_same_whoever_asks(service: Running, examples: list[dict[str, Any]]) -> None:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['OPERATION', 'BRANCHES', 'TREES', 'CHUNK', 'Codes', 'NUMBERS', 'LARGEST', 'InputError', 'Reason', 'check_graph',
-           'Predictor', 'load_predictor']
+           'Predictor', 'load_predictor', 'prove_answers']
 
 # %% ../../nbs/internals/07_inference.ipynb #ca411371
 class InputError(CourseError):
@@ -268,6 +268,19 @@ def load_predictor(
     """
     manifest, graph = open_bundle(folder)
     return Predictor(manifest, graph, threads)
+
+# %% ../../nbs/internals/07_inference.ipynb #e7b74620
+def prove_answers(
+    predictor: Predictor,  # just loaded
+) -> None:
+    """Make sure that a model can answer: a typical row gets a score. Raises: BundleError."""
+    typical = {feature.name: feature.typical for feature in predictor.manifest.features}
+    try:
+        score = predictor.scores(predictor.encode([typical]))
+    except Exception as error:  # whatever a runtime raises
+        raise BundleError(f"{predictor.reference} cannot score a typical row: {error}", REMEDY) from error
+    if score.shape != (1,) or not np.isfinite(score).all():
+        raise BundleError(f"{predictor.reference} scores a typical row as {score.tolist()}", REMEDY)
 
 # %% ../../nbs/internals/07_inference.ipynb #b5ffacaa
 Codes = list[tuple[int, str, dict[str, float]]]

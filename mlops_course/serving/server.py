@@ -8,17 +8,24 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import multiprocessing
 import os
 import pkgutil
 import signal
 import socket
 import tempfile
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from http import HTTPStatus
 from time import monotonic
 from typing import Any
 
+# %% auto #0
+__all__ = ['log', 'APP', 'Connection', 'watch', 'ServeError', 'bind', 'Launch', 'end_with_supervisor', 'JsonLines', 'log_config',
+           'configure', 'serve', 'run_one', 'run_many']
+
+# %% ../../nbs/internals/07_server.ipynb #0c21a6c5
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.supervisors import Multiprocess
@@ -28,10 +35,6 @@ from .limits import Limits
 from .problems import PROBLEM, Problem, document
 
 log = logging.getLogger("mlops_course.serving")
-
-# %% auto #0
-__all__ = ['log', 'APP', 'Connection', 'watch', 'ServeError', 'bind', 'Launch', 'JsonLines', 'log_config', 'configure', 'serve',
-           'run_one', 'run_many']
 
 # %% ../../nbs/internals/07_server.ipynb #b6477d43
 class _Refusing(HttpToolsProtocol):
@@ -181,14 +184,26 @@ class Launch:
     settings: Settings
     limits: Limits
     app: str = APP  # `module:function`, called with settings and limits
+    supervisor: int | None = None  # the process that looks after the workers, if there are several
 
     def __call__(self) -> Any:
         """Make the app. Raises: ServeError."""
+        if self.supervisor not in (None, os.getpid()):
+            threading.Thread(target=end_with_supervisor, daemon=True).start()
         try:
             make = pkgutil.resolve_name(self.app)
         except (ImportError, AttributeError, ValueError) as error:
             raise ServeError(f"there is no app {self.app!r}: {error}", "Write module:function") from error
         return make(self.settings, self.limits)
+
+# %% ../../nbs/internals/07_server.ipynb #7be97a2e
+def end_with_supervisor() -> None:
+    """Wait until the parent has ended, and end this process in good order."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        log.error("the process %s, which looks after this one, is gone", parent.pid)
+        signal.raise_signal(signal.SIGTERM) if os.name == "nt" else os.kill(os.getpid(), signal.SIGTERM)
 
 # %% ../../nbs/internals/07_server.ipynb #62f5475b
 class JsonLines(logging.Formatter):
@@ -245,7 +260,8 @@ def serve(
     if workers < 1:
         raise ServeError(f"{workers} workers can't serve", "Ask for 1 or more")
     limits = limits or Limits()
-    launch = Launch(settings.prepare(), replace(limits, rate=limits.rate / workers), app)
+    supervisor = os.getpid() if workers > 1 else None
+    launch = Launch(settings.prepare(), replace(limits, rate=limits.rate / workers), app, supervisor)
     if app != APP:
         launch()  # what can't be made is said once, here, and not by each worker again and again
     taken = bind(host, port)
