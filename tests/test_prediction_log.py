@@ -233,6 +233,21 @@ def test_what_is_being_written_is_left_alone(writer: PredictionLog, settings: Se
     assert collect_predictions(settings, flight_delay).rows == 2
 
 
+def test_only_the_dead_of_the_own_machine_and_the_long_dead_are_collected(
+    writer: PredictionLog, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer.append([entry(1)])
+    path = segments(settings, "open")[0]
+    assert f"-{room.host_name()}-" in path.name
+    os.close(writer.descriptor)  # its process has died
+    writer.path = None
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(room.socket, "gethostname", lambda: "another")
+        assert collect_predictions(settings, flight_delay).rows == 0
+        os.utime(path, (time.time() - 25 * 3600,) * 2)
+        assert collect_predictions(settings, flight_delay).rows == 1
+
+
 def test_nothing_is_lost_between_a_writer_and_a_collector(settings: Settings) -> None:
     """Segments are opened and closed all the time, and collected all the time."""
     stop, rows = threading.Event(), 0

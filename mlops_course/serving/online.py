@@ -59,7 +59,7 @@ class LackingRowError(FeatureTableError):
     "A row of the online feature table lacks a feature; others may have it."
 
     def __init__(self, key: str, feature: str) -> None:
-        problem = f"{key} has no feature {feature} in the online feature table, which the model takes"
+        problem = f"the row {key} of the online feature table has no feature {feature}, which the model takes"
         super().__init__(problem, "Send a whole record, or materialise its month again")
         self.key = key
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import secrets
+import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -17,9 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 # %% auto #0
-__all__ = ['log', 'encode', 'decode', 'TABLE', 'Entry', 'LogLimits', 'log_folder', 'open_segment', 'write_all', 'PredictionLog',
-           'unwritten', 'segments_size', 'room_problem', 'tend', 'Collected', 'read_segment', 'close_orphans',
-           'as_frame', 'collect_predictions']
+__all__ = ['log', 'encode', 'decode', 'DEAD', 'TABLE', 'Entry', 'LogLimits', 'log_folder', 'host_name', 'open_segment',
+           'write_all', 'PredictionLog', 'unwritten', 'segments_size', 'room_problem', 'tend', 'Collected',
+           'read_segment', 'close_orphans', 'as_frame', 'collect_predictions']
 
 # %% ../../nbs/internals/07_predictions.ipynb #dfdcbfa1
 import msgspec
@@ -72,13 +74,21 @@ def log_folder(
     """Where the segments are."""
     return settings.serving / "predictions"
 
+# %% ../../nbs/internals/07_predictions.ipynb #c0244302
+DEAD = 24 * 3600.0  # seconds; a worker that lives closes its segment within the hour
+
+
+def host_name() -> str:
+    """The name of this machine, as it stands in the names of segments."""
+    return re.sub(r"[^A-Za-z0-9.]", "_", socket.gethostname())[:60] or "host"
+
 # %% ../../nbs/internals/07_predictions.ipynb #a65d7743
 def open_segment(
     folder: Path,  # of the log
 ) -> tuple[Path, int]:  # the file, and a descriptor that appends to it
     """Begin a segment. Raises: OSError."""
     folder.mkdir(parents=True, exist_ok=True)
-    name = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{os.getpid()}-{secrets.token_hex(4)}"
+    name = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{host_name()}-{os.getpid()}-{secrets.token_hex(4)}"
     hidden, path = folder / f".{name}.tmp", folder / f"{name}.open"
     descriptor = os.open(hidden, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o640)
     try:
@@ -238,12 +248,23 @@ def read_segment(
             torn += 1
     return entries, torn
 
+# %% ../../nbs/internals/07_predictions.ipynb #7b569452
+def _silent(path: Path) -> bool:
+    """Whether a segment was written to so long ago that its worker must be dead."""
+    try:
+        state = path.stat()
+        return state.st_size > 0 and time.time() - state.st_mtime > DEAD
+    except FileNotFoundError:  # just closed
+        return False
+
 # %% ../../nbs/internals/07_predictions.ipynb #fc8b4f69
 def close_orphans(
     folder: Path,  # of the log
 ) -> None:
-    """Close the segments of workers that have died: nobody holds a lock on them."""
+    """Close the segments of workers that have died: nobody holds a lock on them. Locks don't reach other machines."""
     for path in sorted(folder.glob("*.open")):
+        if f"-{host_name()}-" not in path.name and not _silent(path):
+            continue
         if sys.platform == "win32":
             with suppress(OSError):  # a file that is open can't be renamed there
                 path.rename(path.with_suffix(".jsonl"))
