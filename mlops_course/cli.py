@@ -8,8 +8,8 @@ __all__ = ['app', 'Debug', 'Home', 'AsJson', 'Version', 'Name', 'Parameters', 'S
            'describe_error', 'common', 'main', 'parse_parameters', 'run_pipeline', 'plan_pipeline', 'show_graph',
            'backfill_pipeline', 'export_pipeline', 'list_cache', 'prune_cache', 'verify_cache', 'show_pipelines',
            'show_runs', 'show_run', 'diff_runs', 'show_doctor', 'ui_command', 'without_password', 'open_ui',
-           'serve_model', 'publish_bundle', 'release_limits', 'start_release', 'promote_release', 'roll_back_release',
-           'show_release', 'score_inbox']
+           'serve_model', 'collect_logged', 'publish_bundle', 'release_limits', 'start_release', 'promote_release',
+           'roll_back_release', 'show_release', 'score_inbox']
 
 # %% ../nbs/cli.ipynb #5db341e0
 import json
@@ -547,6 +547,21 @@ def serve_model(
         print(line, flush=True)
 
     serve(_settings(home), host, port, workers, read_limits(limit or []), as_json, announce, service or APP)
+
+# %% ../nbs/cli.ipynb #5e7e0006
+@app.command("collect-predictions")
+def collect_logged(home: Home = None, as_json: AsJson = False) -> None:
+    """Move what the service has logged into a table."""
+    from mlops_course.project import flight_delay
+    from mlops_course.serving.predictions import collect_predictions
+
+    found = collect_predictions(_settings(home).prepare(), flight_delay)
+    if as_json:
+        print_json(asdict(found))
+        return
+    typer.echo(f"{found.rows:,} predictions of {found.segments} files are in {found.table or 'no table yet'}")
+    if found.torn or found.set_aside:
+        typer.echo(f"{found.torn} unfinished lines left out, {found.set_aside} files set aside (*.bad)", err=True)
 
 # %% ../nbs/cli.ipynb #11c10002
 @app.command("publish")

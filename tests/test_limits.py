@@ -5,7 +5,9 @@ import json
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from service_helpers import Running, read_answer, serving
 from mlops_course.environment import CourseError
 from mlops_course.serving.limits import Buckets, Guard, Limits, read_limits
 from mlops_course.serving.problems import Problem, respond
+from mlops_course.serving.server import Connection, watch
 
 pytestmark = pytest.mark.filterwarnings("ignore:Series.values returning:DeprecationWarning")  # inside pyarrow
 
@@ -140,6 +143,47 @@ def test_a_body_that_is_no_json_by_its_headers_is_refused(service: Running, head
 def test_headers_without_an_end_are_refused(service: Running) -> None:
     status, _ = service.raw(b"GET / HTTP/1.1\r\nhost: x\r\n", *[b"x-more: " + b"y" * 5000 + b"\r\n"] * 20)
     assert status == 431
+
+
+TRAILERS = {"many": b"x-more: " + b"y" * 5000 + b"\r\n", "one": b"y" * 5000}
+
+
+@pytest.mark.parametrize("kind", TRAILERS)
+def test_headers_after_the_body_have_the_limit_of_those_before_it(service: Running, kind: str) -> None:
+    request = chunked(b"{}") + b"0\r\n" + (b"x-more: " if kind == "one" else b"")
+    with socket.create_connection(("127.0.0.1", service.port), timeout=20) as connection:
+        connection.sendall(request)
+        sent = 0
+        with suppress(OSError):
+            while sent < 20_000_000:
+                sent += connection.send(TRAILERS[kind])
+        assert sent < 20_000_000
+    assert service.raw(request, *[TRAILERS[kind]] * 20)[0] == 431
+
+
+def test_a_chunk_whose_length_has_no_end_is_refused(service: Running) -> None:
+    assert service.raw(chunked(b"{}") + b"5;a=", *[b"y" * 5000] * 20)[0] == 431
+
+
+def test_a_header_after_the_body_says_nothing(service: Running) -> None:
+    status, data = service.raw(chunked(b"{}") + b"0\r\nx-request-id: mine\r\ncontent-type: text/plain\r\n\r\n")
+    assert (status, b"mine" in data) == (422, False)
+
+
+def test_a_mistake_with_one_connection_does_not_end_the_watch() -> None:
+    later: list[Callable[[], None]] = []
+
+    class Broken(Connection):
+        def __init__(self) -> None:
+            self.loop: Any = SimpleNamespace(call_later=lambda _, look: later.append(look))
+            self.server_state, self.connections = SimpleNamespace(), {self}
+
+        def overdue(self, now: float) -> None:
+            raise RuntimeError
+
+    watch(Broken())
+    later.pop()()
+    assert len(later) == 1, "it looks again a second later"
 
 
 def test_an_address_without_an_end_is_refused(service: Running) -> None:

@@ -1,5 +1,6 @@
 """The online feature table: what a service looks up is what the pipeline computed, bit for bit, never half of it."""
 
+import asyncio
 import json
 import shutil
 import socket
@@ -12,8 +13,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import numpy as np
 import pandas as pd
 import pytest
@@ -25,7 +28,31 @@ from mlops_course.experiments import TrainingConfig, train
 from mlops_course.project import flight_delay
 from mlops_course.serving import InputError, load_predictor
 from mlops_course.serving.bundle import Origin, write_bundle
-from mlops_course.serving.online import FeatureTable, FeatureTableError, features_path, materialise, open_feature_table
+from mlops_course.serving.limits import Limits
+from mlops_course.serving.models import LiveModels
+from mlops_course.serving.online import (
+    FeatureTable,
+    FeatureTableError,
+    Layout,
+    _Packed,
+    _write_file,
+    features_path,
+    materialise,
+    open_feature_table,
+)
+from mlops_course.serving.problems import Problem
+from mlops_course.serving.service import (
+    BETWEEN,
+    Question,
+    Service,
+    Work,
+    find_records,
+    name_keys,
+    open_table,
+    some_keys,
+    tick,
+    tick_table,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:Series.values returning:DeprecationWarning")  # inside pyarrow
 
@@ -250,6 +277,104 @@ def test_a_table_that_is_open_understands_features_that_came_later(own: Quarter,
     record = table.get([key_of(table, february.iloc[0])])[0] or {}
     assert record["moon"] == 0.5
     assert "seats" not in record
+
+
+# ---------------------------------------------------------------- in the service
+
+
+LITTLE = Layout((("time_hour", "time"), ("flight", "integer")), ("a",), ())
+MORE = Layout(LITTLE.key, ("a", "b"), ())
+
+
+def key_at(hour: int, flight: int = 1) -> str:
+    return f"2013-01-01T{hour:02}:00:00Z|{flight}"
+
+
+def put(path: Path, layout: Layout, month: str, keys: list[str]) -> None:
+    row = msgspec.msgpack.encode(_Packed(layout.name, np.ones(len(layout.numbers), "<f4").tobytes(), ()))
+    _write_file(path, "u", layout, {month: dict.fromkeys(keys, row)}, "features@1")
+
+
+def service_of(settings: Settings) -> Service:
+    made = Service(settings, LiveModels(settings), Limits())
+    open_table(made)
+    return made
+
+
+def ask(service: Service, flight: int, features: tuple[str, ...]) -> Any:
+    question = Question(key={"time_hour": "2013-01-01T10:00:00Z", "flight": flight})
+    work = Work([question], "r1")
+    name_keys(service, work)
+    return asyncio.run(look_up_one(service, work, features))
+
+
+async def look_up_one(service: Service, work: Work, features: tuple[str, ...]) -> Any:
+    predictor: Any = SimpleNamespace(features=features, encode=len)
+    return (await find_records(service, predictor, work))[0]
+
+
+def test_a_row_without_a_feature_is_refused_and_the_table_stays(settings: Settings) -> None:
+    path = features_path(settings)
+    put(path, LITTLE, "2013-01", [key_at(10, 1)])
+    put(path, MORE, "2013-02", [key_at(10, 2)])
+    service = service_of(settings)
+    with pytest.raises(Problem, match="has no feature b") as caught:
+        ask(service, 1, ("a", "b"))
+    assert (caught.value.status, caught.value.field) == (422, "key")
+    assert ask(service, 2, ("a", "b")) == [{"a": 1.0, "b": 1.0}]
+
+
+def test_another_file_in_the_place_of_the_table_is_noticed(settings: Settings) -> None:
+    path = features_path(settings)
+    put(path, LITTLE, "2013-01", [key_at(10, 1)])
+    service = service_of(settings)
+    for each in path.parent.glob("features.db*"):
+        each.unlink()
+    put(path, LITTLE, "2013-01", [key_at(10, 2)])
+    open_table(service)
+    assert ask(service, 2, ("a",)) == [{"a": 1.0}]
+    with pytest.raises(Problem, match="there is no"):
+        ask(service, 1, ("a",))
+
+
+def test_keys_to_try_come_from_all_over_the_table_and_none_when_it_is_gone(settings: Settings) -> None:
+    path = features_path(settings)
+    put(path, LITTLE, "2013-01", [key_at(hour, flight) for hour in range(24) for flight in range(200)])
+    table = open_feature_table(settings)
+    hours = {key["time_hour"] for _ in range(20) for key in some_keys(table, 5)}
+    assert len(hours) > 4
+    assert len({table.key(key) for key in some_keys(table, 50)}) == 50
+    plan = sqlite3.connect(path).execute(f"EXPLAIN QUERY PLAN {BETWEEN}", ("u", "", 1)).fetchall()
+    assert all("SEARCH" in step[3] for step in plan), "nobody looks through the whole table"
+    path.unlink()
+    assert some_keys(table, 5) == []
+
+
+def test_a_server_that_says_nothing_holds_up_its_own_askers_only(settings: Settings) -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        url = f"redis://127.0.0.1:{silent.getsockname()[1]}/0"
+        service = Service(settings.model_copy(update={"features_url": url}), LiveModels(settings), Limits())
+        seen = asyncio.run(beside_a_silent_one(service))
+    assert seen == ["a thread", "a look at the models", "the table"]
+    assert "cannot use" in service.table_problem
+
+
+async def beside_a_silent_one(service: Service) -> list[str]:
+    """Who is ready first."""
+    seen: list[str] = []
+
+    async def note(name: str, what: Any) -> None:
+        await what
+        seen.append(name)
+
+    waiting = asyncio.create_task(note("the table", tick_table(service)))
+    await asyncio.sleep(0.1)
+    await note("a thread", asyncio.to_thread(lambda: None))
+    await note("a look at the models", tick(service))
+    await waiting
+    return seen
 
 
 def test_use_cases_share_a_store_without_meeting(own: Quarter, february: pd.DataFrame) -> None:

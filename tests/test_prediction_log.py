@@ -14,7 +14,9 @@ import pandas as pd
 import pytest
 from conftest import Quarter
 from service_helpers import FIRST, serving, until
+from typer.testing import CliRunner
 
+from mlops_course.cli import app
 from mlops_course.data import read_table
 from mlops_course.environment import Settings
 from mlops_course.project import flight_delay
@@ -157,6 +159,47 @@ def test_the_table_has_the_key_in_its_own_columns(writer: PredictionLog, setting
     assert segments(settings, "jsonl") == []
 
 
+@pytest.mark.parametrize("bad", [1.5, "inf", "1e400", float(2**60), "", True, 2**70])
+def test_a_key_that_is_no_whole_number_is_missing_and_stops_nobody(
+    writer: PredictionLog, settings: Settings, bad: Any
+) -> None:  # fmt: skip
+    writer.append([entry(1, key={"flight": bad, "time_hour": bad, "carrier": bad}), entry(2)])
+    writer.close()
+    frame = read_table(settings, str(collect_predictions(settings, flight_delay).table)).sort_values("id")
+    assert frame["flight"].tolist()[1] == 12
+    assert frame["flight"].isna().tolist()[0] is (bad is not True)
+
+
+def test_a_segment_that_no_table_takes_is_set_aside_and_the_next_is_collected(
+    writer: PredictionLog, settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number in (1, 2):
+        writer.append([entry(number)])
+        writer.close()
+    real = room.as_frame
+
+    def frame(entries: list[Entry], *rest: Any) -> pd.DataFrame:
+        if entries[0].id == "r1":
+            raise ValueError("a value that nobody has thought of")
+        return real(entries, *rest)
+
+    monkeypatch.setattr(room, "as_frame", frame)
+    for rows, bad in ((1, 1), (0, 0)):
+        collected = collect_predictions(settings, flight_delay)
+        assert (collected.rows, collected.set_aside) == (rows, bad)
+    assert len(segments(settings, "bad")) == 1
+    assert "set aside" in caplog.text
+
+
+def test_the_command_collects(writer: PredictionLog, settings: Settings) -> None:
+    writer.append([entry(1)])
+    writer.close()
+    done = CliRunner().invoke(app, ["collect-predictions", "--home", str(settings.home), "--json"])
+    assert json.loads(done.output) == {
+        "table": "predictions_online@1", "segments": 1, "rows": 1, "torn": 0, "set_aside": 0,
+    }  # fmt: skip
+
+
 def test_collecting_again_or_after_a_crash_counts_nothing_twice(
     writer: PredictionLog, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -188,6 +231,21 @@ def test_what_is_being_written_is_left_alone(writer: PredictionLog, settings: Se
     writer.append([entry(2)])
     writer.close()
     assert collect_predictions(settings, flight_delay).rows == 2
+
+
+def test_only_the_dead_of_the_own_machine_and_the_long_dead_are_collected(
+    writer: PredictionLog, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer.append([entry(1)])
+    path = segments(settings, "open")[0]
+    assert f"-{room.host_name()}-" in path.name
+    os.close(writer.descriptor)  # its process has died
+    writer.path = None
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(room.socket, "gethostname", lambda: "another")
+        assert collect_predictions(settings, flight_delay).rows == 0
+        os.utime(path, (time.time() - 25 * 3600,) * 2)
+        assert collect_predictions(settings, flight_delay).rows == 1
 
 
 def test_nothing_is_lost_between_a_writer_and_a_collector(settings: Settings) -> None:

@@ -154,6 +154,16 @@ def test_asked_to_end_it_ends_with_status_0_and_leaves_nobody(home: Path, count:
         assert refuses(running.port)
 
 
+def test_without_their_supervisor_the_workers_end_as_well(home: Path) -> None:
+    with serving(home, "--workers", "2") as running:
+        until(lambda: len(workers(running)) == 2)
+        found = workers(running)
+        running.process.kill()
+        running.process.wait(10)
+        until(lambda: not any(psutil.pid_exists(each) for each in found))
+        assert refuses(running.port), "the address is free for the next one"
+
+
 def run_serve(*options: str) -> "subprocess.CompletedProcess[str]":
     program = [sys.executable, "-c", "from mlops_course.cli import main; main()"]
     return subprocess.run([*program, "serve", *options], capture_output=True, text=True, timeout=60)
@@ -204,11 +214,24 @@ def test_it_listens_to_this_machine_only(home: Path) -> None:
         assert [each.laddr.ip for each in listening] == ["127.0.0.1"]
 
 
-def test_serving_imports_nothing_that_training_needs() -> None:
-    code = "import sys, mlops_course.serving.server, mlops_course.serving.service; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+ONE_ANSWER = """
+import sys
+from pathlib import Path
+from mlops_course.environment import Settings
+from mlops_course.serving import load_predictor, live_bundle
+import mlops_course.serving.server, mlops_course.serving.service
+predictor = load_predictor(live_bundle(Settings(home=Path(sys.argv[1]))))
+record = {each.name: each.typical for each in predictor.manifest.features}
+assert 0 < predictor.scores(predictor.encode([record]))[0] < 1
+print(*sys.modules)
+"""
+
+
+def test_serving_a_model_imports_nothing_that_training_needs(home: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", ONE_ANSWER, str(home)], capture_output=True, text=True, check=True)
     tops = {name.split(".")[0] for name in done.stdout.split()}
-    heavy = {"pandas", "sklearn", "scipy", "mlflow", "pyarrow", "deltalake", "onnx", "skl2onnx", "papermill"}
+    assert {"onnx", "onnxruntime"} <= tops, "the model was looked at, and asked"
+    heavy = {"pandas", "sklearn", "scipy", "mlflow", "pyarrow", "deltalake", "skl2onnx", "papermill"}
     assert tops & heavy == set()
 
 

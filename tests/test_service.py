@@ -1,5 +1,6 @@
 """The REST service, asked by a real client over a real connection: answers, refusals, and what it says about itself."""
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -7,11 +8,17 @@ from typing import Any
 
 import httpx
 import numpy as np
+import onnx
 import pytest
+from fastapi.testclient import TestClient
 from service_helpers import FIRST, SECOND, Running, serving, until
 
-from mlops_course.serving import load_predictor, open_feature_table, publish
+from mlops_course.environment import Settings
+from mlops_course.serving import BundleError, Predictor, load_predictor, open_feature_table, publish
+from mlops_course.serving import models as room
 from mlops_course.serving.bundle import live_bundle
+from mlops_course.serving.models import Choice, LiveModels, Models
+from mlops_course.serving.service import create_app
 
 pytestmark = pytest.mark.filterwarnings("ignore:Series.values returning:DeprecationWarning")  # inside pyarrow
 
@@ -129,6 +136,7 @@ def test_a_wrong_field_is_named(service: Running, record: dict[str, Any], change
     [
         ({"flight": "many"}, 422, "key.flight"),
         ({"flight": None}, 422, "key.flight"),
+        ({"flight": 1.5}, 422, "key[...]"),
         ({"time_hour": "yesterday"}, 422, "key.time_hour"),
         ({"time_hour": "2013-02-01T10:00:00"}, 422, "key.time_hour"),
         ({"colour": "red"}, 422, "key.colour"),
@@ -244,6 +252,7 @@ def test_without_a_model_it_lives_but_is_not_ready_and_it_takes_the_first_one(
         running.wait_ready()
         assert running.ask(record=record).json()["model"] == FIRST
         assert "online feature table" in problem(running.ask(key=key), 503)["detail"]
+        assert problem(running.ask(record=record, key={"flight": 1.5}), 422)["field"] == "key[...]"
         (home / "features.db").rename(home / "serving" / "features.db")
         until(lambda: running.ask(key=key).status_code == 200)
         (home / "serving" / "live.json").unlink()
@@ -266,6 +275,78 @@ def test_a_new_model_takes_over_and_a_broken_one_does_not(home: Path, record: di
         assert running.ask(record=record).json()["model"] == FIRST
         assert "serving_model_refused_total 1.0" in running.client.get("/metrics").text
         assert "damaged" in running.errors()
+
+
+class Silent(Predictor):
+    """A model that answers with no number."""
+
+    def __init__(self, real: Predictor) -> None:
+        self.__dict__.update(real.__dict__)
+
+    def scores(self, matrix: np.ndarray) -> np.ndarray:
+        return np.where(np.arange(len(matrix)) == 0, np.nan, 0.5)
+
+
+class Fixed(Models):
+    """A choice that stays."""
+
+    ready = True
+
+    def __init__(self, choice: Choice) -> None:
+        self.choice = choice
+        self.seen: list[tuple[str, bool]] = []
+
+    def live(self) -> Choice:
+        return self.choice
+
+    choose = lambda self, _: self.choice  # noqa: E731
+
+    def observe(self, choice: Choice, seconds: float, scores: Any, ok: bool, records: Any) -> None:
+        self.seen.append((choice.role, ok))
+
+
+@pytest.mark.parametrize("path", ["/predict", "/predict/batch"])
+def test_a_score_that_is_no_number_is_a_failure_of_the_model(
+    home: Path, record: dict[str, Any], path: str
+) -> None:  # fmt: skip
+    real = load_predictor(home / "serving" / "bundles" / FIRST)
+    body = {"record": record} if path == "/predict" else {"rows": [{"record": record}] * 20}
+    for fallback, status, seen in (
+        (None, 503, [("candidate", False)]),
+        (Choice(real, "stable"), 200, [("candidate", False), ("stable", True)]),
+    ):
+        models = Fixed(Choice(Silent(real), "candidate", fallback=fallback))
+        client = TestClient(create_app(Settings(home=home), models=models), raise_server_exceptions=False)
+        answer = client.post(path, json=body)
+        assert (answer.status_code, models.seen) == (status, seen), answer.text
+        assert "null" not in answer.text
+
+
+def test_a_model_that_cannot_answer_is_not_published(home: Path) -> None:
+    (home / "serving" / "bundles" / SECOND / "model.onnx").rename(home / "model.onnx")
+    broken = onnx.load_model(home / "model.onnx")
+    broken.graph.node[0].domain = "else.where"
+    content = broken.SerializeToString()
+    manifest = home / "serving" / "bundles" / SECOND / "bundle.json"
+    found = json.loads(manifest.read_bytes())
+    found["files"]["model.onnx"] = hashlib.sha256(content).hexdigest()
+    manifest.write_text(json.dumps(found))
+    (home / "serving" / "bundles" / SECOND / "model.onnx").write_bytes(content)
+    live = (home / "serving" / "live.json").read_bytes()
+    with pytest.raises(BundleError, match="operations are"):
+        publish(Settings(home=home), SECOND)
+    assert (home / "serving" / "live.json").read_bytes() == live
+
+
+def test_whatever_a_new_model_raises_is_counted_and_tried_again(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = LiveModels(Settings(home=home), patience=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(room, "load_predictor", lambda _: (_ for _ in ()).throw(MemoryError("too large")))
+        models.refresh()
+        models.refresh()
+    assert (models.failures, models.ready, "too large" in models.problem) == (2, False, True)
+    models.refresh()
+    assert (models.ready, models.problem) == (True, "")
 
 
 def test_the_score_is_the_same_whoever_asks(service: Running, examples: list[dict[str, Any]]) -> None:

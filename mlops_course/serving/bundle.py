@@ -404,11 +404,14 @@ def publish(
     """Make a bundle the one that is served.
 
     Raises:
-        BundleError: it is not there, or damaged.
+        BundleError: it is not there, damaged, or it can't answer.
     """
+    from mlops_course.serving.inference import load_predictor, prove_answers
+
     named = isinstance(bundle, str) and REFERENCE.fullmatch(bundle)
     folder = bundles_folder(settings) / bundle if named else Path(bundle)
     manifest = read_bundle(folder)
+    prove_answers(load_predictor(folder))
     home = bundles_folder(settings) / manifest.model
     if folder.resolve() != home.resolve():
         _place(home, manifest, {name: _read(folder, name) for name in manifest.files})

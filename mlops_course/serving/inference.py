@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['OPERATION', 'BRANCHES', 'TREES', 'CHUNK', 'Codes', 'NUMBERS', 'LARGEST', 'InputError', 'Reason', 'check_graph',
-           'Predictor', 'load_predictor']
+           'Predictor', 'load_predictor', 'prove_answers']
 
 # %% ../../nbs/internals/07_inference.ipynb #ca411371
 class InputError(CourseError):
@@ -74,7 +74,28 @@ def check_graph(
     table = {each.name: each for each in model.graph.node[0].attribute}
     if "post_transform" not in table or table["post_transform"].s != b"LOGISTIC":
         return "its scores are no probabilities"
-    return _check_trees({name: np.array(each.ints, np.int64) for name, each in table.items()}, table, width)
+    return _check_numbers(table) or _check_trees(_ints(table), table, width)
+
+# %% ../../nbs/internals/07_inference.ipynb #00ac4681
+def _check_numbers(table: dict[str, Any]) -> str | None:
+    """What is wrong with the numbers of a table of trees; None: nothing."""
+    for name, each in table.items():
+        bad = np.isnan if name == "nodes_values" else _endless  # `x <= inf` asks whether x is there at all
+        if bad(np.array([*each.floats, each.f])).any():
+            return f"its {name} are not all finite"
+        if each.HasField("t"):
+            return f"its {name} are of another kind than float32"
+    return None
+
+
+def _endless(numbers: np.ndarray) -> np.ndarray:
+    """Which numbers are NaN or infinite."""
+    return ~np.isfinite(numbers)
+
+
+def _ints(table: dict[str, Any]) -> dict[str, np.ndarray]:
+    """The whole numbers of a table of trees."""
+    return {name: np.array(each.ints, np.int64) for name, each in table.items()}
 
 # %% ../../nbs/internals/07_inference.ipynb #29a2a8e0
 BRANCHES = ("treeids", "nodeids", "featureids", "truenodeids", "falsenodeids")
@@ -250,6 +271,19 @@ def load_predictor(
     """
     manifest, graph = open_bundle(folder)
     return Predictor(manifest, graph, threads)
+
+# %% ../../nbs/internals/07_inference.ipynb #e7b74620
+def prove_answers(
+    predictor: Predictor,  # just loaded
+) -> None:
+    """Make sure that a model can answer: a typical row gets a score. Raises: BundleError."""
+    typical = {feature.name: feature.typical for feature in predictor.manifest.features}
+    try:
+        score = predictor.scores(predictor.encode([typical]))
+    except Exception as error:  # whatever a runtime raises
+        raise BundleError(f"{predictor.reference} cannot score a typical row: {error}", REMEDY) from error
+    if score.shape != (1,) or not np.isfinite(score).all():
+        raise BundleError(f"{predictor.reference} scores a typical row as {score.tolist()}", REMEDY)
 
 # %% ../../nbs/internals/07_inference.ipynb #b5ffacaa
 Codes = list[tuple[int, str, dict[str, float]]]

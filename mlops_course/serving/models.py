@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-import numpy as np
 
 from ..environment import CourseError, Settings
 from .bundle import CARD, live_bundle
-from .inference import Predictor, load_predictor
+from .inference import Predictor, load_predictor, prove_answers
 from .problems import Problem
 
 if TYPE_CHECKING:
@@ -42,24 +41,31 @@ class Choice:
 
 Record = msgspec.Struct | dict[str, Any]  # a row as it came in: of the predictor's record_type, or of the feature table
 
-# %% ../../nbs/internals/07_models.ipynb #014b9b11
-class Models:
-    """Who answers. The service calls `start` once, `refresh` once a second from a thread, the rest for each request."""
-
+# %% ../../nbs/internals/07_models.ipynb #dd894bb7
+class _Kept:
+    """What those who decide say about themselves, and what they are told."""
     problem: str = ""  # why there is no model, or why the newest could not be taken; empty: all is well
     failures: int = 0  # models that could not be loaded
     card: str = ""  # the model card, Markdown
-
-    @property
-    def ready(self) -> bool:
-        """Whether there is a model."""
-        raise NotImplementedError
 
     def start(self, log: PredictionLog | None, metrics: Metrics | None) -> None:
         """Hear where predictions are logged and counted, for those who want to add some."""
 
     def refresh(self) -> None:
         """Look whether there is something new."""
+
+# %% ../../nbs/internals/07_models.ipynb #014b9b11
+class Models(_Kept):
+    """Who answers. The service calls `start` once, `refresh` once a second from a thread, the rest for each request."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is a model."""
+        raise NotImplementedError
+
+    def live(self) -> Choice:
+        """Say which model is live, whoever else answers some requests. Raises: Problem with status 503."""
+        raise NotImplementedError
 
     def choose(self, sticky: str | None) -> Choice:
         """Say who answers; the same sticky key gets the same model, None the usual one. Raises: Problem with 503."""
@@ -110,24 +116,28 @@ class _Loading(_Watching):
                 self.problem = "what was published is gone" if self.choice else NONE_YET
                 return
             predictor, card = load_predictor(folder), (folder / CARD).read_text(encoding="utf-8")
-            predictor.scores(np.zeros((1, len(predictor.features)), dtype=np.float32))
+            prove_answers(predictor)
             self.choice, self.card, self.problem = Choice(predictor), card, ""
             gc.collect()  # the type of the old model's records refers to itself: nothing else would ever free it
             log.info("%s answers from now on", predictor.reference)
-        except (CourseError, OSError, UnicodeDecodeError) as error:
+        except Exception as error:  # whatever is wrong with the newest model, the one that is there goes on
             self.problem, self.failures = f"the newest model was refused: {error}", self.failures + 1
             self.again = time.monotonic() + self.patience
-            log.error("%s", self.problem)
+            log.error("%s", self.problem, exc_info=None if isinstance(error, (CourseError, OSError)) else error)
 
 # %% ../../nbs/internals/07_models.ipynb #4edc048a
 class LiveModels(_Loading):
     """The bundle that was published last."""
 
-    def choose(self, sticky: str | None) -> Choice:
+    def live(self) -> Choice:
         """The live model. Raises: Problem when there is none."""
         if self.choice is None:
             raise no_model(self.problem)
         return self.choice
+
+    def choose(self, sticky: str | None) -> Choice:
+        """The live model. Raises: Problem when there is none."""
+        return self.live()
 
 # %% ../../nbs/internals/07_models.ipynb #ee33d9dd
 def no_model(

@@ -29,8 +29,9 @@ if TYPE_CHECKING:
     from mlops_course.project import UseCase
 
 # %% auto #0
-__all__ = ['SEPARATOR', 'MOMENT', 'Record', 'TABLES', 'LAYOUTS', 'FIND', 'Months', 'FeatureTableError', 'Layout', 'Store',
-           'FeatureTable', 'FileStore', 'RedisStore', 'features_path', 'open_feature_table', 'materialise']
+__all__ = ['SEPARATOR', 'MOMENT', 'Record', 'TABLES', 'LAYOUTS', 'FIND', 'Months', 'FeatureTableError', 'Layout',
+           'LackingRowError', 'name_key', 'Store', 'FeatureTable', 'file_mark', 'FileStore', 'RedisStore',
+           'features_path', 'open_feature_table', 'materialise']
 
 # %% ../../nbs/internals/07_online.ipynb #7bae0503
 class FeatureTableError(CourseError):
@@ -53,12 +54,24 @@ class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         "A short name; another layout has another one."
         return hashlib.sha256(msgspec.json.encode(self)).hexdigest()[:8]
 
+# %% ../../nbs/internals/07_online.ipynb #b2c31f41
+class LackingRowError(FeatureTableError):
+    "A row of the online feature table lacks a feature; others may have it."
+
+    def __init__(self, key: str, feature: str) -> None:
+        problem = f"the row {key} of the online feature table has no feature {feature}, which the model takes"
+        super().__init__(problem, "Send a whole record, or materialise its month again")
+        self.key = key
+
 # %% ../../nbs/internals/07_online.ipynb #320729b4
 SEPARATOR, MOMENT = "|", "%Y-%m-%dT%H:%M:%SZ"
 
 
-def _key(parts: Sequence[tuple[str, str]], given: Mapping[str, object]) -> str:
-    """A key as text."""
+def name_key(
+    parts: Sequence[tuple[str, str]],  # name and kind of each
+    given: Mapping[str, object],  # the values by name; times in ISO form
+) -> str:  # the name of a row
+    """Name a row by its key. Raises: InputError naming the field."""
     if foreign := [name for name in given if name not in dict(parts)]:
         names = ", ".join(name for name, _ in parts)
         raise InputError(f"a key has no {str(foreign[0])[:60]!r}", f"Give {names}", str(foreign[0])[:60])
@@ -120,7 +133,7 @@ Record = dict[str, float | str | None]
 _unpack = msgspec.msgpack.Decoder(_Packed).decode
 
 
-def _record(row: _Packed, layout: Layout, wanted: Sequence[str] | None) -> Record:
+def _record(key: str, row: _Packed, layout: Layout, wanted: Sequence[str] | None) -> Record:
     """A row as a record: categories and numbers by name, None where they are missing."""
     values = np.frombuffer(row.numbers, dtype="<f4").tolist()
     record: Record = dict(zip(layout.texts, row.texts, strict=True))
@@ -130,8 +143,7 @@ def _record(row: _Packed, layout: Layout, wanted: Sequence[str] | None) -> Recor
     try:
         return {name: record[name] for name in wanted}
     except KeyError as error:
-        problem = f"the online feature table has no feature {error.args[0]}, which the model takes"
-        raise FeatureTableError(problem, "Materialise the features again") from error
+        raise LackingRowError(key, error.args[0]) from error
 
 # %% ../../nbs/internals/07_online.ipynb #3ecb7ecd
 class Store(Protocol):
@@ -172,7 +184,7 @@ class FeatureTable(_Opened):
         given: Mapping[str, object],  # the key's values by name; times in ISO form
     ) -> str:  # the row's name
         "Name a row. Raises: InputError naming the field."
-        return _key(list(self.layouts.values())[-1].key, given)
+        return name_key(list(self.layouts.values())[-1].key, given)
 
     def get(
         self,
@@ -183,7 +195,7 @@ class FeatureTable(_Opened):
         rows = {key: _unpack(packed) for key, packed in self.store.find(self.use_case, keys).items()}
         if any(row.layout not in self.layouts for row in rows.values()):
             self.layouts = self.store.layouts(self.use_case)
-        found = {key: _record(row, self.layouts[row.layout], features) for key, row in rows.items()}
+        found = {key: _record(key, row, self.layouts[row.layout], features) for key, row in rows.items()}
         return [found.get(key) for key in keys]
 
 # %% ../../nbs/internals/07_online.ipynb #e32dad90
@@ -208,6 +220,17 @@ def _readable(path: Path) -> Iterator[None]:
         problem = f"cannot read the online feature table {path}: {error}"
         raise FeatureTableError(problem, "Delete the file, and materialise the features again") from error
 
+# %% ../../nbs/internals/07_online.ipynb #ea1161be
+def file_mark(
+    path: Path,  # of a file
+) -> tuple[int, int] | None:  # None: it is not there
+    """Something that another file in the same place has not."""
+    try:
+        state = path.stat()
+        return state.st_dev, state.st_ino
+    except OSError:
+        return None
+
 # %% ../../nbs/internals/07_online.ipynb #aad85793
 class FileStore:
     "Rows in an SQLite file, which is only read."
@@ -216,6 +239,7 @@ class FileStore:
         if not path.is_file():
             raise FeatureTableError(f"there is no online feature table {path}", "Run the training pipeline first")
         self.path, address = path, f"{path.absolute().as_uri()}?mode=ro"
+        self.mark = file_mark(path)
         self.base = sqlite3.connect(address, uri=True, timeout=10, check_same_thread=False)
 
     def _ask(self, sql: str, *values: str) -> list[Any]:
@@ -269,14 +293,14 @@ def _redis(url: str) -> Iterator[None]:
         raise FeatureTableError(problem, "Check MLOPS_COURSE_FEATURES_URL, and that the server runs") from error
 
 
-def _connect(url: str) -> Any:
+def _connect(url: str, seconds: float = 2) -> Any:
     """A connection that gives up after seconds."""
     if find_spec("redis") is None:
         raise FeatureTableError("the package redis is not installed", "Run `pip install mlops_course[cluster]`")
     from redis import Redis
 
     with _redis(url):
-        client = Redis.from_url(url, socket_timeout=30, socket_connect_timeout=3)
+        client = Redis.from_url(url, socket_timeout=seconds, socket_connect_timeout=2)
         client.ping()
         return client
 
@@ -308,7 +332,7 @@ class RedisStore:
 # %% ../../nbs/internals/07_online.ipynb #a8b3c883
 def _write_redis(url: str, use_case: str, layout: Layout, months: Months, source: str) -> None:
     """Replace months in one transaction."""
-    client, home, text = _connect(url), f"features:{use_case}", msgspec.json.encode(layout)
+    client, home, text = _connect(url, 60), f"features:{use_case}", msgspec.json.encode(layout)
     with _redis(url), closing(client), client.pipeline(transaction=True) as batch:
         known = {month: client.smembers(f"{home}:month:{month}") for month in months}
         batch.sadd("features", use_case)

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import secrets
+import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -17,9 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 # %% auto #0
-__all__ = ['log', 'encode', 'decode', 'TABLE', 'Entry', 'LogLimits', 'log_folder', 'open_segment', 'write_all', 'PredictionLog',
-           'unwritten', 'segments_size', 'room_problem', 'tend', 'Collected', 'read_segment', 'close_orphans',
-           'as_frame', 'collect_predictions']
+__all__ = ['log', 'encode', 'decode', 'DEAD', 'TABLE', 'Entry', 'LogLimits', 'log_folder', 'host_name', 'open_segment',
+           'write_all', 'PredictionLog', 'unwritten', 'segments_size', 'room_problem', 'tend', 'Collected',
+           'read_segment', 'close_orphans', 'as_frame', 'collect_predictions']
 
 # %% ../../nbs/internals/07_predictions.ipynb #dfdcbfa1
 import msgspec
@@ -72,13 +74,21 @@ def log_folder(
     """Where the segments are."""
     return settings.serving / "predictions"
 
+# %% ../../nbs/internals/07_predictions.ipynb #c0244302
+DEAD = 24 * 3600.0  # seconds; a worker that lives closes its segment within the hour
+
+
+def host_name() -> str:
+    """The name of this machine, as it stands in the names of segments."""
+    return re.sub(r"[^A-Za-z0-9.]", "_", socket.gethostname())[:60] or "host"
+
 # %% ../../nbs/internals/07_predictions.ipynb #a65d7743
 def open_segment(
     folder: Path,  # of the log
 ) -> tuple[Path, int]:  # the file, and a descriptor that appends to it
     """Begin a segment. Raises: OSError."""
     folder.mkdir(parents=True, exist_ok=True)
-    name = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{os.getpid()}-{secrets.token_hex(4)}"
+    name = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{host_name()}-{os.getpid()}-{secrets.token_hex(4)}"
     hidden, path = folder / f".{name}.tmp", folder / f"{name}.open"
     descriptor = os.open(hidden, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o640)
     try:
@@ -220,6 +230,7 @@ class Collected:
     segments: int
     rows: int
     torn: int  # lines that were never finished
+    set_aside: int = 0  # segments that can't be collected; they are still there, as `….bad`
 
 
 TABLE = "predictions_online"
@@ -237,12 +248,23 @@ def read_segment(
             torn += 1
     return entries, torn
 
+# %% ../../nbs/internals/07_predictions.ipynb #7b569452
+def _silent(path: Path) -> bool:
+    """Whether a segment was written to so long ago that its worker must be dead."""
+    try:
+        state = path.stat()
+        return state.st_size > 0 and time.time() - state.st_mtime > DEAD
+    except FileNotFoundError:  # just closed
+        return False
+
 # %% ../../nbs/internals/07_predictions.ipynb #fc8b4f69
 def close_orphans(
     folder: Path,  # of the log
 ) -> None:
-    """Close the segments of workers that have died: nobody holds a lock on them."""
+    """Close the segments of workers that have died: nobody holds a lock on them. Locks don't reach other machines."""
     for path in sorted(folder.glob("*.open")):
+        if f"-{host_name()}-" not in path.name and not _silent(path):
+            continue
         if sys.platform == "win32":
             with suppress(OSError):  # a file that is open can't be renamed there
                 path.rename(path.with_suffix(".jsonl"))
@@ -287,11 +309,30 @@ def _key_column(values: list[Any], kind: str) -> pd.Series:
     import pandas as pd
 
     series = pd.Series(values, dtype="object")
+    texts = series.where(series.map(lambda value: isinstance(value, str)), None)
     if kind.startswith("datetime"):
-        return pd.to_datetime(series, utc=True, errors="coerce", format="ISO8601").dt.as_unit("us")
+        return pd.to_datetime(texts, utc=True, errors="coerce", format="ISO8601").dt.as_unit("us")
     if kind.startswith("int"):
-        return pd.to_numeric(series, errors="coerce").astype("Int64")
-    return series.where(series.map(lambda value: isinstance(value, str)), None).astype("str")
+        numbers = pd.to_numeric(series, errors="coerce").astype("float64")
+        whole = (numbers % 1 == 0) & (numbers.abs() <= 2**53)  # beyond that, two numbers may look the same
+        return numbers.where(whole).astype("Int64")
+    return texts.astype("str")
+
+# %% ../../nbs/internals/07_predictions.ipynb #2af2683a
+def _collect(settings: Settings, use_case: UseCase, path: Path) -> tuple[int, int] | None:
+    """Move one segment into the table: rows and unfinished lines; None: it was set aside."""
+    from mlops_course.data import replace_months
+
+    entries, torn = read_segment(path)
+    try:
+        if entries:
+            replace_months(settings, TABLE, as_frame(entries, use_case, path.stem), by="segment")
+    except (ValueError, TypeError, ArithmeticError):  # values that no table takes; the others must not wait for it
+        log.exception("the segment %s can't be collected, and is set aside", path.name)
+        path.rename(path.with_suffix(".bad"))
+        return None
+    path.unlink(missing_ok=True)
+    return len(entries), torn
 
 # %% ../../nbs/internals/07_predictions.ipynb #963435b5
 def collect_predictions(
@@ -299,18 +340,15 @@ def collect_predictions(
     use_case: UseCase,  # which columns name a row
 ) -> Collected:
     """Move closed segments into the table `predictions_online`; doing it again changes nothing."""
-    from mlops_course.data import newest_reference, replace_months, table_version
+    from mlops_course.data import newest_reference, table_version
 
     folder = log_folder(settings)
     if not folder.is_dir():
         return Collected(None, 0, 0, 0)
     close_orphans(folder)
-    segments, rows, torn = sorted(folder.glob("*.jsonl")), 0, 0
-    for path in segments:
-        entries, unreadable = read_segment(path)
-        if entries:
-            replace_months(settings, TABLE, as_frame(entries, use_case, path.stem), by="segment")
-        path.unlink(missing_ok=True)
-        rows, torn = rows + len(entries), torn + unreadable
+    found = [_collect(settings, use_case, path) for path in sorted(folder.glob("*.jsonl"))]
+    good = [counts for counts in found if counts is not None]
     there = table_version(settings, TABLE) is not None
-    return Collected(newest_reference(settings, TABLE) if there else None, len(segments), rows, torn)
+    table = newest_reference(settings, TABLE) if there else None
+    rows, torn = sum(rows for rows, _ in good), sum(torn for _, torn in good)
+    return Collected(table, len(good), rows, torn, len(found) - len(good))

@@ -8,17 +8,24 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import multiprocessing
 import os
 import pkgutil
 import signal
 import socket
 import tempfile
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from http import HTTPStatus
 from time import monotonic
 from typing import Any
 
+# %% auto #0
+__all__ = ['log', 'APP', 'Connection', 'watch', 'ServeError', 'bind', 'Launch', 'end_with_supervisor', 'JsonLines', 'log_config',
+           'configure', 'serve', 'run_one', 'run_many']
+
+# %% ../../nbs/internals/07_server.ipynb #0c21a6c5
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.supervisors import Multiprocess
@@ -29,16 +36,12 @@ from .problems import PROBLEM, Problem, document
 
 log = logging.getLogger("mlops_course.serving")
 
-# %% auto #0
-__all__ = ['log', 'APP', 'Connection', 'watch', 'ServeError', 'bind', 'Launch', 'JsonLines', 'log_config', 'configure', 'serve',
-           'run_one', 'run_many']
-
 # %% ../../nbs/internals/07_server.ipynb #b6477d43
 class _Refusing(HttpToolsProtocol):
     """A connection that can be refused before there is a request."""
 
     since = float("inf")  # when the part that is being waited for was begun
-    head = 0  # bytes of the headers so far
+    head = 0  # bytes of the headers so far; after them, bytes since the body last grew
     heading = True  # whether headers are being read
 
     def end_with(self, problem: Problem) -> None:
@@ -79,20 +82,37 @@ class _Counting(_Refusing):
     def on_message_complete(self) -> None:
         """Nothing more is waited for."""
         super().on_message_complete()
-        self.since = float("inf")
+        self.since, self.head = float("inf"), 0
 
 # %% ../../nbs/internals/07_server.ipynb #b6a473ef
-class Connection(_Counting):
-    """A connection with limits."""
+class _Bounded(_Counting):
+    """A connection that bounds all that is no body."""
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Take a header; one that comes after the body is dropped: nobody has checked it."""
+        if self.heading:
+            super().on_header(name, value)
+
+    def on_body(self, body: bytes) -> None:
+        """The body grows: the layer around the app counts it."""
+        self.head = 0
+        super().on_body(body)
 
     def data_received(self, data: bytes) -> None:
-        """Read on, unless the headers have no end."""
-        if self.heading:
-            self.head += len(data)
+        """Read on, unless the headers have no end, before the body or after it."""
+        self.head += len(data)
         super().data_received(data)
-        if self.heading and self.head > self.app.limits.head:
+        if self.head <= self.app.limits.head or self.transport.is_closing():
+            return
+        if not self.heading and self.cycle.response_started:
+            self.transport.abort()  # it has its answer already
+        else:
             much = f"the headers have more than {self.app.limits.head} bytes"
             self.end_with(Problem(431, much, "Send fewer or shorter headers"))
+
+# %% ../../nbs/internals/07_server.ipynb #ef0cd55b
+class Connection(_Bounded):
+    """A connection with limits."""
 
     def overdue(self, now: float) -> None:
         """End what has waited too long; called once a second."""
@@ -116,11 +136,14 @@ def watch(
     state.watched = True
 
     def look() -> None:
-        now = monotonic()
-        for each in list(connection.connections):
-            if isinstance(each, Connection):
-                each.overdue(now)
-        connection.loop.call_later(1, look)
+        try:
+            for each in list(connection.connections):
+                if isinstance(each, Connection):
+                    each.overdue(monotonic())
+        except Exception:  # a mistake with one connection must not end the watch over all
+            log.exception("the watch over connections failed")
+        finally:
+            connection.loop.call_later(1, look)
 
     connection.loop.call_later(1, look)
 
@@ -161,14 +184,26 @@ class Launch:
     settings: Settings
     limits: Limits
     app: str = APP  # `module:function`, called with settings and limits
+    supervisor: int | None = None  # the process that looks after the workers, if there are several
 
     def __call__(self) -> Any:
         """Make the app. Raises: ServeError."""
+        if self.supervisor not in (None, os.getpid()):
+            threading.Thread(target=end_with_supervisor, daemon=True).start()
         try:
             make = pkgutil.resolve_name(self.app)
         except (ImportError, AttributeError, ValueError) as error:
             raise ServeError(f"there is no app {self.app!r}: {error}", "Write module:function") from error
         return make(self.settings, self.limits)
+
+# %% ../../nbs/internals/07_server.ipynb #7be97a2e
+def end_with_supervisor() -> None:
+    """Wait until the parent has ended, and end this process in good order."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        log.error("the process %s, which looks after this one, is gone", parent.pid)
+        signal.raise_signal(signal.SIGTERM) if os.name == "nt" else os.kill(os.getpid(), signal.SIGTERM)
 
 # %% ../../nbs/internals/07_server.ipynb #62f5475b
 class JsonLines(logging.Formatter):
@@ -225,7 +260,8 @@ def serve(
     if workers < 1:
         raise ServeError(f"{workers} workers can't serve", "Ask for 1 or more")
     limits = limits or Limits()
-    launch = Launch(settings.prepare(), replace(limits, rate=limits.rate / workers), app)
+    supervisor = os.getpid() if workers > 1 else None
+    launch = Launch(settings.prepare(), replace(limits, rate=limits.rate / workers), app, supervisor)
     if app != APP:
         launch()  # what can't be made is said once, here, and not by each worker again and again
     taken = bind(host, port)

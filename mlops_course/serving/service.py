@@ -9,6 +9,7 @@ import asyncio
 import gc
 import json
 import logging
+import random
 import re
 import secrets
 import sqlite3
@@ -25,12 +26,14 @@ import numpy as np
 
 # %% auto #0
 __all__ = ['log', 'Text', 'Whole', 'Key', 'ABSENT', 'QUESTION', 'BATCH', 'encode', 'PLACE', 'NAMED', 'UNREADABLE', 'FEW',
-           'JSON_TYPE', 'REFUSALS', 'REASONS', 'SILENT', 'PATHS', 'Question', 'Batch', 'Answer', 'Row', 'Answers',
-           'unreadable', 'refuse_repeated', 'Service', 'open_table', 'Work', 'name_keys', 'read_records', 'decoder_of',
-           'find_records', 'look_up', 'score', 'write_down', 'check_form', 'body_of', 'request_id_of', 'wanted_reasons',
-           'PredictOne', 'read', 'check_names', 'PredictMany', 'refusal', 'add_health', 'add_model', 'typical_record',
-           'some_keys', 'newest_key', 'record_schema', 'key_schema', 'schemas', 'operation', 'describe', 'tick',
-           'tick_on', 'lifespan', 'build_api', 'handlers', 'Door', 'problem_response', 'add_refusals', 'create_app']
+           'JSON_TYPE', 'REFUSALS', 'BETWEEN', 'REASONS', 'SILENT', 'PATHS', 'Question', 'Batch', 'Answer', 'Row',
+           'Answers', 'unreadable', 'refuse_repeated', 'Service', 'open_table', 'Work', 'name_keys', 'read_records',
+           'decoder_of', 'find_records', 'look_up', 'check_scores', 'score', 'write_down', 'check_form', 'body_of',
+           'request_id_of', 'wanted_reasons', 'PredictOne', 'read', 'check_names', 'PredictMany', 'refusal',
+           'add_health', 'add_model', 'typical_record', 'pick_keys', 'some_keys', 'newest_key', 'record_schema',
+           'key_schema', 'schemas', 'operation', 'describe', 'tick', 'tick_table', 'count_swap', 'tick_on',
+           'tick_table_on', 'lifespan', 'build_api', 'handlers', 'Door', 'problem_response', 'add_refusals',
+           'create_app']
 
 # %% ../../nbs/internals/07_service.ipynb #ae022867
 from fastapi import FastAPI, Query, Request, Response
@@ -44,7 +47,9 @@ from .inference import LARGEST, InputError, Predictor, Reason
 from .limits import Authorize, Guard, Limits, Scope
 from .metrics import Metrics, expose
 from .models import Choice, LiveModels, Models
-from .online import FeatureTable, FeatureTableError, FileStore, open_feature_table
+from mlops_course.serving.online import (
+    FeatureTable, FeatureTableError, FileStore, LackingRowError, file_mark, name_key, open_feature_table,
+)
 from .page import add_page
 from .predictions import Entry, PredictionLog, log_folder, tend
 from .problems import JSON, PROBLEM, Document, Problem, Receive, Send, document, refuse, respond
@@ -54,7 +59,7 @@ log = logging.getLogger("mlops_course.serving")
 # %% ../../nbs/internals/07_service.ipynb #cfbbd15b
 Text = Annotated[str, msgspec.Meta(max_length=100)]
 Whole = Annotated[int, msgspec.Meta(ge=-(2**53), le=2**53)]
-Key = Annotated[dict[Text, Text | Whole | float | None], msgspec.Meta(max_length=20)]
+Key = Annotated[dict[Text, Text | Whole | None], msgspec.Meta(max_length=20)]
 ABSENT = msgspec.Raw()
 
 
@@ -165,6 +170,8 @@ class Service:
     table_problem: str = "not opened yet"
     again: float = 0.0  # when to try to open the table again
     background: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "background"))
+    key_parts: tuple[tuple[str, str], ...] | None = None  # name and kind of each; they outlive the table
+    askers: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(4, "table"))  # who wait for it
 
     def problems(self) -> list[str]:
         """Why it can't answer; empty: it can."""
@@ -175,13 +182,17 @@ class Service:
 def open_table(
     service: Service,  # that needs it
 ) -> None:
-    """Open the online feature table, if it is there by now."""
-    if service.table is None and time.monotonic() >= service.again:
-        service.again = time.monotonic() + 10
-        try:
-            service.table, service.table_problem = open_feature_table(service.settings), ""
-        except FeatureTableError as error:
-            service.table_problem = str(error)
+    """Open the online feature table, if it is there by now, or another file has taken its place."""
+    store = None if service.table is None else service.table.store
+    moved = isinstance(store, FileStore) and file_mark(store.path) != store.mark
+    if not moved and (store is not None or time.monotonic() < service.again):
+        return
+    service.again = time.monotonic() + 10
+    try:
+        table = open_feature_table(service.settings)
+        service.table, service.table_problem, service.key_parts = table, "", newest_key(table)
+    except FeatureTableError as error:
+        service.table, service.table_problem = None, str(error)
 
 # %% ../../nbs/internals/07_service.ipynb #a2abcfb4
 @dataclass(slots=True)
@@ -215,9 +226,9 @@ def name_keys(
                 problem = "there is neither a record nor a key"
                 where = work.path(number, "record")
                 raise Problem(422, problem, "Give a record, or the key of a flight", where, work.row(number))
-        elif service.table is not None:
+        elif service.key_parts is not None:
             try:
-                work.names[number] = service.table.key(question.key)
+                work.names[number] = name_key(service.key_parts, question.key)
             except InputError as error:
                 field = work.path(number, f"key.{error.field}")
                 raise Problem(422, error.problem, error.remedy, field, work.row(number)) from error
@@ -260,7 +271,11 @@ async def find_records(
     """Look up what is asked for by key, read the rest. Raises: Problem."""
     places = [number for number, question in enumerate(work.questions) if question.record is ABSENT]
     names = [str((work.names or [])[number]) for number in places]
-    found = await look_up(service, names, predictor)
+    try:
+        found = await look_up(service, names, predictor)
+    except LackingRowError as error:
+        number = places[names.index(error.key)]
+        raise Problem(422, error.problem, error.remedy, work.path(number, "key"), work.row(number)) from error
     for number, name, record in zip(places, names, found, strict=True):
         if record is None:
             what, field = f"there is no {name} in the online feature table", work.path(number, "key")
@@ -281,15 +296,29 @@ async def look_up(
 ) -> list[Any]:  # records; None: there is no such row
     """Ask the online feature table: a file on the spot, a server from a thread. Raises: Problem."""
     table, wanted = service.table, predictor.features
-    try:
-        if table is None:
+
+    def get() -> list[Any]:
+        if table is None or service.table is not table:  # lost since this was asked for
             raise FeatureTableError(service.table_problem)
-        here = isinstance(table.store, FileStore)
-        return table.get(names, wanted) if here else await asyncio.to_thread(table.get, names, wanted)
+        return table.get(names, wanted)
+
+    try:
+        here = table is None or isinstance(table.store, FileStore)
+        return get() if here else await asyncio.get_running_loop().run_in_executor(service.askers, get)
+    except LackingRowError:
+        raise
     except FeatureTableError as error:
         service.table, service.table_problem = None, str(error)  # it is opened again before long
         later = [(b"retry-after", b"10")]
         raise Problem(503, error.problem, "Send whole records, or materialise the features", headers=later) from error
+
+# %% ../../nbs/internals/07_service.ipynb #18be9703
+def check_scores(
+    scores: np.ndarray,  # (n,) float64
+) -> None:
+    """Make sure that a model has said something. Raises: ArithmeticError."""
+    if not np.isfinite(scores).all():
+        raise ArithmeticError(f"{np.count_nonzero(~np.isfinite(scores))} of {len(scores)} scores are no numbers")
 
 # %% ../../nbs/internals/07_service.ipynb #94e301b8
 FEW = 16  # rows that are scored on the spot
@@ -310,6 +339,7 @@ async def score(
         try:
             many = len(matrix) > FEW
             scores = await asyncio.to_thread(predictor.scores, matrix) if many else predictor.scores(matrix)
+            check_scores(scores)
             return choice, matrix, scores, records, time.perf_counter() - begin
         except Exception as error:  # whatever a runtime raises: the model is broken, not the request
             log.error("%s failed on request %s", predictor.reference, work.request_id, exc_info=error)
@@ -500,7 +530,7 @@ def add_health(
         problems = service.problems()
         if problems:
             raise Problem(503, "; ".join(problems), "See the log of the service", headers=[(b"retry-after", b"5")])
-        problem, model = service.models.problem, service.models.choose(None).predictor.reference
+        problem, model = service.models.problem, service.models.live().predictor.reference
         return {"status": "ready", "model": model, "warnings": [problem] if problem else []}
 
     text: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
@@ -519,20 +549,23 @@ def add_model(
 
     @app.get("/model", tags=["model"], summary="Which model answers?", responses={503: REFUSALS[503]})
     async def model() -> dict[str, Any]:
-        manifest = service.models.choose(None).predictor.manifest
+        manifest = service.models.live().predictor.manifest
         return {**msgspec.to_builtins(manifest), "reference": manifest.model, "card": service.models.card}
 
     known: dict[int | str, dict[str, Any]] = {422: REFUSALS[422], 503: REFUSALS[503]}
 
     @app.get("/examples", tags=["model"], summary="Flights to try", responses=known)
     async def examples(count: Annotated[int, Query(ge=1, le=50)] = 12) -> list[dict[str, Any]]:
-        predictor, table = service.models.choose(None).predictor, service.table
+        predictor, table = service.models.live().predictor, service.table
         keys = [] if table is None else await asyncio.to_thread(some_keys, table, count)
         if table is None or not keys:
             return [{"record": typical_record(predictor)}]
         names = [table.key(key) for key in keys]
-        records = await asyncio.to_thread(table.get, names, predictor.features)
-        return [{"key": key, "record": record} for key, record in zip(keys, records, strict=True)]
+        try:
+            records = await asyncio.to_thread(table.get, names, predictor.features)
+        except FeatureTableError:  # it has just gone, or has rows that this model can't use
+            return [{"record": typical_record(predictor)}]
+        return [{"key": key, "record": record} for key, record in zip(keys, records, strict=True) if record]
 
 # %% ../../nbs/internals/07_service.ipynb #df33a368
 def typical_record(
@@ -540,6 +573,30 @@ def typical_record(
 ) -> dict[str, Any]:  # a value for each
     """A record of typical values."""
     return {feature.name: feature.typical for feature in predictor.manifest.features}
+
+# %% ../../nbs/internals/07_service.ipynb #f4b10c28
+BETWEEN = "SELECT key FROM rows WHERE use_case = ? AND key >= ? ORDER BY key LIMIT ?"
+
+
+def pick_keys(
+    base: sqlite3.Connection,  # of the table's file
+    use_case: str,  # whose rows
+    count: int,  # how many
+) -> list[str]:
+    """Some keys from all over the table, without looking through it. Raises: sqlite3.Error."""
+    ask = base.execute
+    first = ask(BETWEEN, (use_case, "", 1)).fetchone()
+    last = ask("SELECT key FROM rows WHERE use_case = ? ORDER BY key DESC LIMIT 1", (use_case,)).fetchone()
+    if first is None or last is None:
+        return []
+    differ = [mine != other for mine, other in zip(first[0], last[0], strict=False)]
+    same = first[0][: differ.index(True)] if True in differ else first[0]
+    found: dict[str, None] = {}
+    for _ in range(4 * count):
+        start = same + "".join(random.choices("0123456789", k=6))  # most keys begin with a time
+        found |= dict.fromkeys(key for (key,) in ask(BETWEEN, (use_case, start, 1)))
+    found |= dict.fromkeys(key for (key,) in ask(BETWEEN, (use_case, "", count)))
+    return list(found)[:count]
 
 # %% ../../nbs/internals/07_service.ipynb #28263d4d
 def some_keys(
@@ -549,9 +606,12 @@ def some_keys(
     """A few keys to try; none when the table can't list them."""
     if not isinstance(table.store, FileStore):
         return []
-    kinds, sql = newest_key(table), "SELECT key FROM rows WHERE use_case = ? ORDER BY random() LIMIT ?"
-    with closing(sqlite3.connect(f"{table.store.path.absolute().as_uri()}?mode=ro", uri=True)) as base:
-        keys = [key.split("|") for (key,) in base.execute(sql, (table.use_case, count))]
+    kinds, address = newest_key(table), f"{table.store.path.absolute().as_uri()}?mode=ro"
+    try:
+        with closing(sqlite3.connect(address, uri=True)) as base:
+            keys = [key.split("|") for key in pick_keys(base, table.use_case, count)]
+    except sqlite3.Error:  # the file is gone, or being made anew
+        return []
     return [
         {name: int(text) if kind == "integer" else text for (name, kind), text in zip(kinds, key, strict=True)}
         for key in keys
@@ -600,7 +660,7 @@ def schemas(
     service: Service,  # whose model and table say what comes in
 ) -> dict[str, Any]:  # the named parts of the description
     """Describe questions and answers."""
-    predictor = service.models.choose(None).predictor if service.models.ready else None
+    predictor = service.models.live().predictor if service.models.ready else None
     _, own = msgspec.json.schema_components([Answer, Answers, Document], ref_template="#/components/schemas/{name}")
     record, key, question = ({"$ref": f"#/components/schemas/{name}"} for name in ("Record", "Key", "Question"))
     one = {
@@ -652,20 +712,38 @@ def describe(
 async def tick(
     service: Service,  # that runs
 ) -> None:
-    """What is done once a second."""
+    """Look at models and log, once a second."""
     before, aside = service.models.failures, asyncio.get_running_loop().run_in_executor
-    await aside(service.background, service.models.refresh)
-    await aside(service.background, open_table, service)
     if service.log is not None:
         try:
             await aside(service.background, service.log.sync)
         except OSError as error:
             service.log.problem = f"the log can't be brought to the disk: {error}"
         tend(service.log)
+    await aside(service.background, service.models.refresh)
     if service.metrics is not None:
         service.metrics.refused.inc(service.models.failures - before)
         service.metrics.ready.set(not service.problems())
         service.metrics.log_bytes.set(service.log.total if service.log is not None else 0)
+
+
+async def tick_table(
+    service: Service,  # that runs
+) -> None:
+    """Look at the online feature table, once a second: whoever waits for a server waits alone."""
+    await asyncio.get_running_loop().run_in_executor(service.askers, open_table, service)
+
+# %% ../../nbs/internals/07_service.ipynb #39e45242
+def count_swap(
+    service: Service,  # that runs
+    known: str,  # the live model a second ago
+) -> str:  # the live model now
+    """Count when another model has become the live one."""
+    if service.metrics is None or not service.models.ready:
+        return known
+    reference = service.models.live().predictor.reference
+    service.metrics.swaps.labels(reference).inc(reference != known)
+    return reference
 
 # %% ../../nbs/internals/07_service.ipynb #0f64a356
 async def tick_on(
@@ -676,12 +754,21 @@ async def tick_on(
     while True:
         try:
             await tick(service)
-            if service.metrics is not None and service.models.ready:
-                reference = service.models.choose(None).predictor.reference
-                service.metrics.swaps.labels(reference).inc(reference != known)
-                known = reference
+            known = count_swap(service, known)
         except Exception:  # a mistake in here must not end the service's housekeeping
             log.exception("the background work failed")
+        await asyncio.sleep(1)
+
+
+async def tick_table_on(
+    service: Service,  # that runs
+) -> None:
+    """The same for the table."""
+    while True:
+        try:
+            await tick_table(service)
+        except Exception:
+            log.exception("the online feature table can't be looked at")
         await asyncio.sleep(1)
 
 # %% ../../nbs/internals/07_service.ipynb #9ce53fd4
@@ -693,16 +780,18 @@ def lifespan(
     @asynccontextmanager
     async def run(app: FastAPI) -> AsyncIterator[None]:
         service.models.start(service.log, service.metrics)
-        await tick(service)
+        await asyncio.gather(tick(service), tick_table(service))
         gc.collect()
         gc.freeze()  # what is there now stays: the collector needn't look at it again,
         gc.set_threshold(20_000, 50, 100)  # and what a request makes is gone when it is answered
-        background = asyncio.create_task(tick_on(service))
+        background = [asyncio.create_task(each(service)) for each in (tick_on, tick_table_on)]
         try:
             yield
         finally:
-            background.cancel()
-            await asyncio.gather(background, return_exceptions=True)
+            for each in background:
+                each.cancel()
+            await asyncio.gather(*background, return_exceptions=True)
+            service.askers.shutdown(wait=False, cancel_futures=True)
             service.background.shutdown()
             if service.log is not None:
                 service.log.close()
