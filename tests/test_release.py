@@ -5,6 +5,7 @@ import json
 import math
 import multiprocessing
 import os
+import threading
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -14,7 +15,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlops_course.deployment import STEPS, Limits, Release, ReleaseError, begin, change, read_history, read_release
+from mlops_course.deployment import (
+    STEPS,
+    Limits,
+    Release,
+    ReleaseError,
+    begin,
+    change,
+    live_reference,
+    promote_release,
+    read_history,
+    read_release,
+    releases,
+    roll_back_release,
+)  # fmt: skip
 from mlops_course.deployment.counting import Counts, Pairs, Requests, counts_folder, read_counts, write_counts
 from mlops_course.deployment.judging import SLICES, decide, judge
 from mlops_course.deployment.pairing import Sample, compare_sample
@@ -484,3 +498,46 @@ def test_the_guard_waits_acts_and_counts_the_time_of_a_step(settings: Settings) 
     guard(settings)
     assert read_release(settings) != now
     assert read_history(settings)[-1]["status"] == "rolled back"
+
+
+@pytest.fixture
+def made_up_bundles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Publishing needs no real bundle."""
+    monkeypatch.setattr(releases, "publish", live)
+
+
+@pytest.mark.usefixtures("made_up_bundles")
+def test_a_person_who_rolls_back_while_the_guard_promotes_has_the_last_word(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The guard has decided to promote; before it publishes, a person rolls back."""
+    release = begin(settings, "canary", STABLE, CANDIDATE, (0.5,), Limits(enough=500, hold_seconds=0))
+    live(settings, STABLE)
+    write_counts(settings, release.id, "one", counted(1000))
+    person = threading.Thread(target=roll_back_release, args=(settings, "customers complain"))
+
+    def interrupted(settings: Settings, reference: str) -> None:
+        if reference == CANDIDATE:
+            person.start()
+            person.join(0.5)  # whoever waits for a lock waits longer than this
+        live(settings, reference)
+
+    monkeypatch.setattr(releases, "publish", interrupted)
+    guard(settings)
+    person.join()
+    assert [line["status"] for line in read_history(settings)] == ["running", "promoted", "rolled back"]
+    assert live_reference(settings) == STABLE
+    assert guard(settings) is None
+
+
+@pytest.mark.usefixtures("made_up_bundles")
+def test_a_step_of_the_guard_does_not_stop_a_person_and_another_live_model_does(settings: Settings) -> None:
+    release = begin(settings, "canary", STABLE, CANDIDATE)
+    live(settings, "flight-delay@9")
+    assert change(settings, release, "held", live=CANDIDATE, status="promoted") is None
+    with pytest.raises(ReleaseError, match="flight-delay@9 is live"):
+        promote_release(settings, "in a hurry")
+    assert live_reference(settings) == "flight-delay@9"
+    live(settings, STABLE)
+    assert promote_release(settings, "in a hurry").status == "promoted"
+    assert live_reference(settings) == CANDIDATE

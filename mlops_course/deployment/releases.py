@@ -16,10 +16,11 @@ import msgspec
 from msgspec import Meta, Struct
 
 from ..environment import CourseError, Settings, workspace_error, write_atomic
+from ..serving import live_bundle, publish
 
 # %% auto #0
 __all__ = ['Share', 'Count', 'Reference', 'STEPS', 'Strategy', 'Status', 'ReleaseError', 'Limits', 'Release', 'read_release',
-           'changing', 'read_history', 'begin', 'change']
+           'changing', 'read_history', 'live_reference', 'begin', 'change']
 
 # %% ../../nbs/internals/11_releases.ipynb #4075a73f
 class ReleaseError(CourseError):
@@ -161,6 +162,17 @@ def _now() -> str:
     """This second, UTC."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
+# %% ../../nbs/internals/11_releases.ipynb #be642111
+def live_reference(
+    settings: Settings,  # whose workspace
+) -> str | None:  # such as flight-delay@3
+    """Name the live model."""
+    try:
+        live = live_bundle(settings)
+    except CourseError:
+        return None
+    return live.name if live else None
+
 # %% ../../nbs/internals/11_releases.ipynb #06d7ce08
 def begin(
     settings: Settings,  # whose workspace
@@ -206,12 +218,18 @@ def change(
     seen: Release,  # the release as it was looked at
     reason: str,  # why; it is kept
     by: str = "guard",  # who
+    live: str | None = None,  # the version that becomes live with this step; None: the live model stays
     **values: Any,  # what becomes different: status, or step and before
 ) -> Release | None:  # None: somebody else has changed it meanwhile, and nothing was done
-    """Take a release one step further."""
+    """Take a release one step further; what is live changes under the same lock. Raises: ReleaseError, BundleError."""
     with changing(settings):
         now = read_release(settings)
         if now is None or (now.id, now.revision) != (seen.id, seen.revision):
             return None
+        answers = live_reference(settings)
+        if live and answers not in (now.stable, now.candidate):
+            return None
+        if live and answers != live:
+            publish(settings, live)
         told = {"reason": reason, "by": by, "changed": _now(), "revision": now.revision + 1}
         return _write(settings, msgspec.structs.replace(now, **values, **told))

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 # %% auto #0
-__all__ = ['log', 'Route', 'can_replace', 'ReleaseModels', 'guard', 'live_reference']
+__all__ = ['log', 'Route', 'can_replace', 'ReleaseModels', 'guard']
 
 # %% ../../nbs/internals/11_workers.ipynb #057281b5
 import numpy as np
@@ -24,10 +24,10 @@ import numpy as np
 from .counting import Counts, read_counts, write_counts
 from .judging import Decision, decide
 from .pairing import Sample, compare_sample, tally
-from .releases import Release, ReleaseError, change, read_release
+from .releases import Release, ReleaseError, change, live_reference, read_release
 from .routing import candidate_answers, place_of
 from ..environment import CourseError, Settings
-from ..serving import live_bundle, load_predictor, publish
+from ..serving import load_predictor
 from ..serving.bundle import bundles_folder
 from ..serving.models import Choice, LiveModels, Record
 
@@ -225,24 +225,12 @@ def _carry_out(settings: Settings, release: Release, decision: Decision) -> Deci
     if decision.action == "wait":
         return decision
     try:
-        if decision.action == "promote" and live_reference(settings) != release.candidate:
-            publish(settings, release.candidate)
-        if change(settings, release, decision.reason, **decision.values):
+        live = release.candidate if decision.action == "promote" else None
+        if change(settings, release, decision.reason, live=live, **decision.values):
             log.warning("release %s: %s, since %s", release.candidate, decision.action, decision.reason)
     except CourseError as error:
         log.error("release %s: can't %s: %s", release.candidate, decision.action, error)
     return decision
-
-
-def live_reference(
-    settings: Settings,  # whose workspace
-) -> str | None:  # such as flight-delay@3
-    """Name the live model."""
-    try:
-        live = live_bundle(settings)
-    except CourseError:
-        return None
-    return live.name if live else None
 
 # %% ../../nbs/internals/11_workers.ipynb #7b4e1876
 def _seconds_since(moment: str, now: datetime | None) -> float:
