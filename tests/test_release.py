@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import threading
 from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -31,7 +32,7 @@ from mlops_course.deployment import (
 )  # fmt: skip
 from mlops_course.deployment.counting import Counts, Pairs, Requests, counts_folder, read_counts, write_counts
 from mlops_course.deployment.judging import SLICES, decide, judge
-from mlops_course.deployment.pairing import Sample, compare_sample
+from mlops_course.deployment.pairing import Sample, compare_sample, tally
 from mlops_course.deployment.routing import candidate_answers, place_of
 from mlops_course.deployment.statistics import (
     BUCKETS,
@@ -41,8 +42,10 @@ from mlops_course.deployment.statistics import (
     quantile_interval,
     share_interval,
 )  # fmt: skip
-from mlops_course.deployment.workers import guard
+from mlops_course.deployment.workers import Route, can_replace, guard
 from mlops_course.environment import Settings, write_atomic
+from mlops_course.serving.bundle import Feature
+from mlops_course.serving.models import Choice
 
 STABLE, CANDIDATE = "flight-delay@3", "flight-delay@4"
 shares = st.floats(0, 1)
@@ -79,6 +82,14 @@ def test_another_release_tries_its_candidate_on_other_keys() -> None:
 
 def test_a_key_has_the_same_place_on_every_machine() -> None:
     assert place_of("desk-1", "20261124-canary") == 0.3871934740580941
+
+
+def test_requests_without_a_key_reach_the_candidate_too() -> None:
+    stable, candidate = Choice(Formula(0.0)), Choice(Formula(0.1))  # type: ignore[arg-type]
+    route = Route(release_of(steps=(0.3,)), stable, candidate)
+    found = sum(route.choose(None) is candidate for _ in range(4000)) / 4000
+    assert abs(found - 0.3) < 0.04
+    assert len({id(route.choose("desk")) for _ in range(50)}) == 1
 
 
 # ---------------------------------------------------------------- intervals
@@ -166,11 +177,16 @@ def test_counts_are_the_same_in_whatever_order_workers_are_added(counted: list[C
     assert together(mixed) == together(counted)
 
 
-def test_a_damaged_file_of_counts_hurts_nobody_else(settings: Settings) -> None:
+def test_a_damaged_file_of_counts_hides_nothing_and_nobody_goes_on_half_blind(settings: Settings) -> None:
     for worker in ("one", "two"):
-        write_counts(settings, "r", worker, Counts(candidate=Requests(answered=5)))
-    (counts_folder(settings, "r") / "two.json").write_bytes(b'{"candidate": {"answered": -5')
-    assert read_counts(settings, "r").candidate.answered == 5
+        write_counts(settings, "r", worker, counted(700))
+    (counts_folder(settings, "r") / "two.json").write_bytes(b'{"candidate": {"answered": null')
+    counts = read_counts(settings, "r")
+    assert (counts.candidate.answered, counts.unread) == (700, ["two"])
+    decision = decide(release_of(), counts, 0)
+    assert (decision.action, decision.reason) == ("wait", "can't read the counts of two")
+    write_counts(settings, "r", "three", counted(700, failed=300))
+    assert decide(release_of(), read_counts(settings, "r"), 0).action == "roll back"
     assert read_counts(settings, "never").candidate.answered == 0
 
 
@@ -319,10 +335,14 @@ def test_a_candidate_that_no_worker_can_load_is_rolled_back() -> None:
 class Formula:
     """Stands for a predictor: a formula over one feature."""
 
-    features, threshold = ("carrier", "x"), 0.5
+    features, threshold, reference = ("carrier", "x"), 0.5, "formula@1"
 
-    def __init__(self, add: float, fails_on: float = math.inf) -> None:
+    def __init__(self, add: float, fails_on: float = math.inf, carrier: str = "category") -> None:
         self.add, self.fails_on = add, fails_on
+        known = ("UA", "AA") if carrier == "category" else ()
+        self.manifest = SimpleNamespace(
+            features=(Feature("carrier", carrier, None, known), Feature("x", "number", 0.0))  # type: ignore[arg-type]
+        )
 
     def encode(self, records: list[dict[str, Any]]) -> np.ndarray:
         return np.array([[record["x"]] for record in records])
@@ -367,6 +387,27 @@ def test_a_version_that_fails_silently_is_counted_as_failing_and_the_rest_is_com
     counts = compared(Formula(0.0), Formula(0.1, fails_on=0.2), rows)
     assert (counts.silent_candidate.answered, counts.silent_candidate.failed) == (3, 1)
     assert counts.pairs[""].count == 2
+
+
+@pytest.mark.parametrize("nothing", [math.nan, math.inf])
+def test_a_score_that_is_no_number_is_a_failure_and_the_counts_can_be_read_again(
+    settings: Settings, nothing: float
+) -> None:
+    rows = [(False, [{"carrier": "UA", "x": value}]) for value in (0.1, 0.2)]
+    counts = compared(Formula(0.0), Formula(nothing), rows)
+    assert (counts.silent_candidate.answered, counts.silent_candidate.failed) == (2, 2)
+    assert not tally(counts.candidate, 0.001, np.array([0.5, nothing]), 0.5)
+    write_counts(settings, "r", "one", counts)
+    read = read_counts(settings, "r")
+    assert (read.candidate.failed, read.silent_candidate.failed, read.unread) == (1, 2, [])
+
+
+def test_a_candidate_whose_feature_has_another_kind_or_whose_score_is_none_replaces_nobody() -> None:
+    can_replace(Formula(0.0), Formula(0.1))  # type: ignore[arg-type]
+    with pytest.raises(ReleaseError, match=r"takes other features .*: carrier \(number, not category\)"):
+        can_replace(Formula(0.0), Formula(0.1, carrier="number"))  # type: ignore[arg-type]
+    with pytest.raises(ReleaseError, match="gives nan as a score"):
+        can_replace(Formula(0.0), Formula(math.nan))  # type: ignore[arg-type]
 
 
 def test_of_many_requests_a_fair_sample_is_kept() -> None:

@@ -5,7 +5,7 @@
 # %% ../../nbs/internals/11_counting.ipynb #4579d80e
 from __future__ import annotations
 
-import contextlib
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
@@ -16,8 +16,10 @@ from msgspec import Meta, Struct
 from .statistics import BUCKETS, bucket_of
 from ..environment import Settings, write_atomic
 
+log = logging.getLogger("mlops_course.serving")
+
 # %% auto #0
-__all__ = ['Number', 'Requests', 'Pairs', 'Counts', 'counts_folder', 'write_counts', 'read_counts']
+__all__ = ['log', 'Number', 'Requests', 'Pairs', 'Counts', 'counts_folder', 'write_counts', 'read_counts']
 
 # %% ../../nbs/internals/11_counting.ipynb #5f528f58
 Number = Annotated[int, Meta(ge=0)]
@@ -74,6 +76,7 @@ class Counts(Struct, forbid_unknown_fields=True):
     silent_candidate: Requests = msgspec.field(default_factory=Requests)
     pairs: dict[str, Pairs] = msgspec.field(default_factory=lambda: {"": Pairs()})  # by slice; "" is all
     problem: str = ""  # why a worker can't use the candidate at all
+    unread: list[str] = msgspec.field(default_factory=list)  # workers whose counts can't be read
 
     def add(self, other: Counts) -> None:
         """Take in the counts of another worker."""
@@ -81,7 +84,7 @@ class Counts(Struct, forbid_unknown_fields=True):
             getattr(self, name).add(getattr(other, name))
         for name, pairs in other.pairs.items():
             self.pairs.setdefault(name, Pairs()).add(pairs)
-        self.problem = self.problem or other.problem
+        self.problem, self.unread = self.problem or other.problem, self.unread + other.unread
 
     def pair(self, slices: Iterable[str], difference: float, flipped: bool) -> None:
         """Take in one row that both versions scored."""
@@ -111,9 +114,12 @@ def read_counts(
     settings: Settings,  # whose workspace
     release: str,  # its id
 ) -> Counts:  # of all workers, those that are gone included
-    """Add up what all workers have counted; a damaged file counts as nothing."""
+    """Add up what all workers have counted, and name those whose file is damaged."""
     together, read = Counts(), msgspec.json.Decoder(Counts).decode
     for path in sorted(counts_folder(settings, release).glob("*.json")):
-        with contextlib.suppress(OSError, msgspec.DecodeError, UnicodeDecodeError):
+        try:
             together.add(read(path.read_bytes()))
+        except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+            log.error("can't read the counts in %s: %s", path, error)
+            together.unread.append(path.stem)
     return together

@@ -102,7 +102,7 @@ class Decision:
     reason: str
     values: dict[str, Any]  # what becomes different in the release
 
-
+# %% ../../nbs/internals/11_judging.ipynb #11b45bf4
 def decide(
     release: Release,  # that is running
     counts: Counts,  # of all workers
@@ -116,8 +116,9 @@ def decide(
         return Decision("roll back", reason, {"status": "rolled back"})
     unsure = [check for check in checks if check.verdict == "open" or (check.verdict == "few" and not check.slice)]
     new = answered(release, counts) - release.before
-    if new < limits.enough or seconds < limits.hold_seconds or unsure:
-        return Decision("wait", _waiting(new, seconds, unsure, limits), {})
+    if new < limits.enough or seconds < limits.hold_seconds or unsure or counts.unread:
+        blind = [f"can't read the counts of {', '.join(counts.unread[:3])}"] if counts.unread else []
+        return Decision("wait", "; ".join([*blind, *_waiting(new, seconds, unsure, limits)]), {})
     return _onward(release, counts, checks)
 
 # %% ../../nbs/internals/11_judging.ipynb #9109e2c0
@@ -129,11 +130,11 @@ def answered(
     return counts.candidate.answered if release.share else counts.silent_candidate.answered
 
 
-def _waiting(new: int, seconds: float, unsure: list[Check], limits: Limits) -> str:
+def _waiting(new: int, seconds: float, unsure: list[Check], limits: Limits) -> list[str]:
     """What is still missing."""
     missing = [f"{new} of {limits.enough} requests in this step"] if new < limits.enough else []
     missing += [f"{seconds:.0f} of {limits.hold_seconds:g} s"] if seconds < limits.hold_seconds else []
-    return "; ".join([*missing, *(f"not sure yet: {check}" for check in unsure[:3])])
+    return [*missing, *(f"not sure yet: {check}" for check in unsure[:3])]
 
 
 def _onward(release: Release, counts: Counts, checks: list[Check]) -> Decision:

@@ -5,6 +5,7 @@
 # %% ../../nbs/internals/11_pairing.ipynb #85d26425
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Sequence
@@ -94,7 +95,8 @@ def _silently(predictor: Predictor, rows: Sequence[Row], silent: Requests) -> li
     """Scores that nobody waits for; None where the version failed."""
     records = [row for row, _, _ in rows]
     try:
-        scores: list[float | None] = predictor.scores(predictor.encode(records)).tolist() if records else []
+        found = predictor.scores(predictor.encode(records)).tolist() if records else []
+        scores = [score if math.isfinite(score) else None for score in found]
     except Exception:  # whatever a runtime raises: look which rows it was
         scores = [_alone(predictor, record) for record in records]
     done = [score for score in scores if score is not None]
@@ -107,7 +109,8 @@ def _silently(predictor: Predictor, rows: Sequence[Row], silent: Requests) -> li
 def _alone(predictor: Predictor, record: dict[str, Any]) -> float | None:
     """The score of one row; None: it can't be scored."""
     try:
-        return float(predictor.scores(predictor.encode([record]))[0])
+        score = float(predictor.scores(predictor.encode([record]))[0])
+        return score if math.isfinite(score) else None
     except Exception:  # it is counted as failed
         return None
 
@@ -151,13 +154,14 @@ def tally(
     seconds: float,  # how long it took
     scores: np.ndarray | None,  # (n,) float64; None: it failed
     threshold: float,  # from which it warns
-) -> None:
+) -> bool:  # whether it worked: a score that is no number is a failure
     """Count one answered request."""
     requests.answered += 1
-    if scores is None:
+    if scores is None or not np.isfinite(scores).all():
         requests.failed += 1
-        return
+        return False
     requests.timed(seconds)
     requests.rows += len(scores)
     requests.total += float(np.sum(scores))
     requests.warned += int(np.count_nonzero(scores >= threshold))
+    return True

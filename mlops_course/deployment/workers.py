@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import random
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,23 +48,26 @@ class Route:
     stable: Choice
     candidate: Choice
 
-    def choose(self, sticky: str) -> Choice:
-        """The version for a key."""
-        place = place_of(sticky, self.release.id)
+    def choose(self, sticky: str | None) -> Choice:
+        """The version for a key; None: chance decides."""
+        place = random.random() if sticky is None else place_of(sticky, self.release.id)
         return self.candidate if candidate_answers(place, self.release.share) else self.stable
 
-
+# %% ../../nbs/internals/11_workers.ipynb #62c411fc
 def can_replace(
     stable: Predictor,  # that answers now
     candidate: Predictor,  # that shall answer the same requests
 ) -> None:
     """Make sure that callers don't notice who answers. Raises: ReleaseError."""
-    mine, others = set(candidate.features), set(stable.features)
-    if mine != others:
-        different = ", ".join(sorted(mine ^ others)[:3])
-        problem = f"{candidate.reference} takes other features than {stable.reference}: {different}"
+    mine, others = ({each.name: each.kind for each in which.manifest.features} for which in (candidate, stable))
+    different = sorted(dict(mine.items() ^ others.items()))
+    if different:
+        kinds = (f"{name} ({mine.get(name, 'none')}, not {others.get(name, 'none')})" for name in different[:3])
+        problem = f"{candidate.reference} takes other features than {stable.reference}: {', '.join(kinds)}"
         raise ReleaseError(problem, "Callers would have to change their requests: serve it at another address")
-    candidate.scores(np.zeros((1, len(candidate.features)), dtype=np.float32))
+    scores = candidate.scores(np.zeros((1, len(candidate.features)), dtype=np.float32))
+    if not np.isfinite(scores).all():
+        raise ReleaseError(f"{candidate.reference} gives {scores[0]} as a score", "Train and package it again")
 
 # %% ../../nbs/internals/11_workers.ipynb #e3b99d13
 def _route(settings: Settings, release: Release, stable: Predictor) -> Route:
@@ -145,8 +149,7 @@ class _Counting(_Routing):
         if route is None or choice.predictor not in (route.stable.predictor, route.candidate.predictor):
             return  # it was chosen before the release began, or has ended since
         counts = self.counts.candidate if choice.predictor is route.candidate.predictor else self.counts.stable
-        tally(counts, seconds, scores if ok else None, choice.predictor.threshold)
-        if ok:
+        if tally(counts, seconds, scores if ok else None, choice.predictor.threshold):
             self.sample.offer((choice.predictor, scores, records))
 
     def count(self) -> None:
@@ -183,9 +186,9 @@ class ReleaseModels(_OnGuard):
     """The live model and a candidate beside it, for all strategies. One of the workers is the guard."""
 
     def choose(self, sticky: str | None) -> Choice:
-        """Who answers; without a key, the live model. Raises: Problem when there is none."""
+        """Who answers; without a key, chance decides. Raises: Problem when there is none."""
         route = self.route
-        return super().choose(sticky) if route is None or sticky is None else route.choose(sticky)
+        return super().choose(sticky) if route is None else route.choose(sticky)
 
     def refresh(self) -> None:
         """Once a second: look what is live and what is released, count, and decide if it is my turn."""
