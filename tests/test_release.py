@@ -354,14 +354,17 @@ class Formula:
 
 
 def compared(
-    stable: Formula, candidate: Formula, requests: list[tuple[bool, list[dict[str, Any]]]], most: int = 100
+    stable: Formula,
+    candidate: Formula,
+    requests: list[tuple[bool, list[dict[str, Any]]]],
+    most: int = 1000,
 ) -> Counts:
     """Counts after a second's requests: who answered, and the rows."""
-    counts, sample = Counts(), Sample(most)
+    counts, sample = Counts(), Sample(100)
     for by_candidate, records in requests:
         predictor: Any = candidate if by_candidate else stable
         sample.offer((predictor, predictor.scores(predictor.encode(records)), records))
-    compare_sample(stable, candidate, sample, Limits(), counts)  # type: ignore[arg-type]
+    compare_sample(stable, candidate, sample, Limits(pairs_a_second=most), counts)  # type: ignore[arg-type]
     assert sample.kept == []
     return counts
 
@@ -377,7 +380,7 @@ def test_a_difference_has_the_same_sign_whoever_answered() -> None:
 
 
 def test_a_request_with_many_rows_is_one_observation_of_each_slice() -> None:
-    rows = [{"carrier": carrier, "x": 0.1} for carrier in ["UA"] * 300 + ["AA"] * 200 + [None]]
+    rows = [{"carrier": carrier, "x": 0.1} for carrier in ["UA"] * 30 + ["AA"] * 20 + [None]]
     counts = compared(Formula(0.0), Formula(0.1), [(False, rows)])
     assert {name: pairs.count for name, pairs in counts.pairs.items()} == {"": 1, "carrier=UA": 1, "carrier=AA": 1}
 
@@ -387,6 +390,22 @@ def test_a_version_that_fails_silently_is_counted_as_failing_and_the_rest_is_com
     counts = compared(Formula(0.0), Formula(0.1, fails_on=0.2), rows)
     assert (counts.silent_candidate.answered, counts.silent_candidate.failed) == (3, 1)
     assert counts.pairs[""].count == 2
+
+
+def test_clients_invent_no_slices_and_a_second_compares_no_more_rows_than_allowed() -> None:
+    junk = [{"carrier": f"junk-{number}", "x": 0.1} for number in range(1000)]
+    requests = [(False, [*junk, {"carrier": "UA", "x": 0.1}]) for _ in range(60)]
+    counts = compared(Formula(0.0), Formula(0.1), requests, most=50)
+    assert set(counts.pairs) <= {"", "carrier=other", "carrier=UA"}
+    assert counts.silent_candidate.answered <= 50
+
+
+def test_slices_that_are_not_judged_are_named() -> None:
+    counts = counted(1000)
+    counts.pairs |= {f"dest={number:03}": Pairs(count=100) for number in range(SLICES + 1)}
+    decision = decide(release_of(), counts, 0)
+    assert decision.action == "step"
+    assert "more slices than are judged: dest=062, dest=063, dest=064, carrier=2 (4 of them)" in decision.reason
 
 
 @pytest.mark.parametrize("nothing", [math.nan, math.inf])

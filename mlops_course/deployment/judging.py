@@ -88,10 +88,14 @@ def judge(
     stable = _together(counts.stable, counts.silent_stable)
     checks = [_errors(candidate, stable, limits), _latency(counts, limits)]
     checks += _scores("", counts.pairs.get("", Pairs()), limits, 1)
-    largest = sorted((name for name in counts.pairs if name), key=lambda name: (-counts.pairs[name].count, name))
-    for name in largest[:SLICES]:
+    for name in _largest(counts)[:SLICES]:
         checks += _scores(name, counts.pairs[name], limits, SLICES)
     return checks
+
+
+def _largest(counts: Counts) -> list[str]:
+    """The slices, the one with most rows first."""
+    return sorted((name for name in counts.pairs if name), key=lambda name: (-counts.pairs[name].count, name))
 
 # %% ../../nbs/internals/11_judging.ipynb #12e32528
 @dataclass(frozen=True)
@@ -136,12 +140,13 @@ def _waiting(new: int, seconds: float, unsure: list[Check], limits: Limits) -> l
     missing += [f"{seconds:.0f} of {limits.hold_seconds:g} s"] if seconds < limits.hold_seconds else []
     return [*missing, *(f"not sure yet: {check}" for check in unsure[:3])]
 
-
+# %% ../../nbs/internals/11_judging.ipynb #c09a5ce6
 def _onward(release: Release, counts: Counts, checks: list[Check]) -> Decision:
     """All held: the next step, or the end."""
-    small = sorted({check.slice for check in checks if check.verdict == "few"})
-    held = f"all limits held over {answered(release, counts)} requests"
-    reason = held + (f"; too few rows to judge {', '.join(small)}" if small else "")
+    small, rest = sorted({check.slice for check in checks if check.verdict == "few"}), _largest(counts)[SLICES:]
+    reason = f"all limits held over {answered(release, counts)} requests"
+    reason += f"; too few rows to judge {', '.join(small)}" if small else ""
+    reason += f"; more slices than are judged: {', '.join(rest[:5])} ({len(rest)} of them)" if rest else ""
     if release.strategy in ("shadow", "ab"):
         return Decision("wait", f"{reason}; a person decides what is next", {})
     if release.step + 1 < len(release.steps):

@@ -20,7 +20,8 @@ from ..serving import Predictor
 from ..serving.models import Record
 
 # %% auto #0
-__all__ = ['Asked', 'Row', 'PROBES', 'Sample', 'pick', 'as_dict', 'compare_rows', 'time_rows', 'compare_sample', 'tally']
+__all__ = ['Asked', 'Row', 'Known', 'LOOKS', 'PROBES', 'Sample', 'known_values', 'pick', 'as_dict', 'compare_rows', 'time_rows',
+           'compare_sample', 'tally']
 
 # %% ../../nbs/internals/11_pairing.ipynb #b552be99
 Asked = tuple[Predictor, Any, Sequence[Record]]  # who answered, (n,) float64 scores, the rows
@@ -48,20 +49,36 @@ class Sample:
 
 # %% ../../nbs/internals/11_pairing.ipynb #ed31e44d
 Row = tuple[dict[str, Any], float, tuple[str, ...]]  # by feature name, the score it got, which slices it counts for
+Known = dict[str, frozenset[str]]  # values of each column whose values are slices
+LOOKS = 100  # rows of one request that are looked at
 
 
+def known_values(
+    columns: Sequence[str],  # whose values are the slices; those that aren't categories make none
+    predictors: Sequence[Predictor],  # whose manifests list the categories
+) -> Known:
+    """The slices that there can be: clients can't invent one."""
+    features = [each for predictor in predictors for each in predictor.manifest.features if each.kind == "category"]
+    found: Known = {}
+    for each in features:
+        if each.name in columns:
+            found[each.name] = found.get(each.name, frozenset()) | frozenset(each.categories)
+    return found
+
+# %% ../../nbs/internals/11_pairing.ipynb #6551fe44
 def pick(
     asked: Asked,  # one request
-    columns: Sequence[str],  # whose values are the slices
+    known: Known,  # which slices there are
     generator: random.Random,  # chance
 ) -> list[Row]:  # at most one for all rows ("") and one for each slice
     """Choose the rows of a request that are compared."""
     predictor, scores, records = asked
-    places, chosen, done = list(range(len(records))), list[Row](), set[str]()
-    generator.shuffle(places)
-    for place in places:
+    chosen, done = list[Row](), set[str]()
+    for place in generator.sample(range(len(records)), min(len(records), LOOKS)):
         row = as_dict(records[place], predictor)
-        slices = {"", *(f"{name}={row[name]}" for name in columns if row.get(name) is not None)} - done
+        given = {name: row[name] for name in known if row.get(name) is not None}
+        named = {f"{name}={value if value in known[name] else 'other'}" for name, value in given.items()}
+        slices = {"", *named} - done
         if slices:
             chosen.append((row, float(scores[place]), tuple(sorted(slices))))
             done |= slices
@@ -141,8 +158,13 @@ def compare_sample(
     counts: Counts,  # to add to
 ) -> int:  # rows that were compared
     """Compare what was answered since the last time."""
-    taken = [(asked, pick(asked, limits.slices, sample.generator)) for asked in sample.take()]
-    rows = {who: [row for asked, rows in taken if asked[0] is who for row in rows] for who in (stable, candidate)}
+    rows: dict[Predictor, list[Row]] = {stable: [], candidate: []}
+    known, taken = known_values(limits.slices, (stable, candidate)), sample.take()
+    sample.generator.shuffle(taken)
+    for asked in taken:
+        left = limits.pairs_a_second - sum(map(len, rows.values()))
+        if left > 0 and asked[0] in rows:
+            rows[asked[0]] += pick(asked, known, sample.generator)[:left]
     time_rows(stable, candidate, [*rows[stable], *rows[candidate]], counts)
     compare_rows(stable, candidate, False, rows[stable], counts)
     compare_rows(stable, candidate, True, rows[candidate], counts)

@@ -41,7 +41,7 @@ class Limits(Struct, frozen=True, forbid_unknown_fields=True):
     flips: Share = 0.15  # share of rows that are decided otherwise
     slice_shift: Share = 0.1  # the same within one slice
     slice_flips: Share = 0.3
-    slices: tuple[str, ...] = ("carrier",)  # columns whose values are the slices
+    slices: tuple[str, ...] = ("carrier",)  # columns of categories whose values are the slices
     least: Count = 100  # fewer requests or rows decide nothing
     slice_least: Count = 50
     enough: Count = 1000  # requests that the candidate answers, or rows that it scores silently, in each step
