@@ -14,11 +14,13 @@ import httpx
 import numpy as np
 import pandas as pd
 import psutil
+import pyarrow.parquet
 import pytest
 from conftest import Quarter, settings_in
 from test_deployment import COMMAND, serving
 
 from mlops_course.deployment import InboxError, Scored, watch
+from mlops_course.deployment.microbatch import Inbox, claim, take_back
 from mlops_course.environment import Settings
 from mlops_course.experiments import TrainingConfig, train, train_run
 from mlops_course.project import flight_delay
@@ -239,12 +241,13 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) ->
 SLOW = """
 import time
 from mlops_course.deployment import microbatch
-own = microbatch._write_answers
-def slow(path, answers, predictor):
-    rows = own(path, answers, predictor) if {after} else 0
-    path.parents[2].joinpath("begun").touch()
+own = microbatch.write_atomic
+def slow(path, content):
+    if {after}:
+        own(path, content)
+    path.parents[1].joinpath("begun").touch()
     time.sleep(600)
-microbatch._write_answers = slow
+microbatch.write_atomic = slow
 """
 
 
@@ -359,3 +362,57 @@ def nothing_left_running() -> Iterator[None]:
     """Every process that a test started has ended."""
     yield
     assert [child for child in psutil.Process().children() if "inbox" in " ".join(child.cmdline())] == []
+
+
+# ---------------------------------------------------------------- deliveries with a name that was there before
+
+
+def test_a_file_that_is_given_back_does_not_overwrite_a_new_delivery(inbox: Path) -> None:
+    contents = []
+    for killed in (False, True):
+        owner = Inbox(inbox).open()
+        (inbox / "incoming" / "some.csv").write_text(f"claimed {killed}")
+        claimed = claim(owner, 0)
+        assert claimed is not None
+        (inbox / "incoming" / "some.csv").write_text(f"delivered {killed}")
+        if killed:
+            owner.lock.release(force=True)
+            other = Inbox(inbox).open()
+            assert take_back(other) == []
+            other.close()
+        else:
+            owner.close()
+        files = list((inbox / "incoming").iterdir())
+        contents.append(sorted(path.read_text() for path in files))
+        assert all(path.name.endswith(".csv") for path in files)
+        for path in files:
+            path.unlink()
+    assert contents == [["claimed False", "delivered False"], ["claimed True", "delivered True"]]
+    assert [len(note.read_text().splitlines()) for note in (inbox / "working").glob("some.*.csv.deaths")] == [1]
+
+
+def test_a_file_that_no_library_likes_is_set_aside_and_the_next_one_is_scored(small: Settings, inbox: Path) -> None:
+    rows = flights(3)
+    deliver(inbox, "lists.parquet", rows.assign(carrier=[["UA"]] * 3))
+    deliver(inbox, "twice.parquet", rows)
+    table = pyarrow.parquet.read_table(inbox / "incoming" / "twice.parquet")
+    twice = table.append_column("carrier", table["carrier"])
+    pyarrow.parquet.write_table(twice, inbox / "incoming" / "twice.parquet")
+    deliver(inbox, "good.parquet", rows)
+    told = {scored.file: scored for scored in run_once(small, inbox)}
+    assert {name: scored.status for name, scored in told.items()} == {
+        "lists.parquet": "rejected", "twice.parquet": "rejected", "good.parquet": "scored",
+    }  # fmt: skip
+    assert "carrier" in told["lists.parquet"].reason
+    assert names(inbox, "incoming") == []
+
+
+def test_a_key_that_is_sometimes_a_number_does_not_stop_the_answers(small: Settings, inbox: Path) -> None:
+    """A CSV reader that looks at a file piece by piece takes the first pieces for numbers and the last one for text."""
+    rows = pd.concat([flights(300_000).assign(period=1), flights(1).assign(period="zz")])[
+        ["carrier", "origin", "dest", "hour_of_day", "temperature", "period"]
+    ]
+    deliver(inbox, "mixed.csv", rows)
+    (scored,) = run_once(small, inbox)
+    assert (scored.status, scored.rows, scored.reason) == ("scored", 300_001, "")
+    assert pd.read_parquet(scored.answers)["period"].iloc[-1] == "zz"

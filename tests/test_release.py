@@ -1,11 +1,14 @@
 """Release logic without a service: who gets which version, what is concluded from counts, what is written down."""
 
+import copy
 import hashlib
 import json
 import math
 import multiprocessing
 import os
+import threading
 from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -14,10 +17,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlops_course.deployment import STEPS, Limits, Release, ReleaseError, begin, change, read_history, read_release
-from mlops_course.deployment.counting import Counts, Pairs, Requests, counts_folder, read_counts, write_counts
+from mlops_course.deployment import (
+    STEPS,
+    Limits,
+    Release,
+    ReleaseError,
+    begin,
+    change,
+    live_reference,
+    promote_release,
+    read_history,
+    read_release,
+    releases,
+    roll_back_release,
+)  # fmt: skip
+from mlops_course.deployment.counting import Counts, Pairs, Requests, counts_folder, read_counts, since, write_counts
 from mlops_course.deployment.judging import SLICES, decide, judge
-from mlops_course.deployment.pairing import Sample, compare_sample
+from mlops_course.deployment.pairing import Sample, compare_sample, tally
 from mlops_course.deployment.routing import candidate_answers, place_of
 from mlops_course.deployment.statistics import (
     BUCKETS,
@@ -27,8 +43,10 @@ from mlops_course.deployment.statistics import (
     quantile_interval,
     share_interval,
 )  # fmt: skip
-from mlops_course.deployment.workers import guard
+from mlops_course.deployment.workers import Route, can_replace, guard
 from mlops_course.environment import Settings, write_atomic
+from mlops_course.serving.bundle import Feature
+from mlops_course.serving.models import Choice
 
 STABLE, CANDIDATE = "flight-delay@3", "flight-delay@4"
 shares = st.floats(0, 1)
@@ -65,6 +83,14 @@ def test_another_release_tries_its_candidate_on_other_keys() -> None:
 
 def test_a_key_has_the_same_place_on_every_machine() -> None:
     assert place_of("desk-1", "20261124-canary") == 0.3871934740580941
+
+
+def test_requests_without_a_key_reach_the_candidate_too() -> None:
+    stable, candidate = Choice(Formula(0.0)), Choice(Formula(0.1))  # type: ignore[arg-type]
+    route = Route(release_of(steps=(0.3,)), stable, candidate)
+    found = sum(route.choose(None) is candidate for _ in range(4000)) / 4000
+    assert abs(found - 0.3) < 0.04
+    assert len({id(route.choose("desk")) for _ in range(50)}) == 1
 
 
 # ---------------------------------------------------------------- intervals
@@ -152,11 +178,16 @@ def test_counts_are_the_same_in_whatever_order_workers_are_added(counted: list[C
     assert together(mixed) == together(counted)
 
 
-def test_a_damaged_file_of_counts_hurts_nobody_else(settings: Settings) -> None:
+def test_a_damaged_file_of_counts_hides_nothing_and_nobody_goes_on_half_blind(settings: Settings) -> None:
     for worker in ("one", "two"):
-        write_counts(settings, "r", worker, Counts(candidate=Requests(answered=5)))
-    (counts_folder(settings, "r") / "two.json").write_bytes(b'{"candidate": {"answered": -5')
-    assert read_counts(settings, "r").candidate.answered == 5
+        write_counts(settings, "r", worker, counted(700))
+    (counts_folder(settings, "r") / "two.json").write_bytes(b'{"candidate": {"answered": null')
+    counts = read_counts(settings, "r")
+    assert (counts.candidate.answered, counts.unread) == (700, ["two"])
+    decision = decide(release_of(), counts, 0)
+    assert (decision.action, decision.reason) == ("wait", "can't read the counts of two")
+    write_counts(settings, "r", "three", counted(700, failed=300))
+    assert decide(release_of(), read_counts(settings, "r"), 0).action == "roll back"
     assert read_counts(settings, "never").candidate.answered == 0
 
 
@@ -191,8 +222,8 @@ def counted(
 ) -> Counts:  # fmt: skip
     """Counts of a candidate that has answered as many requests as the stable version."""
     generator, counts = np.random.default_rng(seed), Counts()
-    for role, factor in ((counts.stable, 1.0), (counts.candidate, slower)):
-        role.answered = rows
+    counts.stable.answered = counts.candidate.answered = rows
+    for role, factor in ((counts.silent_stable, 1.0), (counts.silent_candidate, slower)):
         for seconds in generator.gamma(4, 0.001 * factor, rows):
             role.timed(seconds)
     counts.candidate.failed = failed
@@ -248,6 +279,42 @@ def test_a_good_canary_goes_up_and_is_promoted() -> None:
     second = release_of(step=1, before=700)
     assert decide(second, counted(1000), 0).action == "wait", "300 in this step"
     assert decide(second, counted(1300), 0).values == {"status": "promoted"}
+
+
+@pytest.mark.parametrize("window", [0, 100])
+@pytest.mark.parametrize("strategy", ["ab", "blue-green"])
+def test_a_candidate_that_breaks_late_is_rolled_back_however_long_it_was_fine(strategy: str, window: int) -> None:
+    """A million faultless requests, then a thousand of which a tenth fails."""
+    counts, worker = Counts(), Counts(window=window)
+    worker.candidate, worker.stable = Requests(answered=1_000_000), Requests(answered=1_000_000)
+    before = copy.deepcopy(worker)
+    worker.candidate.answered += 1000
+    worker.candidate.failed += 100
+    worker.recent = since(worker, before)
+    counts.add(worker)
+    assert judge(counts, LIMITS)[0].verdict == "held", "all in all it looks fine"
+    decision = decide(release_of(strategy), counts, 10**6)
+    assert decision.action == "roll back"
+    assert "errors lately " in decision.reason
+
+
+def test_only_the_newest_window_of_all_workers_is_recent() -> None:
+    total = Counts()
+    for window, answered in ((3, 5), (4, 7), (4, 8), (2, 9)):
+        recent = Counts(candidate=Requests(answered=answered))
+        total.add(Counts(candidate=Requests(answered=50), window=window, recent=recent))
+    assert total.recent is not None
+    assert (total.window, total.recent.candidate.answered, total.candidate.answered) == (4, 15, 200)
+
+
+def test_one_client_with_large_batches_does_not_make_its_version_look_slow() -> None:
+    """The versions are the same; a sticky client sends batches that take thirty times as long."""
+    counts = counted(1000)
+    for _ in range(2000):
+        counts.stable.timed(0.001)
+    for seconds in [0.001] * 100 + [0.03] * 60:
+        counts.candidate.timed(seconds)
+    assert decide(release_of(), counts, 0).action == "step"
 
 
 def test_a_step_lasts_at_least_so_long() -> None:
@@ -312,10 +379,14 @@ def test_a_candidate_that_no_worker_can_load_is_rolled_back() -> None:
 class Formula:
     """Stands for a predictor: a formula over one feature."""
 
-    features, threshold = ("carrier", "x"), 0.5
+    features, threshold, reference = ("carrier", "x"), 0.5, "formula@1"
 
-    def __init__(self, add: float, fails_on: float = math.inf) -> None:
+    def __init__(self, add: float, fails_on: float = math.inf, carrier: str = "category") -> None:
         self.add, self.fails_on = add, fails_on
+        known = ("UA", "AA") if carrier == "category" else ()
+        self.manifest = SimpleNamespace(
+            features=(Feature("carrier", carrier, None, known), Feature("x", "number", 0.0))  # type: ignore[arg-type]
+        )
 
     def encode(self, records: list[dict[str, Any]]) -> np.ndarray:
         return np.array([[record["x"]] for record in records])
@@ -327,14 +398,17 @@ class Formula:
 
 
 def compared(
-    stable: Formula, candidate: Formula, requests: list[tuple[bool, list[dict[str, Any]]]], most: int = 100
+    stable: Formula,
+    candidate: Formula,
+    requests: list[tuple[bool, list[dict[str, Any]]]],
+    most: int = 1000,
 ) -> Counts:
     """Counts after a second's requests: who answered, and the rows."""
-    counts, sample = Counts(), Sample(most)
+    counts, sample = Counts(), Sample(100)
     for by_candidate, records in requests:
         predictor: Any = candidate if by_candidate else stable
         sample.offer((predictor, predictor.scores(predictor.encode(records)), records))
-    compare_sample(stable, candidate, sample, Limits(), counts)  # type: ignore[arg-type]
+    compare_sample(stable, candidate, sample, Limits(pairs_a_second=most), counts)  # type: ignore[arg-type]
     assert sample.kept == []
     return counts
 
@@ -350,7 +424,7 @@ def test_a_difference_has_the_same_sign_whoever_answered() -> None:
 
 
 def test_a_request_with_many_rows_is_one_observation_of_each_slice() -> None:
-    rows = [{"carrier": carrier, "x": 0.1} for carrier in ["UA"] * 300 + ["AA"] * 200 + [None]]
+    rows = [{"carrier": carrier, "x": 0.1} for carrier in ["UA"] * 30 + ["AA"] * 20 + [None]]
     counts = compared(Formula(0.0), Formula(0.1), [(False, rows)])
     assert {name: pairs.count for name, pairs in counts.pairs.items()} == {"": 1, "carrier=UA": 1, "carrier=AA": 1}
 
@@ -360,6 +434,43 @@ def test_a_version_that_fails_silently_is_counted_as_failing_and_the_rest_is_com
     counts = compared(Formula(0.0), Formula(0.1, fails_on=0.2), rows)
     assert (counts.silent_candidate.answered, counts.silent_candidate.failed) == (3, 1)
     assert counts.pairs[""].count == 2
+
+
+def test_clients_invent_no_slices_and_a_second_compares_no_more_rows_than_allowed() -> None:
+    junk = [{"carrier": f"junk-{number}", "x": 0.1} for number in range(1000)]
+    requests = [(False, [*junk, {"carrier": "UA", "x": 0.1}]) for _ in range(60)]
+    counts = compared(Formula(0.0), Formula(0.1), requests, most=50)
+    assert set(counts.pairs) <= {"", "carrier=other", "carrier=UA"}
+    assert counts.silent_candidate.answered <= 50
+
+
+def test_slices_that_are_not_judged_are_named() -> None:
+    counts = counted(1000)
+    counts.pairs |= {f"dest={number:03}": Pairs(count=100) for number in range(SLICES + 1)}
+    decision = decide(release_of(), counts, 0)
+    assert decision.action == "step"
+    assert "more slices than are judged: dest=062, dest=063, dest=064, carrier=2 (4 of them)" in decision.reason
+
+
+@pytest.mark.parametrize("nothing", [math.nan, math.inf])
+def test_a_score_that_is_no_number_is_a_failure_and_the_counts_can_be_read_again(
+    settings: Settings, nothing: float
+) -> None:
+    rows = [(False, [{"carrier": "UA", "x": value}]) for value in (0.1, 0.2)]
+    counts = compared(Formula(0.0), Formula(nothing), rows)
+    assert (counts.silent_candidate.answered, counts.silent_candidate.failed) == (2, 2)
+    assert not tally(counts.candidate, 0.001, np.array([0.5, nothing]), 0.5)
+    write_counts(settings, "r", "one", counts)
+    read = read_counts(settings, "r")
+    assert (read.candidate.failed, read.silent_candidate.failed, read.unread) == (1, 2, [])
+
+
+def test_a_candidate_whose_feature_has_another_kind_or_whose_score_is_none_replaces_nobody() -> None:
+    can_replace(Formula(0.0), Formula(0.1))  # type: ignore[arg-type]
+    with pytest.raises(ReleaseError, match=r"takes other features .*: carrier \(number, not category\)"):
+        can_replace(Formula(0.0), Formula(0.1, carrier="number"))  # type: ignore[arg-type]
+    with pytest.raises(ReleaseError, match="gives nan as a score"):
+        can_replace(Formula(0.0), Formula(math.nan))  # type: ignore[arg-type]
 
 
 def test_of_many_requests_a_fair_sample_is_kept() -> None:
@@ -491,3 +602,46 @@ def test_the_guard_waits_acts_and_counts_the_time_of_a_step(settings: Settings) 
     guard(settings)
     assert read_release(settings) != now
     assert read_history(settings)[-1]["status"] == "rolled back"
+
+
+@pytest.fixture
+def made_up_bundles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Publishing needs no real bundle."""
+    monkeypatch.setattr(releases, "publish", live)
+
+
+@pytest.mark.usefixtures("made_up_bundles")
+def test_a_person_who_rolls_back_while_the_guard_promotes_has_the_last_word(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The guard has decided to promote; before it publishes, a person rolls back."""
+    release = begin(settings, "canary", STABLE, CANDIDATE, (0.5,), Limits(enough=500, hold_seconds=0))
+    live(settings, STABLE)
+    write_counts(settings, release.id, "one", counted(1000))
+    person = threading.Thread(target=roll_back_release, args=(settings, "customers complain"))
+
+    def interrupted(settings: Settings, reference: str) -> None:
+        if reference == CANDIDATE:
+            person.start()
+            person.join(0.5)  # whoever waits for a lock waits longer than this
+        live(settings, reference)
+
+    monkeypatch.setattr(releases, "publish", interrupted)
+    guard(settings)
+    person.join()
+    assert [line["status"] for line in read_history(settings)] == ["running", "promoted", "rolled back"]
+    assert live_reference(settings) == STABLE
+    assert guard(settings) is None
+
+
+@pytest.mark.usefixtures("made_up_bundles")
+def test_a_step_of_the_guard_does_not_stop_a_person_and_another_live_model_does(settings: Settings) -> None:
+    release = begin(settings, "canary", STABLE, CANDIDATE)
+    live(settings, "flight-delay@9")
+    assert change(settings, release, "held", live=CANDIDATE, status="promoted") is None
+    with pytest.raises(ReleaseError, match="flight-delay@9 is live"):
+        promote_release(settings, "in a hurry")
+    assert live_reference(settings) == "flight-delay@9"
+    live(settings, STABLE)
+    assert promote_release(settings, "in a hurry").status == "promoted"
+    assert live_reference(settings) == CANDIDATE

@@ -23,11 +23,11 @@ from .counting import read_counts
 from .judging import Decision, decide, judge
 from .microbatch import InboxError, Scored, watch
 from mlops_course.deployment.releases import (
-    STEPS, Limits, Release, ReleaseError, begin, change, read_history, read_release,
+    STEPS, Limits, Release, ReleaseError, begin, change, live_reference, read_history, read_release,
 )
 from .routing import candidate_answers, place_of
-from .workers import ReleaseModels, can_replace, live_reference
-from ..serving import load_predictor, publish
+from .workers import ReleaseModels, can_replace
+from ..serving import load_predictor
 from ..serving.bundle import bundles_folder
 
 _all_ = ["read_counts", "Decision", "decide", "judge", "InboxError", "Scored", "watch", "STEPS", "Limits", "Release"]
@@ -80,8 +80,7 @@ def promote_release(
     release = _current(settings)
     if release.status != "running":
         raise ReleaseError(f"the release of {release.candidate} is {release.status}", "Start a new one")
-    publish(settings, release.candidate)
-    return _changed(settings, release, reason, "promoted")
+    return _changed(settings, release, reason, "promoted", release.candidate)
 
 
 def roll_back_release(
@@ -93,8 +92,7 @@ def roll_back_release(
     if release.status == "rolled back" or live not in (release.stable, release.candidate):
         problem = f"the release of {release.candidate} is {release.status}, and {live or 'nothing'} is live"
         raise ReleaseError(problem, "There is nothing to roll back; publish the bundle that shall be live")
-    publish(settings, release.stable)
-    return _changed(settings, release, reason, "rolled back")
+    return _changed(settings, release, reason, "rolled back", release.stable)
 
 # %% ../../nbs/11_deployment.ipynb #f70c8688
 def _current(settings: Settings) -> Release:
@@ -105,12 +103,15 @@ def _current(settings: Settings) -> Release:
     return release
 
 
-def _changed(settings: Settings, release: Release, reason: str, status: str) -> Release:
-    """Note what a person has done; the guard may have been faster with the same."""
-    changed = change(settings, release, reason, "person", status=status)
-    if changed is None:
-        now = _current(settings)
-        raise ReleaseError(f"the release is {now.status} since a moment ago: {now.reason}", "Look at it again")
+def _changed(settings: Settings, release: Release, reason: str, status: str, live: str) -> Release:
+    """Do what a person wants, also if the guard has taken a step meanwhile."""
+    while (changed := change(settings, release, reason, "person", live, status=status)) is None:
+        now, answers = _current(settings), live_reference(settings)
+        over = now.status == status or (status == "promoted" and now.status != "running")
+        if over or now.id != release.id or answers not in (now.stable, now.candidate):
+            problem = f"the release of {now.candidate} is {now.status} by now, and {answers or 'nothing'} is live"
+            raise ReleaseError(problem, "Look at it again")
+        release = now
     return changed
 
 # %% ../../nbs/11_deployment.ipynb #0a53f9ae

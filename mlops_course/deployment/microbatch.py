@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from filelock import FileLock
 
 # %% auto #0
-__all__ = ['FOLDERS', 'ENDINGS', 'UNFINISHED', 'ATTEMPTS', 'MISSING', 'InboxError', 'Scored', 'Inbox', 'claim', 'take_back',
-           'score_file', 'score_arrivals', 'watch']
+__all__ = ['FOLDERS', 'ENDINGS', 'UNFINISHED', 'ATTEMPTS', 'MISSING', 'InboxError', 'Scored', 'Inbox', 'hand_back', 'claim',
+           'take_back', 'score_file', 'score_arrivals', 'watch']
 
 # %% ../../nbs/internals/11_microbatch.ipynb #47890454
 FOLDERS = ("incoming", "working", "scored", "done", "rejected")
@@ -88,10 +88,25 @@ class Inbox(_Places):
     def close(self) -> None:
         """Give back what was claimed, and leave."""
         for path in self.mine.iterdir():
-            path.replace(self.place("incoming", path.name))
+            hand_back(self, path)
         self.mine.rmdir()
         self.lock.release()
         self.place("working", f"{self.worker}.lock").unlink(missing_ok=True)
+
+# %% ../../nbs/internals/11_microbatch.ipynb #dceec150
+def hand_back(
+    inbox: _Places,  # where the file belongs
+    path: Path,  # a file that was claimed
+) -> Path:  # where it is now
+    """Give a claimed file back to all; a new delivery with the same name isn't overwritten."""
+    target = inbox.place("incoming", path.name)
+    try:
+        os.link(path, target)  # unlike a rename, this fails when there is such a file
+    except OSError:  # there is, or the disk knows no second names
+        if not (target.exists() and target.samefile(path)):
+            return path.rename(target.with_name(f"{_stem(path)}.{secrets.token_hex(6)}{_ending(path)}"))
+    path.unlink()
+    return target
 
 # %% ../../nbs/internals/11_microbatch.ipynb #b1352c4f
 def claim(
@@ -139,7 +154,9 @@ def _give_free(inbox: Inbox, path: Path) -> Iterator[Scored]:
         file.write(f"{path.parent.name}\n")
     deaths = len(notes.read_text(encoding="utf-8").splitlines())
     if deaths < ATTEMPTS:
-        path.replace(inbox.place("incoming", path.name))
+        target = inbox.place("working", f"{hand_back(inbox, path).name}.deaths")
+        if target != notes:
+            notes.replace(target)
         return
     yield _reject(inbox, path, f"the process that scored it died, {deaths} times", 0.0)
 
@@ -151,15 +168,17 @@ def score_file(
 ) -> Scored:
     """Score one claimed file, or set it aside with the reason."""
     begin = time.monotonic()
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-    known = next(iter(inbox.place("scored").glob(f"*.{digest}.parquet")), None)
     try:
-        rows, model = _rows_and_model(known) if known else (0, predictor.reference)
-        answers = known or inbox.place("scored", f"{_stem(path)}.{digest}.parquet")
-        if known is None:
-            rows = _write_answers(path, answers, predictor)
-    except CourseError as error:
-        return _reject(inbox, path, str(error), time.monotonic() - begin)
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        known = next(iter(inbox.place("scored").glob(f"*.{digest}.parquet")), None)
+        rows, model, content = (*_rows_and_model(known), None) if known else _answers(path, predictor)
+    except Exception as error:  # whatever is wrong with one file must not stop the others
+        named = isinstance(error, CourseError)
+        reason = str(error) if named else f"{path.name} can't be scored: {type(error).__name__}: {_first_line(error)}"
+        return _reject(inbox, path, reason, time.monotonic() - begin)
+    answers = known or inbox.place("scored", f"{_stem(path)}.{digest}.parquet")
+    if content is not None:
+        write_atomic(answers, content)  # a full disk is not the file's fault: it is scored later
     _put_away(inbox, path, inbox.place("done", f"{_stem(path)}.{digest}{_ending(path)}"))
     status = "known" if known else "scored"
     return Scored(path.name, status, rows, model, str(answers), "", time.monotonic() - begin)
@@ -183,7 +202,7 @@ def _read(path: Path, predictor: Predictor) -> pd.DataFrame:
             frame = pd.read_parquet(path)
         else:
             types: Any = dict.fromkeys(texts, "str")
-            frame = pd.read_csv(path, dtype=types, keep_default_na=False, na_values=missing)
+            frame = pd.read_csv(path, dtype=types, keep_default_na=False, na_values=missing, low_memory=False)
     except (OSError, ValueError, EOFError, zlib.error) as error:
         reason = str(error).splitlines()[0].replace(str(path), path.name) if str(error) else type(error).__name__
         raise InboxError(f"{path.name} can't be read: {reason}", "Deliver it again") from error
@@ -192,12 +211,16 @@ def _read(path: Path, predictor: Predictor) -> pd.DataFrame:
     return frame
 
 # %% ../../nbs/internals/11_microbatch.ipynb #4247980c
-def _write_answers(path: Path, answers: Path, predictor: Predictor) -> int:
-    """Read, score, write; how many rows. Raises: CourseError when the file can't be scored."""
+def _answers(path: Path, predictor: Predictor) -> tuple[int, str, bytes]:
+    """How many rows, who scored them, and a file of answers. Raises: CourseError when the file can't be scored."""
     frame, memory = _read(path, predictor), BytesIO()
     predictor.predict(frame).to_parquet(memory, index=False)
-    write_atomic(answers, memory.getvalue())
-    return len(frame)
+    return len(frame), predictor.reference, memory.getvalue()
+
+
+def _first_line(error: Exception) -> str:
+    """Enough of a library's message."""
+    return (str(error).splitlines() or [""])[0][:300]
 
 
 def _rows_and_model(answers: Path) -> tuple[int, str]:
@@ -243,7 +266,7 @@ def score_arrivals(
     while path := claim(inbox, settle):
         live = live_bundle(settings)
         if live is None:
-            path.replace(inbox.place("incoming", path.name))
+            hand_back(inbox, path)
             raise InboxError(f"no model is live in {settings.home}", "Publish a bundle first")
         if predictor is None or live != folder:
             folder, predictor = live, load_predictor(live)

@@ -5,6 +5,7 @@
 # %% ../../nbs/internals/11_pairing.ipynb #85d26425
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Sequence
@@ -19,7 +20,8 @@ from ..serving import Predictor
 from ..serving.models import Record
 
 # %% auto #0
-__all__ = ['Asked', 'Row', 'PROBES', 'Sample', 'pick', 'as_dict', 'compare_rows', 'time_rows', 'compare_sample', 'tally']
+__all__ = ['Asked', 'Row', 'Known', 'LOOKS', 'PROBES', 'Sample', 'known_values', 'pick', 'as_dict', 'compare_rows', 'time_rows',
+           'compare_sample', 'tally']
 
 # %% ../../nbs/internals/11_pairing.ipynb #b552be99
 Asked = tuple[Predictor, Any, Sequence[Record]]  # who answered, (n,) float64 scores, the rows
@@ -47,20 +49,36 @@ class Sample:
 
 # %% ../../nbs/internals/11_pairing.ipynb #ed31e44d
 Row = tuple[dict[str, Any], float, tuple[str, ...]]  # by feature name, the score it got, which slices it counts for
+Known = dict[str, frozenset[str]]  # values of each column whose values are slices
+LOOKS = 100  # rows of one request that are looked at
 
 
+def known_values(
+    columns: Sequence[str],  # whose values are the slices; those that aren't categories make none
+    predictors: Sequence[Predictor],  # whose manifests list the categories
+) -> Known:
+    """The slices that there can be: clients can't invent one."""
+    features = [each for predictor in predictors for each in predictor.manifest.features if each.kind == "category"]
+    found: Known = {}
+    for each in features:
+        if each.name in columns:
+            found[each.name] = found.get(each.name, frozenset()) | frozenset(each.categories)
+    return found
+
+# %% ../../nbs/internals/11_pairing.ipynb #6551fe44
 def pick(
     asked: Asked,  # one request
-    columns: Sequence[str],  # whose values are the slices
+    known: Known,  # which slices there are
     generator: random.Random,  # chance
 ) -> list[Row]:  # at most one for all rows ("") and one for each slice
     """Choose the rows of a request that are compared."""
     predictor, scores, records = asked
-    places, chosen, done = list(range(len(records))), list[Row](), set[str]()
-    generator.shuffle(places)
-    for place in places:
+    chosen, done = list[Row](), set[str]()
+    for place in generator.sample(range(len(records)), min(len(records), LOOKS)):
         row = as_dict(records[place], predictor)
-        slices = {"", *(f"{name}={row[name]}" for name in columns if row.get(name) is not None)} - done
+        given = {name: row[name] for name in known if row.get(name) is not None}
+        named = {f"{name}={value if value in known[name] else 'other'}" for name, value in given.items()}
+        slices = {"", *named} - done
         if slices:
             chosen.append((row, float(scores[place]), tuple(sorted(slices))))
             done |= slices
@@ -94,7 +112,8 @@ def _silently(predictor: Predictor, rows: Sequence[Row], silent: Requests) -> li
     """Scores that nobody waits for; None where the version failed."""
     records = [row for row, _, _ in rows]
     try:
-        scores: list[float | None] = predictor.scores(predictor.encode(records)).tolist() if records else []
+        found = predictor.scores(predictor.encode(records)).tolist() if records else []
+        scores = [score if math.isfinite(score) else None for score in found]
     except Exception:  # whatever a runtime raises: look which rows it was
         scores = [_alone(predictor, record) for record in records]
     done = [score for score in scores if score is not None]
@@ -107,7 +126,8 @@ def _silently(predictor: Predictor, rows: Sequence[Row], silent: Requests) -> li
 def _alone(predictor: Predictor, record: dict[str, Any]) -> float | None:
     """The score of one row; None: it can't be scored."""
     try:
-        return float(predictor.scores(predictor.encode([record]))[0])
+        score = float(predictor.scores(predictor.encode([record]))[0])
+        return score if math.isfinite(score) else None
     except Exception:  # it is counted as failed
         return None
 
@@ -138,8 +158,13 @@ def compare_sample(
     counts: Counts,  # to add to
 ) -> int:  # rows that were compared
     """Compare what was answered since the last time."""
-    taken = [(asked, pick(asked, limits.slices, sample.generator)) for asked in sample.take()]
-    rows = {who: [row for asked, rows in taken if asked[0] is who for row in rows] for who in (stable, candidate)}
+    rows: dict[Predictor, list[Row]] = {stable: [], candidate: []}
+    known, taken = known_values(limits.slices, (stable, candidate)), sample.take()
+    sample.generator.shuffle(taken)
+    for asked in taken:
+        left = limits.pairs_a_second - sum(map(len, rows.values()))
+        if left > 0 and asked[0] in rows:
+            rows[asked[0]] += pick(asked, known, sample.generator)[:left]
     time_rows(stable, candidate, [*rows[stable], *rows[candidate]], counts)
     compare_rows(stable, candidate, False, rows[stable], counts)
     compare_rows(stable, candidate, True, rows[candidate], counts)
@@ -151,13 +176,14 @@ def tally(
     seconds: float,  # how long it took
     scores: np.ndarray | None,  # (n,) float64; None: it failed
     threshold: float,  # from which it warns
-) -> None:
+) -> bool:  # whether it worked: a score that is no number is a failure
     """Count one answered request."""
     requests.answered += 1
-    if scores is None:
+    if scores is None or not np.isfinite(scores).all():
         requests.failed += 1
-        return
+        return False
     requests.timed(seconds)
     requests.rows += len(scores)
     requests.total += float(np.sum(scores))
     requests.warned += int(np.count_nonzero(scores >= threshold))
+    return True

@@ -16,10 +16,11 @@ import msgspec
 from msgspec import Meta, Struct
 
 from ..environment import CourseError, Settings, workspace_error, write_atomic
+from ..serving import live_bundle, publish
 
 # %% auto #0
 __all__ = ['Share', 'Count', 'Reference', 'STEPS', 'Strategy', 'Status', 'ReleaseError', 'Limits', 'Release', 'read_release',
-           'changing', 'read_history', 'begin', 'change']
+           'changing', 'read_history', 'live_reference', 'begin', 'change']
 
 # %% ../../nbs/internals/11_releases.ipynb #4075a73f
 class ReleaseError(CourseError):
@@ -40,13 +41,15 @@ class Limits(Struct, frozen=True, forbid_unknown_fields=True):
     flips: Share = 0.15  # share of rows that are decided otherwise
     slice_shift: Share = 0.1  # the same within one slice
     slice_flips: Share = 0.3
-    slices: tuple[str, ...] = ("carrier",)  # columns whose values are the slices
+    slices: tuple[str, ...] = ("carrier",)  # columns of categories whose values are the slices
     least: Count = 100  # fewer requests or rows decide nothing
     slice_least: Count = 50
     enough: Count = 1000  # requests that the candidate answers, or rows that it scores silently, in each step
     hold_seconds: Annotated[float, Meta(ge=0)] = 60.0  # each step lasts at least so long
     pairs_a_second: Annotated[int, Meta(ge=0)] = 200  # rows that each worker scores with both versions
-    alpha: Annotated[float, Meta(gt=0, lt=0.5)] = 0.01  # probability that a candidate within all limits is rolled back
+    window_seconds: Annotated[float, Meta(gt=0)] = 600.0  # what was counted in so many is judged alone as well
+    # probability that a candidate within all limits is rolled back, if requests don't depend on each other
+    alpha: Annotated[float, Meta(gt=0, lt=0.5)] = 0.01
 
 # %% ../../nbs/internals/11_releases.ipynb #cdd497f6
 STEPS: dict[str, tuple[float, ...]] = {"shadow": (0.0,), "canary": (0.05, 0.25), "blue-green": (1.0,), "ab": (0.5,)}
@@ -161,6 +164,17 @@ def _now() -> str:
     """This second, UTC."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
+# %% ../../nbs/internals/11_releases.ipynb #be642111
+def live_reference(
+    settings: Settings,  # whose workspace
+) -> str | None:  # such as flight-delay@3
+    """Name the live model."""
+    try:
+        live = live_bundle(settings)
+    except CourseError:
+        return None
+    return live.name if live else None
+
 # %% ../../nbs/internals/11_releases.ipynb #06d7ce08
 def begin(
     settings: Settings,  # whose workspace
@@ -206,12 +220,18 @@ def change(
     seen: Release,  # the release as it was looked at
     reason: str,  # why; it is kept
     by: str = "guard",  # who
+    live: str | None = None,  # the version that becomes live with this step; None: the live model stays
     **values: Any,  # what becomes different: status, or step and before
 ) -> Release | None:  # None: somebody else has changed it meanwhile, and nothing was done
-    """Take a release one step further."""
+    """Take a release one step further; what is live changes under the same lock. Raises: ReleaseError, BundleError."""
     with changing(settings):
         now = read_release(settings)
         if now is None or (now.id, now.revision) != (seen.id, seen.revision):
             return None
+        answers = live_reference(settings)
+        if live and answers not in (now.stable, now.candidate):
+            return None
+        if live and answers != live:
+            publish(settings, live)
         told = {"reason": reason, "by": by, "changed": _now(), "revision": now.revision + 1}
         return _write(settings, msgspec.structs.replace(now, **values, **told))

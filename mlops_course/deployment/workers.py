@@ -5,8 +5,10 @@
 # %% ../../nbs/internals/11_workers.ipynb #ed83a68a
 from __future__ import annotations
 
+import copy
 import logging
 import os
+import random
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,18 +18,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 # %% auto #0
-__all__ = ['log', 'Route', 'can_replace', 'ReleaseModels', 'guard', 'live_reference']
+__all__ = ['log', 'Route', 'can_replace', 'ReleaseModels', 'guard']
 
 # %% ../../nbs/internals/11_workers.ipynb #057281b5
 import numpy as np
 
-from .counting import Counts, read_counts, write_counts
+from .counting import Counts, read_counts, since, write_counts
 from .judging import Decision, decide
 from .pairing import Sample, compare_sample, tally
-from .releases import Release, ReleaseError, change, read_release
+from .releases import Release, ReleaseError, change, live_reference, read_release
 from .routing import candidate_answers, place_of
 from ..environment import CourseError, Settings
-from ..serving import live_bundle, load_predictor, publish
+from ..serving import load_predictor
 from ..serving.bundle import bundles_folder
 from ..serving.models import Choice, LiveModels, Record
 
@@ -47,23 +49,26 @@ class Route:
     stable: Choice
     candidate: Choice
 
-    def choose(self, sticky: str) -> Choice:
-        """The version for a key."""
-        place = place_of(sticky, self.release.id)
+    def choose(self, sticky: str | None) -> Choice:
+        """The version for a key; None: chance decides."""
+        place = random.random() if sticky is None else place_of(sticky, self.release.id)
         return self.candidate if candidate_answers(place, self.release.share) else self.stable
 
-
+# %% ../../nbs/internals/11_workers.ipynb #62c411fc
 def can_replace(
     stable: Predictor,  # that answers now
     candidate: Predictor,  # that shall answer the same requests
 ) -> None:
     """Make sure that callers don't notice who answers. Raises: ReleaseError."""
-    mine, others = set(candidate.features), set(stable.features)
-    if mine != others:
-        different = ", ".join(sorted(mine ^ others)[:3])
-        problem = f"{candidate.reference} takes other features than {stable.reference}: {different}"
+    mine, others = ({each.name: each.kind for each in which.manifest.features} for which in (candidate, stable))
+    different = sorted(dict(mine.items() ^ others.items()))
+    if different:
+        kinds = (f"{name} ({mine.get(name, 'none')}, not {others.get(name, 'none')})" for name in different[:3])
+        problem = f"{candidate.reference} takes other features than {stable.reference}: {', '.join(kinds)}"
         raise ReleaseError(problem, "Callers would have to change their requests: serve it at another address")
-    candidate.scores(np.zeros((1, len(candidate.features)), dtype=np.float32))
+    scores = candidate.scores(np.zeros((1, len(candidate.features)), dtype=np.float32))
+    if not np.isfinite(scores).all():
+        raise ReleaseError(f"{candidate.reference} gives {scores[0]} as a score", "Train and package it again")
 
 # %% ../../nbs/internals/11_workers.ipynb #e3b99d13
 def _route(settings: Settings, release: Release, stable: Predictor) -> Route:
@@ -80,7 +85,7 @@ class _Loading(LiveModels):
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
         self.route: Route | None = None
-        self.counts, self.sample = Counts(), Sample(0)
+        self.counts, self.begun, self.sample = Counts(), Counts(), Sample(0)
         self.worker = ""
         self._looked: object = None
 
@@ -88,6 +93,7 @@ class _Loading(LiveModels):
         """Count from nought, into a new file: what is in the old ones stays."""
         self.worker = f"{os.getpid()}-{secrets.token_hex(4)}"
         self.counts, self.sample = Counts(), Sample(release.limits.pairs_a_second)
+        self.begun = Counts()
 
     def load(self, release: Release, stable: Predictor) -> Route | None:
         """Load the candidate; None: it can't be used."""
@@ -145,8 +151,7 @@ class _Counting(_Routing):
         if route is None or choice.predictor not in (route.stable.predictor, route.candidate.predictor):
             return  # it was chosen before the release began, or has ended since
         counts = self.counts.candidate if choice.predictor is route.candidate.predictor else self.counts.stable
-        tally(counts, seconds, scores if ok else None, choice.predictor.threshold)
-        if ok:
+        if tally(counts, seconds, scores if ok else None, choice.predictor.threshold):
             self.sample.offer((choice.predictor, scores, records))
 
     def count(self) -> None:
@@ -156,6 +161,11 @@ class _Counting(_Routing):
             return
         stable, candidate = route.stable.predictor, route.candidate.predictor
         compare_sample(stable, candidate, self.sample, route.release.limits, self.counts)
+        window = int(max(_seconds_since(route.release.started, None), 0.0) / route.release.limits.window_seconds)
+        if window != self.counts.window:
+            self.counts.window, self.counts.recent = window, None
+            self.begun = copy.deepcopy(self.counts)
+        self.counts.recent = since(self.counts, self.begun)
         write_counts(self.settings, route.release.id, self.worker, self.counts)
 
 # %% ../../nbs/internals/11_workers.ipynb #c5f5e802
@@ -183,9 +193,9 @@ class ReleaseModels(_OnGuard):
     """The live model and a candidate beside it, for all strategies. One of the workers is the guard."""
 
     def choose(self, sticky: str | None) -> Choice:
-        """Who answers; without a key, the live model. Raises: Problem when there is none."""
+        """Who answers; without a key, chance decides. Raises: Problem when there is none."""
         route = self.route
-        return super().choose(sticky) if route is None or sticky is None else route.choose(sticky)
+        return super().choose(sticky) if route is None else route.choose(sticky)
 
     def refresh(self) -> None:
         """Once a second: look what is live and what is released, count, and decide if it is my turn."""
@@ -225,24 +235,12 @@ def _carry_out(settings: Settings, release: Release, decision: Decision) -> Deci
     if decision.action == "wait":
         return decision
     try:
-        if decision.action == "promote" and live_reference(settings) != release.candidate:
-            publish(settings, release.candidate)
-        if change(settings, release, decision.reason, **decision.values):
+        live = release.candidate if decision.action == "promote" else None
+        if change(settings, release, decision.reason, live=live, **decision.values):
             log.warning("release %s: %s, since %s", release.candidate, decision.action, decision.reason)
     except CourseError as error:
         log.error("release %s: can't %s: %s", release.candidate, decision.action, error)
     return decision
-
-
-def live_reference(
-    settings: Settings,  # whose workspace
-) -> str | None:  # such as flight-delay@3
-    """Name the live model."""
-    try:
-        live = live_bundle(settings)
-    except CourseError:
-        return None
-    return live.name if live else None
 
 # %% ../../nbs/internals/11_workers.ipynb #7b4e1876
 def _seconds_since(moment: str, now: datetime | None) -> float:
