@@ -1,8 +1,9 @@
 """Does the service hold out: half a million requests, no refusal, no growth, every prediction on the disk?
 
 Meanwhile the model is swapped twenty times and a worker is killed. Needs a workspace with two bundles and a feature
-table (--home; without it, one is made as bench_serving.py does, with a copy of its model). Exit status 1 when something
-is lost, counted twice, answered with a 5xx, or when a worker's memory grows by more than a tenth after the first fifth.
+table (--home; without it, two models of different size are made as bench_serving.py does). Each answer must have the
+score and the threshold of the very model that it names. Exit status 1 when something is lost, mixed up, counted twice,
+answered with a 5xx, or when a worker's memory grows by more than a tenth after the first fifth.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from pathlib import Path
 import psutil
 
 from mlops_course.environment import Settings, load_settings
-from mlops_course.serving import publish
+from mlops_course.serving import load_predictor, publish
 from mlops_course.serving.bundle import bundles_folder
 from mlops_course.serving.predictions import log_folder, read_segment
 
@@ -35,6 +36,8 @@ class Seen:
     answered: set[str] = field(default_factory=set)  # ids
     statuses: Counter[int] = field(default_factory=Counter)
     models: Counter[str] = field(default_factory=Counter)
+    triples: Counter[tuple[str, float, float]] = field(default_factory=Counter)  # model, score, threshold
+    expected: set[tuple[str, float, float]] = field(default_factory=set)  # what the bundles say themselves
     broken: int = 0  # connections that ended without an answer
     memory: list[tuple[int, float]] = field(default_factory=list)  # requests so far, MB of the largest worker
     killed: int = 0
@@ -62,6 +65,7 @@ async def client(port: int, body: bytes, todo: list[int], seen: Seen) -> None:
         if "score" in document:
             seen.answered.add(document["request_id"])
             seen.models[document["model"]] += 1
+            seen.triples[document["model"], document["score"], document["threshold"]] += 1
     writer.close()
 
 
@@ -85,9 +89,14 @@ def workers(process: int) -> list[psutil.Process]:
     return sorted(found, key=lambda each: each.create_time())
 
 
+def two_bundles(settings: Settings) -> list[Path]:
+    """The models that are swapped."""
+    return sorted(path for path in bundles_folder(settings).iterdir() if not path.name.startswith("."))[:2]
+
+
 async def disturb(settings: Settings, process: int, total: int, swaps: int, todo: list[int], seen: Seen) -> None:
     """Swap models, kill a worker half-way, and look at the memory."""
-    names = sorted(path.name for path in bundles_folder(settings).iterdir() if not path.name.startswith("."))[:2]
+    names = [path.name for path in two_bundles(settings)]
     swapped = 0
     while todo[0] > 0:
         await asyncio.sleep(0.2)
@@ -105,8 +114,13 @@ async def disturb(settings: Settings, process: int, total: int, swaps: int, todo
 async def load(settings: Settings, url: str, process: int, options: argparse.Namespace) -> Seen:
     """All clients and disturbances, until the requests are used up."""
     with urllib.request.urlopen(f"{url}/examples?count=1") as answer:
-        body = json.dumps({"record": json.load(answer)[0]["record"]}).encode()
+        record = json.load(answer)[0]["record"]
+    body = json.dumps({"record": record}).encode()
     seen, todo, port = Seen(), [options.requests], int(url.rpartition(":")[2])
+    for folder in two_bundles(settings):
+        predictor = load_predictor(folder)
+        score = float(predictor.scores(predictor.encode([record]))[0])
+        seen.expected.add((predictor.reference, score, predictor.threshold))
     clients = [client(port, body, todo, seen) for _ in range(options.clients)]
     await asyncio.gather(*clients, disturb(settings, process, options.requests, options.swaps, todo, seen))
     return seen
@@ -127,6 +141,8 @@ def complaints(seen: Seen, settings: Settings, options: argparse.Namespace) -> l
         f"{seen.broken} connections broke": seen.broken <= options.clients,
         f"memory went from {before:.0f} to {after:.0f} MB": after <= before * 1.1 + 5,
         f"{len(seen.models)} models answered": len(seen.models) == 2,
+        f"{sorted(set(seen.triples) - seen.expected)[:3]} is no model's answer": set(seen.triples) == seen.expected,
+        "the two models give the same score": len({score for _, score, _ in seen.expected}) == 2,
         "no worker was killed": bool(seen.killed),
     }
     tenths = [options.requests * part / 10 for part in range(1, 11)]
@@ -140,13 +156,8 @@ def prepare(settings: Settings) -> None:
     """Two bundles in the workspace."""
     from bench_serving import prepare as prepare_one
 
-    prepare_one(settings)
-    first = next(bundles_folder(settings).glob("*@500"))
-    second = first.with_name(first.name.replace("@500", "@501"))
-    if not second.exists():
-        shutil.copytree(first, second)
-        manifest = second / "bundle.json"
-        manifest.write_text(manifest.read_text(encoding="utf-8").replace(first.name, second.name), encoding="utf-8")
+    for trees in (500, 300):
+        prepare_one(settings, trees)
 
 
 def main() -> int:

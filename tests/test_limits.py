@@ -17,6 +17,7 @@ from mlops_course.environment import CourseError
 from mlops_course.serving.limits import Buckets, Guard, Limits, read_limits
 from mlops_course.serving.problems import Problem, respond
 from mlops_course.serving.server import Connection, watch
+from mlops_course.serving.service import check_objects
 
 pytestmark = pytest.mark.filterwarnings("ignore:Series.values returning:DeprecationWarning")  # inside pyarrow
 
@@ -81,7 +82,7 @@ def test_a_hostile_body_is_refused(service: Running, name: str) -> None:
     for path, content in (("/predict", body), ("/predict/batch", b'{"rows": [' + (body or b" ,") + b"]}")):
         status, data = service.raw(post(content, path))
         found = json.loads(data.partition(b"\r\n\r\n")[2])
-        assert status in ({expected} if path == "/predict" else {400, 422}), data[:500]
+        assert status in ({expected} if path == "/predict" else {400, 413, 422}), data[:500]
         assert found["status"] == status
         assert len(data) < 2000, "a refusal doesn't send back what it was sent"
 
@@ -119,6 +120,15 @@ def test_a_nonsensical_length_is_refused(service: Running, length: bytes) -> Non
 def test_too_many_rows_are_refused(service: Running) -> None:
     answer = service.client.post("/predict/batch", json={"rows": [{"key": {}}] * 51})
     assert (answer.status_code, answer.json()["field"]) == (413, "rows")
+
+
+def test_too_many_rows_are_refused_before_they_are_read(service: Running) -> None:
+    hundred = b"[" + b",".join([b'{"a":{}}'] * 5000) + b"]"
+    status, data = service.raw(post(b'{"rows": ' + hundred + b", and this is no JSON", "/predict/batch"))
+    assert (status, b'"rows"' in data) == (413, True)
+    text = json.dumps({"rows": [{"key": {"carrier": "{" * 90}}] * 40}).encode()
+    check_objects(text, 40)  # braces in texts are no objects
+    assert service.raw(post(text, "/predict/batch"))[0] in (404, 422)
 
 
 @pytest.mark.parametrize(

@@ -299,7 +299,8 @@ class Fixed(Models):
     def live(self) -> Choice:
         return self.choice
 
-    choose = lambda self, _: self.choice  # noqa: E731
+    def choose(self, sticky: str | None) -> Choice:
+        return self.choice
 
     def observe(self, choice: Choice, seconds: float, scores: Any, ok: bool, records: Any) -> None:
         self.seen.append((choice.role, ok))

@@ -26,14 +26,14 @@ import numpy as np
 
 # %% auto #0
 __all__ = ['log', 'Text', 'Whole', 'Key', 'ABSENT', 'QUESTION', 'BATCH', 'encode', 'PLACE', 'NAMED', 'UNREADABLE', 'FEW',
-           'JSON_TYPE', 'REFUSALS', 'BETWEEN', 'REASONS', 'SILENT', 'PATHS', 'Question', 'Batch', 'Answer', 'Row',
-           'Answers', 'unreadable', 'refuse_repeated', 'Service', 'open_table', 'Work', 'name_keys', 'read_records',
-           'decoder_of', 'find_records', 'look_up', 'check_scores', 'score', 'write_down', 'check_form', 'body_of',
-           'request_id_of', 'wanted_reasons', 'PredictOne', 'read', 'check_names', 'PredictMany', 'refusal',
-           'add_health', 'add_model', 'typical_record', 'pick_keys', 'some_keys', 'newest_key', 'record_schema',
-           'key_schema', 'schemas', 'operation', 'describe', 'tick', 'tick_table', 'count_swap', 'tick_on',
-           'tick_table_on', 'lifespan', 'build_api', 'handlers', 'Door', 'problem_response', 'add_refusals',
-           'create_app']
+           'JSON_TYPE', 'TEXTS', 'REFUSALS', 'BETWEEN', 'REASONS', 'SILENT', 'PATHS', 'Question', 'Batch', 'Answer',
+           'Row', 'Answers', 'unreadable', 'refuse_repeated', 'Service', 'open_table', 'Work', 'name_keys',
+           'read_records', 'decoder_of', 'find_records', 'look_up', 'check_scores', 'score', 'write_down', 'check_form',
+           'body_of', 'request_id_of', 'wanted_reasons', 'PredictOne', 'read', 'check_names', 'check_objects',
+           'PredictMany', 'refusal', 'add_health', 'add_model', 'typical_record', 'pick_keys', 'some_keys',
+           'newest_key', 'record_schema', 'key_schema', 'schemas', 'operation', 'describe', 'tick', 'tick_table',
+           'count_swap', 'tick_on', 'tick_table_on', 'lifespan', 'build_api', 'handlers', 'Door', 'problem_response',
+           'add_refusals', 'create_app']
 
 # %% ../../nbs/internals/07_service.ipynb #ae022867
 from fastapi import FastAPI, Query, Request, Response
@@ -473,6 +473,20 @@ def check_names(
             colons += sum(str(value).count(":") + name.count(":") for name, value in question.key.items())
     refuse_repeated(body, names, colons)
 
+# %% ../../nbs/internals/07_service.ipynb #29064bef
+TEXTS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+
+
+def check_objects(
+    body: bytes,  # of a batch, not read yet
+    most: int,  # rows that are allowed
+) -> None:
+    """Refuse what has more objects than a batch can have. Raises: Problem."""
+    bound = 3 * most + 1
+    if body.count(b"{") > bound and (found := TEXTS.sub(b"", body).count(b"{")) > bound:
+        what = f"the body has {found} objects, and {most} rows have {bound} at most"
+        raise Problem(413, what, f"Send at most {most} rows at a time", "rows")
+
 # %% ../../nbs/internals/07_service.ipynb #71d1438c
 class PredictMany:
     """`POST /predict/batch`: many rows, all by the same model."""
@@ -484,6 +498,7 @@ class PredictMany:
         """Answer."""
         service, work = self.service, Work([], request_id_of(scope), check_form(scope), "rows")
         body = await body_of(receive)
+        check_objects(body, service.limits.rows)
         work.questions = read(BATCH, body).rows
         if len(work.questions) > service.limits.rows:
             most = f"Send at most {service.limits.rows} at a time"
