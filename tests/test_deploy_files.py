@@ -15,12 +15,14 @@ import pandas as pd
 import pytest
 import yaml
 
+from mlops_course.deployment import release_app
 from mlops_course.environment import Settings
 from mlops_course.experiments import TrainingConfig, train
 from mlops_course.project import flight_delay
 from mlops_course.serving import Origin, publish, write_bundle
 from mlops_course.serving.limits import Limits
 from mlops_course.serving.metrics import Metrics, expose
+from mlops_course.serving.service import PATHS
 
 ROOT = Path(__file__).resolve().parent.parent
 DEPLOY = ROOT / "deploy"
@@ -115,6 +117,21 @@ def test_time_to_end_is_longer_than_the_longest_request(overlay: tuple[str, Path
         pod = each["spec"]["template"]["spec"]
         pause = pod["containers"][0]["lifecycle"]["preStop"]["sleep"]["seconds"]
         assert pod["terminationGracePeriodSeconds"] > pause + Limits().seconds
+
+
+def test_from_outside_all_but_the_metrics_can_be_asked() -> None:
+    built = run(program("kubectl"), "kustomize", DEPLOY / "kubernetes" / "overlays" / "production")
+    (ingress,) = of_kind(list(yaml.safe_load_all(built.stdout)), "Ingress")
+    (rule,) = ingress["spec"]["rules"]
+    open_to_all = {(each["path"], each["pathType"]) for each in rule["http"]["paths"]}
+    assert open_to_all == {(path, "Exact") for path in PATHS if path != "/metrics"}
+
+
+def test_the_service_with_releases_can_ask_who_may_do_what(settings: Settings) -> None:
+    def authorize(scope: object) -> str:
+        return "desk"
+
+    assert release_app(settings, authorize=authorize).authorize is authorize
 
 
 def selected(selector: Document, found: list[Document]) -> list[str]:
@@ -253,6 +270,7 @@ sys.meta_path.insert(0, Missing())
 import mlops_course.cli, mlops_course.serving.server
 from pathlib import Path
 from mlops_course.deployment import ReleaseModels, release_app
+from mlops_course.deployment import release_app
 from mlops_course.environment import Settings
 settings = Settings(home=Path(sys.argv[2]))
 release_app(settings)

@@ -37,18 +37,19 @@ _all_ += ["ReleaseModels", "can_replace", "live_reference"]
 # %% ../../nbs/11_deployment.ipynb #5fe7bb4b
 if TYPE_CHECKING:
     from mlops_course.environment import Settings
-    from mlops_course.serving.limits import Guard
+    from mlops_course.serving.limits import Authorize, Guard
     from mlops_course.serving.limits import Limits as ServiceLimits
 
 # %% ../../nbs/11_deployment.ipynb #21be270e
 def release_app(
     settings: Settings,  # where the workspace is
     limits: ServiceLimits | None = None,  # of the service; None: the usual ones
+    authorize: Authorize | None = None,  # a request's scope to a principal; None: everybody may do everything
 ) -> Guard:  # an ASGI app
     """The service of section 7, with a router for releases in it."""
     from mlops_course.serving.service import create_app
 
-    return create_app(settings, limits, models=ReleaseModels(settings))
+    return create_app(settings, limits, authorize, ReleaseModels(settings))
 
 # %% ../../nbs/11_deployment.ipynb #02490697
 def start_release(
