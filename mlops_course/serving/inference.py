@@ -362,7 +362,8 @@ def _number(value: Any, name: str, row: int) -> float:
     if _missing(value):
         return np.nan
     fine = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-    if not fine or not abs(value) < LARGEST:
+    plain = value.item() if isinstance(value, np.generic) else value  # float32 can't be compared with more than it holds
+    if not fine or not abs(plain) < LARGEST:
         problem = f"the feature {name} is {_shown(value)} in row {row}"
         raise InputError(problem, "Give a finite number, or leave it missing", name, row)
     return float(value)
