@@ -362,7 +362,7 @@ def _number(value: Any, name: str, row: int) -> float:
     if _missing(value):
         return np.nan
     fine = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-    plain = value.item() if isinstance(value, np.generic) else value  # float32 can't be compared with more than it holds
+    plain = value.item() if isinstance(value, np.generic) else value  # float32 would overflow in the comparison
     if not fine or not abs(plain) < LARGEST:
         problem = f"the feature {name} is {_shown(value)} in row {row}"
         raise InputError(problem, "Give a finite number, or leave it missing", name, row)
