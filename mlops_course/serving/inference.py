@@ -52,7 +52,7 @@ class Reason(msgspec.Struct, frozen=True):
 # %% ../../nbs/internals/07_inference.ipynb #84ded4b2
 OPERATION = ("ai.onnx.ml", "TreeEnsembleClassifier")
 
-
+# %% ../../nbs/internals/07_inference.ipynb #6251fd08
 def check_graph(
     graph: bytes,  # an ONNX model
     width: int,  # how many features it may look at
@@ -356,7 +356,7 @@ def _code(value: Any, known: Mapping[str, float], name: str, row: int) -> float:
         raise InputError(problem, "Give text, or leave it missing", name, row)
     return known.get(value, np.nan)
 
-
+# %% ../../nbs/internals/07_inference.ipynb #eb0e9334
 def _number(value: Any, name: str, row: int) -> float:
     """A number that float32 can hold; NaN: missing."""
     if _missing(value):
