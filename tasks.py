@@ -325,26 +325,25 @@ def lock(arguments: list[str]) -> None:
     settings.read(ROOT / "settings.ini", encoding="utf-8")
     project = settings["DEFAULT"]
     groups = ("requirements", "course_requirements", "cluster_requirements", "dev_requirements")
-    compile_lock(LOCK, "\n".join(project[group] for group in groups), *arguments)
+    python = project["min_python"]
+    compile_lock(LOCK, "\n".join(project[group] for group in groups), python, *arguments)
     with tempfile.TemporaryDirectory() as temporary:
         limits = Path(temporary) / "constraints.txt"
         limits.write_text(constraints(), encoding="utf-8")
         for name, group in IMAGE_LOCKS.items():
             path = ROOT / "deploy" / f"{name}.lock"
             path.unlink(missing_ok=True)  # else versions in it would win over the lock's
-            compile_lock(path, project[group], "--constraint", limits, "--no-annotate")
+            compile_lock(path, project[group], python, "--constraint", limits, "--no-annotate")
     print("requirements.lock, and those of the image in deploy, are up to date with settings.ini")
 
 
-def compile_lock(path: Path, wishes: str, *arguments: object) -> None:
-    """Exact versions with hashes, for every system and Python version, of what is wished for."""
+def compile_lock(path: Path, wishes: str, python: str, *arguments: object) -> None:
+    """Exact versions with hashes, for every system and each Python from that one on, of what is wished for."""
     uv = tool("uv") if tool("uv").exists() else shutil.which("uv")
     if not uv:
         raise Stop("uv is needed to make a lock: make install brings it, or pip install uv")
-    settings = ConfigParser(delimiters=["="])
-    settings.read(ROOT / "settings.ini", encoding="utf-8")
     command = [
-        uv, "pip", "compile", "--universal", "--python-version", settings["DEFAULT"]["min_python"], "--generate-hashes",
+        uv, "pip", "compile", "--universal", "--python-version", python, "--generate-hashes",
         "--no-emit-index-url", "--custom-compile-command", "make lock", "--quiet", "--output-file",
         path.relative_to(ROOT).as_posix(), *arguments, "-",
     ]  # fmt: skip

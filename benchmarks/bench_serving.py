@@ -141,29 +141,7 @@ def authorize(scope):
 def make(settings, limits):
     return create_app(settings, limits, authorize)
 """
-HELLO_FASTAPI = """
-import json, uvicorn
-from fastapi import FastAPI
-from pydantic import BaseModel, create_model
-record = json.load(open("{folder}/one.json"))
-kinds = {{name: (str | None if isinstance(value, str) else float | None, ...) for name, value in record.items()}}
-Record = create_model("Record", **kinds)
-class Answer(BaseModel):
-    score: float
-    warned: bool
-    model: str
-app = FastAPI()
-@app.post("/predict")
-async def predict(record: Record) -> Answer:
-    return Answer(score=0.5, warned=False, model="hello")
-uvicorn.run(app, port={port}, access_log=False, log_level="warning")
-"""
-HELLO_SMALL = """
-import uvicorn
-from fastapi import FastAPI
-from pydantic import BaseModel
-class Question(BaseModel):
-    name: str
+HELLO_ANSWER = """
 class Answer(BaseModel):
     score: float
     warned: bool
@@ -174,6 +152,19 @@ async def predict(question: Question) -> Answer:
     return Answer(score=0.5, warned=False, model="hello")
 uvicorn.run(app, port={port}, access_log=False, log_level="warning")
 """
+HELLO_FASTAPI = """
+import json, uvicorn
+from fastapi import FastAPI
+from pydantic import BaseModel, create_model
+record = json.load(open("{folder}/one.json"))
+kinds = {{name: (str | None if isinstance(value, str) else float | None, ...) for name, value in record.items()}}
+Question = create_model("Record", **kinds)""" + HELLO_ANSWER
+HELLO_SMALL = """
+import uvicorn
+from fastapi import FastAPI
+from pydantic import BaseModel
+class Question(BaseModel):
+    name: str""" + HELLO_ANSWER
 HELLO_STARLETTE = """
 import uvicorn
 from starlette.applications import Starlette
