@@ -31,6 +31,7 @@ from mlops_course.serving.bundle import Origin, write_bundle
 from mlops_course.serving.limits import Limits
 from mlops_course.serving.models import LiveModels
 from mlops_course.serving.online import (
+    BETWEEN,
     FeatureTable,
     FeatureTableError,
     Layout,
@@ -39,17 +40,16 @@ from mlops_course.serving.online import (
     features_path,
     materialise,
     open_feature_table,
+    some_keys,
 )
 from mlops_course.serving.problems import Problem
 from mlops_course.serving.service import (
-    BETWEEN,
     Question,
     Service,
     Work,
     find_records,
     name_keys,
     open_table,
-    some_keys,
     tick,
     tick_table,
 )

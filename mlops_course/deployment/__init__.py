@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -124,9 +123,8 @@ def release_status(
     if release is None:
         return {"live": live, "release": None}
     counts = read_counts(settings, release.id)
-    seconds = (datetime.now(UTC) - datetime.fromisoformat(release.changed)).total_seconds()
     checks = [{**asdict(check), "verdict": check.verdict} for check in judge(counts, release.limits)]
-    outlook = asdict(decide(release, counts, seconds)) if release.status == "running" else None
+    outlook = asdict(decide(release, counts, release.held())) if release.status == "running" else None
     return {
         "live": live, "release": {**msgspec.to_builtins(release), "share": release.share}, "checks": checks,
         "outlook": outlook, "counts": _summary(msgspec.to_builtins(counts)),

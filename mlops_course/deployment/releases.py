@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -19,8 +20,8 @@ from ..environment import CourseError, Settings, workspace_error, write_atomic
 from ..serving import live_bundle, publish
 
 # %% auto #0
-__all__ = ['Share', 'Count', 'Reference', 'STEPS', 'Strategy', 'Status', 'ReleaseError', 'Limits', 'Release', 'read_release',
-           'changing', 'read_history', 'live_reference', 'begin', 'change']
+__all__ = ['Share', 'Count', 'Reference', 'STEPS', 'Strategy', 'Status', 'ReleaseError', 'Limits', 'Release', 'release_file',
+           'read_release', 'changing', 'read_history', 'live_reference', 'begin', 'change']
 
 # %% ../../nbs/internals/11_releases.ipynb #4075a73f
 class ReleaseError(CourseError):
@@ -88,12 +89,26 @@ class Release(_Written, frozen=True, forbid_unknown_fields=True):
     def share(self) -> float:  # of the requests that the candidate answers
         return self.steps[self.step] if self.status == "running" else 0.0
 
+    def held(
+        self,
+        now: datetime | None = None,  # None: at this moment
+    ) -> float:  # seconds
+        """How long the present step has lasted."""
+        return ((now or datetime.now(UTC)) - datetime.fromisoformat(self.changed)).total_seconds()
+
+# %% ../../nbs/internals/11_releases.ipynb #62198471
+def release_file(
+    settings: Settings,  # whose workspace
+) -> Path:
+    """The file that says which release is under way."""
+    return settings.serving / "release.json"
+
 # %% ../../nbs/internals/11_releases.ipynb #bf0d3319
 def read_release(
     settings: Settings,  # whose workspace
 ) -> Release | None:  # None: there never was one
     """The release that is under way, or the last one. Raises: ReleaseError when the file is damaged."""
-    path = settings.serving / "release.json"
+    path = release_file(settings)
     try:
         return msgspec.json.decode(path.read_bytes(), type=Release)
     except FileNotFoundError:
@@ -123,7 +138,7 @@ def _write(settings: Settings, release: Release) -> Release:
     """Put a state into its file, and a line into the history. Only inside `changing`."""
     _note(settings, read_release(settings))
     text = msgspec.json.format(msgspec.json.encode(release), indent=1)
-    write_atomic(settings.serving / "release.json", text + b"\n")
+    write_atomic(release_file(settings), text + b"\n")
     _note(settings, release)
     return release
 

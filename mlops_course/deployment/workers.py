@@ -11,9 +11,8 @@ import random
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 # %% auto #0
@@ -25,12 +24,14 @@ import numpy as np
 from .counting import Counts, read_counts, write_counts
 from .judging import Decision, decide
 from .pairing import Sample, compare_sample, tally
-from .releases import Release, ReleaseError, change, live_reference, read_release
+from mlops_course.deployment.releases import (
+    Release, ReleaseError, change, live_reference, read_release, release_file,
+)
 from .routing import candidate_answers, place_of
 from ..environment import CourseError, Settings
 from ..serving import load_predictor
 from ..serving.bundle import bundles_folder
-from ..serving.models import Choice, LiveModels, Record
+from ..serving.models import Choice, LiveModels, Record, change_mark
 
 if TYPE_CHECKING:
     from filelock import FileLock
@@ -103,22 +104,13 @@ class _Loading(LiveModels):
             write_counts(self.settings, release.id, self.worker, self.counts)
             return None
 
-# %% ../../nbs/internals/11_workers.ipynb #be7b1762
-def _mark(path: Path) -> object:
-    """Something that changes with a file."""
-    try:
-        state = path.stat()
-        return state.st_mtime_ns, state.st_ino, state.st_size
-    except OSError as error:
-        return type(error)
-
 # %% ../../nbs/internals/11_workers.ipynb #48748bca
 class _Routing(_Loading):
     """Follows the release that is under way."""
 
     def look(self) -> None:
         """Read which release is under way, if the file or the live model has changed."""
-        mark = (_mark(self.settings.serving / "release.json"), self.choice)
+        mark = (change_mark(release_file(self.settings)), self.choice)
         if mark == self._looked:
             return
         self._looked = mark
@@ -212,7 +204,7 @@ def guard(
         return None
     if release is None or release.status != "running":
         return None
-    live, seconds = live_reference(settings), _seconds_since(release.changed, now)
+    live, seconds = live_reference(settings), release.held(now)
     if live not in (release.stable, release.candidate):
         reason = f"{live or 'nothing'} became the live model meanwhile"
         decision = Decision("roll back", reason, {"status": "rolled back"})
@@ -234,8 +226,3 @@ def _carry_out(settings: Settings, release: Release, decision: Decision) -> Deci
     except CourseError as error:
         log.error("release %s: can't %s: %s", release.candidate, decision.action, error)
     return decision
-
-# %% ../../nbs/internals/11_workers.ipynb #7b4e1876
-def _seconds_since(moment: str, now: datetime | None) -> float:
-    """How long ago something was."""
-    return ((now or datetime.now(UTC)) - datetime.fromisoformat(moment)).total_seconds()

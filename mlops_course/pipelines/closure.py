@@ -344,12 +344,17 @@ def _notebook_facts(content: bytes) -> dict[str, Any]:
     return {"cells": digest(cells), "own": own_cells(content), "imports": sorted(names)}
 
 
-def _module_facts(content: bytes) -> list[str]:
-    """A module's imports; none if Python itself couldn't read it."""
+def _module_tree(content: bytes) -> ast.Module:
+    """A module's syntax tree; an empty one if Python itself couldn't read it."""
     try:
-        return imports_of(syntax_tree(content))
+        return syntax_tree(content)
     except (SyntaxError, ValueError, RecursionError):
-        return []
+        return ast.Module([], [])
+
+
+def _module_facts(content: bytes) -> list[str]:
+    """A module's imports."""
+    return imports_of(_module_tree(content))
 
 # %% ../../nbs/internals/09_closure.ipynb #49a5de6a
 SUFFIXES = [*machinery.EXTENSION_SUFFIXES, *machinery.SOURCE_SUFFIXES, *machinery.BYTECODE_SUFFIXES]
@@ -575,10 +580,7 @@ def _top_of_notebook(content: bytes) -> list[str]:
 
 
 def _top_of_module(content: bytes) -> list[str]:
-    try:
-        return _top_of(syntax_tree(content))
-    except (SyntaxError, ValueError, RecursionError):
-        return []
+    return _top_of(_module_tree(content))
 
 # %% ../../nbs/internals/09_closure.ipynb #b5e7f53e
 def imported_at_once(

@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from ..environment import CourseError, write_atomic
-from mlops_course.pipelines.workers import (
+from mlops_course.pipelines.requests import (
     CellError,
     Event,
     Interrupted,
@@ -27,8 +27,8 @@ from mlops_course.pipelines.workers import (
     Request,
     TimedOut,
     WorkerDied,
-    Workers,
 )
+from .workers import Workers
 
 # %% ../../nbs/internals/09_cluster.ipynb #45cf27b0
 class ClusterError(CourseError):

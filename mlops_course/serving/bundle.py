@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 __all__ = ['FORMAT', 'MANIFEST', 'MODEL', 'CARD', 'INPUT', 'OUTPUT', 'OPSETS', 'UNTESTED', 'CARD_TEXT', 'TOLERANCE', 'LIMITS',
            'REMEDY', 'REFERENCE', 'BundleError', 'Feature', 'Manifest', 'Origin', 'convert', 'describe_features',
            'model_card', 'bundles_folder', 'write_bundle', 'group_features', 'prove_equal', 'read_bundle',
-           'open_bundle', 'publish', 'live_bundle']
+           'open_bundle', 'publish', 'live_file', 'live_bundle']
 
 # %% ../../nbs/internals/07_bundle.ipynb #52f7bd54
 class BundleError(CourseError):
@@ -416,12 +416,15 @@ def publish(
     if folder.resolve() != home.resolve():
         _place(home, manifest, {name: _read(folder, name) for name in manifest.files})
     content = msgspec.json.encode(_Live(manifest.model, _digest(home)))
-    if not _live_file(settings).is_file() or _live_file(settings).read_bytes() != content:
-        write_atomic(_live_file(settings), content)
+    if not live_file(settings).is_file() or live_file(settings).read_bytes() != content:
+        write_atomic(live_file(settings), content)
     return home
 
 # %% ../../nbs/internals/07_bundle.ipynb #fe3d8d9b
-def _live_file(settings: Settings) -> Path:
+def live_file(
+    settings: Settings,  # whose workspace
+) -> Path:
+    "Name the file that says which bundle is live."
     return settings.serving / "live.json"
 
 
@@ -437,7 +440,7 @@ def live_bundle(
     Raises:
         BundleError: `live.json` is damaged, or the bundle is gone or another one.
     """
-    path = _live_file(settings)
+    path = live_file(settings)
     try:
         live = msgspec.json.decode(path.read_bytes(), type=_Live)
     except FileNotFoundError:

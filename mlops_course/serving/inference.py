@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['OPERATION', 'BRANCHES', 'TREES', 'CHUNK', 'Codes', 'NUMBERS', 'LARGEST', 'InputError', 'Reason', 'check_graph',
-           'Predictor', 'load_predictor', 'prove_answers']
+           'Predictor', 'load_predictor', 'typical_record', 'prove_answers']
 
 # %% ../../nbs/internals/07_inference.ipynb #ca411371
 class InputError(CourseError):
@@ -272,14 +272,20 @@ def load_predictor(
     manifest, graph = open_bundle(folder)
     return Predictor(manifest, graph, threads)
 
+# %% ../../nbs/internals/07_inference.ipynb #df33a368
+def typical_record(
+    predictor: Predictor,  # whose features
+) -> dict[str, Any]:  # a value for each
+    """A record of typical values."""
+    return {feature.name: feature.typical for feature in predictor.manifest.features}
+
 # %% ../../nbs/internals/07_inference.ipynb #e7b74620
 def prove_answers(
     predictor: Predictor,  # just loaded
 ) -> None:
     """Make sure that a model can answer: a typical row gets a score. Raises: BundleError."""
-    typical = {feature.name: feature.typical for feature in predictor.manifest.features}
     try:
-        score = predictor.scores(predictor.encode([typical]))
+        score = predictor.scores(predictor.encode([typical_record(predictor)]))
     except Exception as error:  # whatever a runtime raises
         raise BundleError(f"{predictor.reference} cannot score a typical row: {error}", REMEDY) from error
     if score.shape != (1,) or not np.isfinite(score).all():

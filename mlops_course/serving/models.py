@@ -10,12 +10,13 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from ..environment import CourseError, Settings
-from .bundle import CARD, live_bundle
+from .bundle import CARD, live_bundle, live_file
 from .inference import Predictor, load_predictor, prove_answers
 from .problems import Problem
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("mlops_course.serving")
 
 # %% auto #0
-__all__ = ['log', 'Record', 'NONE_YET', 'Choice', 'Models', 'LiveModels', 'no_model']
+__all__ = ['log', 'Record', 'NONE_YET', 'Choice', 'Models', 'change_mark', 'LiveModels', 'no_model']
 
 # %% ../../nbs/internals/07_models.ipynb #1dbdc9ac
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,6 @@ class Choice:
 
     predictor: Predictor
     role: str = "live"  # what it is there for; it stands in the log and in the metrics
-    shadows: tuple[tuple[str, Predictor], ...] = ()  # role and model of those that are asked as well, unheard
     fallback: Choice | None = None  # who answers when this one fails
 
 
@@ -74,6 +74,17 @@ class Models(_Kept):
     def observe(self, choice: Choice, seconds: float, scores: Any, ok: bool, records: Sequence[Record]) -> None:
         """Hear, after the answer, what came of it: seconds, (n,) float64 scores or None, whether it worked, rows."""
 
+# %% ../../nbs/internals/07_models.ipynb #b6111031
+def change_mark(
+    path: Path,  # of a file
+) -> object:
+    """Something that is another one when a file has changed, came or went."""
+    try:
+        state = path.stat()
+        return state.st_mtime_ns, state.st_ino, state.st_size
+    except OSError as error:
+        return type(error)
+
 # %% ../../nbs/internals/07_models.ipynb #6ff5fb9f
 class _Watching(Models):
     """Watches the file that names the live bundle."""
@@ -91,11 +102,7 @@ class _Watching(Models):
 
     def changed(self) -> bool:
         """Whether the file is another one than last time, or it is time to try a broken bundle again."""
-        try:
-            state = (self.settings.serving / "live.json").stat()
-            mark: object = (state.st_mtime_ns, state.st_ino, state.st_size)
-        except OSError as error:
-            mark = type(error)
+        mark = change_mark(live_file(self.settings))
         seen, self._seen = self._seen, mark
         return mark != seen or (self.failures > 0 and bool(self.problem) and time.monotonic() >= self.again)
 

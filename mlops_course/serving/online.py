@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 import re
 import sqlite3
 import sys
@@ -29,9 +30,9 @@ if TYPE_CHECKING:
     from mlops_course.project import UseCase
 
 # %% auto #0
-__all__ = ['SEPARATOR', 'MOMENT', 'Record', 'TABLES', 'LAYOUTS', 'FIND', 'Months', 'FeatureTableError', 'Layout',
-           'LackingRowError', 'name_key', 'Store', 'FeatureTable', 'file_mark', 'FileStore', 'RedisStore',
-           'features_path', 'open_feature_table', 'materialise']
+__all__ = ['SEPARATOR', 'MOMENT', 'Record', 'TABLES', 'LAYOUTS', 'FIND', 'BETWEEN', 'Months', 'FeatureTableError', 'Layout',
+           'LackingRowError', 'name_key', 'Store', 'FeatureTable', 'file_mark', 'FileStore', 'pick_keys', 'some_keys',
+           'RedisStore', 'features_path', 'open_feature_table', 'materialise']
 
 # %% ../../nbs/internals/07_online.ipynb #7bae0503
 class FeatureTableError(CourseError):
@@ -175,6 +176,11 @@ class _Opened:
         self.layouts = store.layouts(self.use_case)
         self.close = store.close
 
+    @property
+    def parts(self) -> tuple[tuple[str, str], ...]:  # name and kind of each
+        "What a key is made of."
+        return list(self.layouts.values())[-1].key
+
 # %% ../../nbs/internals/07_online.ipynb #16406180
 class FeatureTable(_Opened):
     "The online feature table of one use case, opened for reading."
@@ -184,7 +190,7 @@ class FeatureTable(_Opened):
         given: Mapping[str, object],  # the key's values by name; times in ISO form
     ) -> str:  # the row's name
         "Name a row. Raises: InputError naming the field."
-        return name_key(list(self.layouts.values())[-1].key, given)
+        return name_key(self.parts, given)
 
     def get(
         self,
@@ -257,6 +263,49 @@ class FileStore:
 
     def close(self) -> None:
         self.base.close()
+
+# %% ../../nbs/internals/07_online.ipynb #f4b10c28
+BETWEEN = "SELECT key FROM rows WHERE use_case = ? AND key >= ? ORDER BY key LIMIT ?"
+
+
+def pick_keys(
+    base: sqlite3.Connection,  # of the table's file
+    use_case: str,  # whose rows
+    count: int,  # how many
+) -> list[str]:
+    """Some keys from all over the table, without looking through it. Raises: sqlite3.Error."""
+    ask = base.execute
+    first = ask(BETWEEN, (use_case, "", 1)).fetchone()
+    last = ask("SELECT key FROM rows WHERE use_case = ? ORDER BY key DESC LIMIT 1", (use_case,)).fetchone()
+    if first is None or last is None:
+        return []
+    differ = [mine != other for mine, other in zip(first[0], last[0], strict=False)]
+    same = first[0][: differ.index(True)] if True in differ else first[0]
+    found: dict[str, None] = {}
+    for _ in range(4 * count):
+        start = same + "".join(random.choices("0123456789", k=6))  # most keys begin with a time
+        found |= dict.fromkeys(key for (key,) in ask(BETWEEN, (use_case, start, 1)))
+    found |= dict.fromkeys(key for (key,) in ask(BETWEEN, (use_case, "", count)))
+    return list(found)[:count]
+
+# %% ../../nbs/internals/07_online.ipynb #28263d4d
+def some_keys(
+    table: FeatureTable,  # of the online features
+    count: int,  # how many
+) -> list[dict[str, Any]]:  # keys as a client gives them
+    """A few keys to try; none when the table can't list them."""
+    if not isinstance(table.store, FileStore):
+        return []
+    address = f"{table.store.path.absolute().as_uri()}?mode=ro"
+    try:
+        with closing(sqlite3.connect(address, uri=True)) as base:
+            keys = [key.split(SEPARATOR) for key in pick_keys(base, table.use_case, count)]
+    except sqlite3.Error:  # the file is gone, or being made anew
+        return []
+    return [
+        {name: int(text) if kind == "integer" else text for (name, kind), text in zip(table.parts, key, strict=True)}
+        for key in keys
+    ]
 
 # %% ../../nbs/internals/07_online.ipynb #9c7c66d5
 Months = Mapping[str, Mapping[str, bytes]]  # month -> key -> row

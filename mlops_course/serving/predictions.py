@@ -19,15 +19,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 # %% auto #0
-__all__ = ['log', 'encode', 'decode', 'DEAD', 'TABLE', 'Entry', 'LogLimits', 'log_folder', 'host_name', 'open_segment',
-           'write_all', 'PredictionLog', 'unwritten', 'segments_size', 'room_problem', 'tend', 'Collected',
-           'read_segment', 'close_orphans', 'as_frame', 'collect_predictions']
+__all__ = ['log', 'decode', 'DEAD', 'TABLE', 'Entry', 'LogLimits', 'log_folder', 'host_name', 'open_segment', 'write_all',
+           'PredictionLog', 'unwritten', 'segments_size', 'room_problem', 'tend', 'Collected', 'read_segment',
+           'close_orphans', 'as_frame', 'collect_predictions']
 
 # %% ../../nbs/internals/07_predictions.ipynb #dfdcbfa1
 import msgspec
 
 from ..environment import Settings, workspace_error
-from .problems import Problem
+from .problems import Problem, encode
 
 if sys.platform != "win32":
     import fcntl
@@ -54,7 +54,6 @@ class Entry(msgspec.Struct, omit_defaults=True):
     key: dict[str, Any] | None = None  # which flight
 
 
-encode = msgspec.json.Encoder().encode
 decode = msgspec.json.Decoder(Entry).decode
 
 # %% ../../nbs/internals/07_predictions.ipynb #d993a880

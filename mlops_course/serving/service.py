@@ -9,14 +9,12 @@ import asyncio
 import gc
 import json
 import logging
-import random
 import re
 import secrets
-import sqlite3
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, closing
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 from urllib.parse import parse_qsl
@@ -25,15 +23,14 @@ import msgspec
 import numpy as np
 
 # %% auto #0
-__all__ = ['log', 'Text', 'Whole', 'Key', 'ABSENT', 'QUESTION', 'BATCH', 'encode', 'PLACE', 'NAMED', 'UNREADABLE', 'FEW',
-           'JSON_TYPE', 'TEXTS', 'REFUSALS', 'BETWEEN', 'REASONS', 'SILENT', 'PATHS', 'Question', 'Batch', 'Answer',
-           'Row', 'Answers', 'unreadable', 'refuse_repeated', 'Service', 'open_table', 'Work', 'name_keys',
-           'read_records', 'decoder_of', 'find_records', 'look_up', 'check_scores', 'score', 'write_down', 'check_form',
-           'body_of', 'request_id_of', 'wanted_reasons', 'PredictOne', 'read', 'check_names', 'check_objects',
-           'PredictMany', 'refusal', 'add_health', 'add_model', 'typical_record', 'pick_keys', 'some_keys',
-           'newest_key', 'record_schema', 'key_schema', 'schemas', 'operation', 'describe', 'tick', 'tick_table',
-           'count_swap', 'tick_on', 'tick_table_on', 'lifespan', 'build_api', 'handlers', 'Door', 'problem_response',
-           'add_refusals', 'create_app']
+__all__ = ['log', 'Text', 'Whole', 'Key', 'ABSENT', 'QUESTION', 'BATCH', 'PLACE', 'NAMED', 'UNREADABLE', 'FEW', 'JSON_TYPE',
+           'TEXTS', 'REFUSALS', 'REASONS', 'SILENT', 'PATHS', 'Question', 'Batch', 'Answer', 'Row', 'Answers',
+           'unreadable', 'refuse_repeated', 'Service', 'open_table', 'Work', 'name_keys', 'read_records', 'decoder_of',
+           'find_records', 'look_up', 'check_scores', 'score', 'write_down', 'check_form', 'body_of', 'request_id_of',
+           'wanted_reasons', 'PredictOne', 'read', 'check_names', 'check_objects', 'PredictMany', 'refusal',
+           'add_health', 'add_model', 'record_schema', 'key_schema', 'schemas', 'operation', 'describe', 'tick',
+           'tick_table', 'count_swap', 'tick_on', 'tick_table_on', 'lifespan', 'build_api', 'handlers', 'Door',
+           'problem_response', 'add_refusals', 'create_app']
 
 # %% ../../nbs/internals/07_service.ipynb #ae022867
 from fastapi import FastAPI, Query, Request, Response
@@ -43,16 +40,18 @@ from starlette.routing import Route
 
 from .. import __version__
 from ..environment import Settings
-from .inference import LARGEST, InputError, Predictor, Reason
+from .inference import LARGEST, InputError, Predictor, Reason, typical_record
 from .limits import Authorize, Guard, Limits, Scope
 from .metrics import Metrics, expose
 from .models import Choice, LiveModels, Models
 from mlops_course.serving.online import (
-    FeatureTable, FeatureTableError, FileStore, LackingRowError, file_mark, name_key, open_feature_table,
+    FeatureTable, FeatureTableError, FileStore, LackingRowError, file_mark, name_key, open_feature_table, some_keys,
 )
 from .page import add_page
 from .predictions import Entry, PredictionLog, log_folder, tend
-from .problems import JSON, PROBLEM, Document, Problem, Receive, Send, document, refuse, respond
+from mlops_course.serving.problems import (
+    JSON, PROBLEM, Document, Problem, Receive, Send, document, encode, refuse, respond,
+)
 
 log = logging.getLogger("mlops_course.serving")
 
@@ -104,9 +103,6 @@ class Answers(msgspec.Struct):
     threshold: float
     model: str
     request_id: str
-
-
-encode = msgspec.json.Encoder().encode
 
 # %% ../../nbs/internals/07_service.ipynb #3db4470f
 PLACE = re.compile(r"^(.*?)(?: - at `\$\.?(.*)`)?$", re.DOTALL)
@@ -190,7 +186,7 @@ def open_table(
     service.again = time.monotonic() + 10
     try:
         table = open_feature_table(service.settings)
-        service.table, service.table_problem, service.key_parts = table, "", newest_key(table)
+        service.table, service.table_problem, service.key_parts = table, "", table.parts
     except FeatureTableError as error:
         service.table, service.table_problem = None, str(error)
 
@@ -582,61 +578,6 @@ def add_model(
             return [{"record": typical_record(predictor)}]
         return [{"key": key, "record": record} for key, record in zip(keys, records, strict=True) if record]
 
-# %% ../../nbs/internals/07_service.ipynb #df33a368
-def typical_record(
-    predictor: Predictor,  # whose features
-) -> dict[str, Any]:  # a value for each
-    """A record of typical values."""
-    return {feature.name: feature.typical for feature in predictor.manifest.features}
-
-# %% ../../nbs/internals/07_service.ipynb #f4b10c28
-BETWEEN = "SELECT key FROM rows WHERE use_case = ? AND key >= ? ORDER BY key LIMIT ?"
-
-
-def pick_keys(
-    base: sqlite3.Connection,  # of the table's file
-    use_case: str,  # whose rows
-    count: int,  # how many
-) -> list[str]:
-    """Some keys from all over the table, without looking through it. Raises: sqlite3.Error."""
-    ask = base.execute
-    first = ask(BETWEEN, (use_case, "", 1)).fetchone()
-    last = ask("SELECT key FROM rows WHERE use_case = ? ORDER BY key DESC LIMIT 1", (use_case,)).fetchone()
-    if first is None or last is None:
-        return []
-    differ = [mine != other for mine, other in zip(first[0], last[0], strict=False)]
-    same = first[0][: differ.index(True)] if True in differ else first[0]
-    found: dict[str, None] = {}
-    for _ in range(4 * count):
-        start = same + "".join(random.choices("0123456789", k=6))  # most keys begin with a time
-        found |= dict.fromkeys(key for (key,) in ask(BETWEEN, (use_case, start, 1)))
-    found |= dict.fromkeys(key for (key,) in ask(BETWEEN, (use_case, "", count)))
-    return list(found)[:count]
-
-# %% ../../nbs/internals/07_service.ipynb #28263d4d
-def some_keys(
-    table: FeatureTable,  # of the online features
-    count: int,  # how many
-) -> list[dict[str, Any]]:  # keys as a client gives them
-    """A few keys to try; none when the table can't list them."""
-    if not isinstance(table.store, FileStore):
-        return []
-    kinds, address = newest_key(table), f"{table.store.path.absolute().as_uri()}?mode=ro"
-    try:
-        with closing(sqlite3.connect(address, uri=True)) as base:
-            keys = [key.split("|") for key in pick_keys(base, table.use_case, count)]
-    except sqlite3.Error:  # the file is gone, or being made anew
-        return []
-    return [
-        {name: int(text) if kind == "integer" else text for (name, kind), text in zip(kinds, key, strict=True)}
-        for key in keys
-    ]
-
-
-def newest_key(table: FeatureTable) -> tuple[tuple[str, str], ...]:  # name and kind of each part
-    """What a key is made of."""
-    return list(table.layouts.values())[-1].key
-
 # %% ../../nbs/internals/07_service.ipynb #6a06493a
 def record_schema(
     predictor: Predictor | None,  # None: there is no model yet
@@ -666,7 +607,7 @@ def key_schema(
         "integer": {"type": "integer", "minimum": -(2**53), "maximum": 2**53},
         "text": {"type": "string", "minLength": 1, "maxLength": 100, "pattern": "^[^|]+$"},
     }
-    properties = {name: kinds[kind] for name, kind in newest_key(table)}
+    properties = {name: kinds[kind] for name, kind in table.parts}
     more = {"additionalProperties": False, "example": next(iter(some_keys(table, 1)), None)}
     return {"type": "object", "required": list(properties), "properties": properties, **more}
 
