@@ -93,11 +93,6 @@ def open_page(browser: Any, path: Path, width: int, scheme: str = "light") -> tu
     return page, complaints
 
 
-# Section 11's page is new, and something on it is not right yet: it is looked at all the same.
-NOT_YET = pytest.mark.xfail(strict=False, reason="section 11's page fails in the browser; the cause is not found yet")
-KNOWN = [pytest.param(name, marks=NOT_YET) if name == "11_deployment" else name for name in PAGES]
-
-
 def is_whole(page: Any, complaints: list[str], width: int) -> None:
     assert complaints == []
     assert page.evaluate(TOO_WIDE) == []
@@ -106,7 +101,7 @@ def is_whole(page: Any, complaints: list[str], width: int) -> None:
     assert all(size > 50 for size in page.evaluate("[...document.images].map(each => each.naturalWidth)"))
 
 
-@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.parametrize("name", PAGES)
 def test_a_page_is_whole_and_keeps_answers_folded(site: Path, browser: Any, name: str) -> None:
     page, complaints = open_page(browser, site / f"{name}.html", 1280)
     is_whole(page, complaints, 1280)
@@ -119,7 +114,7 @@ def test_a_page_is_whole_and_keeps_answers_folded(site: Path, browser: Any, name
     page.context.close()
 
 
-@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.parametrize("name", PAGES)
 def test_a_page_fits_a_telephone(site: Path, browser: Any, name: str) -> None:
     page, complaints = open_page(browser, site / f"{name}.html", 400)
     is_whole(page, complaints, 400)

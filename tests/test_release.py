@@ -1,5 +1,6 @@
 """Release logic without a service: who gets which version, what is concluded from counts, what is written down."""
 
+import copy
 import hashlib
 import json
 import math
@@ -30,7 +31,7 @@ from mlops_course.deployment import (
     releases,
     roll_back_release,
 )  # fmt: skip
-from mlops_course.deployment.counting import Counts, Pairs, Requests, counts_folder, read_counts, write_counts
+from mlops_course.deployment.counting import Counts, Pairs, Requests, counts_folder, read_counts, since, write_counts
 from mlops_course.deployment.judging import SLICES, decide, judge
 from mlops_course.deployment.pairing import Sample, compare_sample, tally
 from mlops_course.deployment.routing import candidate_answers, place_of
@@ -221,8 +222,8 @@ def counted(
 ) -> Counts:  # fmt: skip
     """Counts of a candidate that has answered as many requests as the stable version."""
     generator, counts = np.random.default_rng(seed), Counts()
-    for role, factor in ((counts.stable, 1.0), (counts.candidate, slower)):
-        role.answered = rows
+    counts.stable.answered = counts.candidate.answered = rows
+    for role, factor in ((counts.silent_stable, 1.0), (counts.silent_candidate, slower)):
         for seconds in generator.gamma(4, 0.001 * factor, rows):
             role.timed(seconds)
     counts.candidate.failed = failed
@@ -278,6 +279,54 @@ def test_a_good_canary_goes_up_and_is_promoted() -> None:
     second = release_of(step=1, before=700)
     assert decide(second, counted(1000), 0).action == "wait", "300 in this step"
     assert decide(second, counted(1300), 0).values == {"status": "promoted"}
+
+
+@pytest.mark.parametrize("window", [0, 100])
+@pytest.mark.parametrize("strategy", ["ab", "blue-green"])
+def test_a_candidate_that_breaks_late_is_rolled_back_however_long_it_was_fine(strategy: str, window: int) -> None:
+    """A million faultless requests, then a thousand of which a tenth fails."""
+    counts, worker = Counts(), Counts(window=window)
+    worker.candidate, worker.stable = Requests(answered=1_000_000), Requests(answered=1_000_000)
+    before = copy.deepcopy(worker)
+    worker.candidate.answered += 1000
+    worker.candidate.failed += 100
+    worker.recent = since(worker, before)
+    counts.add(worker)
+    assert judge(counts, LIMITS)[0].verdict == "held", "all in all it looks fine"
+    decision = decide(release_of(strategy), counts, 10**6)
+    assert decision.action == "roll back"
+    assert "errors lately " in decision.reason
+
+
+def test_only_the_newest_window_of_all_workers_is_recent() -> None:
+    total = Counts()
+    for window, answered in ((3, 5), (4, 7), (4, 8), (2, 9)):
+        recent = Counts(candidate=Requests(answered=answered))
+        total.add(Counts(candidate=Requests(answered=50), window=window, recent=recent))
+    assert total.recent is not None
+    assert (total.window, total.recent.candidate.answered, total.candidate.answered) == (4, 15, 200)
+
+
+def test_one_client_with_large_batches_does_not_make_its_version_look_slow() -> None:
+    """The versions are the same; a sticky client sends batches that take thirty times as long."""
+    counts = counted(1000)
+    for _ in range(2000):
+        counts.stable.timed(0.001)
+    for seconds in [0.001] * 100 + [0.03] * 60:
+        counts.candidate.timed(seconds)
+    assert decide(release_of(), counts, 0).action == "step"
+
+
+@pytest.mark.parametrize("seconds", [1e-7, 3e-5, 0.01])
+def test_however_fast_both_versions_are_their_times_can_be_compared(seconds: float) -> None:
+    counts = counted(1000)
+    for role in (counts.silent_stable, counts.silent_candidate):
+        role.buckets = [0] * BUCKETS
+        role.buckets[bucket_of(seconds)] = 1000
+    assert {check.name: check.verdict for check in judge(counts, LIMITS)}["latency"] == "held"
+    counts.silent_candidate.buckets = [0] * BUCKETS
+    counts.silent_candidate.buckets[bucket_of(seconds * 100)] = 1000
+    assert {check.name: check.verdict for check in judge(counts, LIMITS)}["latency"] == "broken"
 
 
 def test_a_step_lasts_at_least_so_long() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta, Struct
@@ -19,7 +19,7 @@ from ..environment import Settings, write_atomic
 log = logging.getLogger("mlops_course.serving")
 
 # %% auto #0
-__all__ = ['log', 'Number', 'Requests', 'Pairs', 'Counts', 'counts_folder', 'write_counts', 'read_counts']
+__all__ = ['log', 'Number', 'ROLES', 'Requests', 'Pairs', 'Counts', 'since', 'counts_folder', 'write_counts', 'read_counts']
 
 # %% ../../nbs/internals/11_counting.ipynb #5f528f58
 Number = Annotated[int, Meta(ge=0)]
@@ -67,16 +67,28 @@ class Pairs(Struct, forbid_unknown_fields=True):
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
 # %% ../../nbs/internals/11_counting.ipynb #1944ceaf
-class Counts(Struct, forbid_unknown_fields=True):
+class _Pairing(Struct, forbid_unknown_fields=True, kw_only=True):
+    """Rows that both versions scored."""
+
+    pairs: dict[str, Pairs] = msgspec.field(default_factory=lambda: {"": Pairs()})  # by slice; "" is all
+
+    def pair(self, slices: Iterable[str], difference: float, flipped: bool) -> None:
+        """Take in one row that both versions scored."""
+        for name in slices:
+            self.pairs.setdefault(name, Pairs()).note(difference, flipped)
+
+# %% ../../nbs/internals/11_counting.ipynb #f82368dc
+class Counts(_Pairing, forbid_unknown_fields=True):
     """All that one worker, or all together, have seen of a release."""
 
     stable: Requests = msgspec.field(default_factory=Requests)
     candidate: Requests = msgspec.field(default_factory=Requests)
     silent_stable: Requests = msgspec.field(default_factory=Requests)
     silent_candidate: Requests = msgspec.field(default_factory=Requests)
-    pairs: dict[str, Pairs] = msgspec.field(default_factory=lambda: {"": Pairs()})  # by slice; "" is all
     problem: str = ""  # why a worker can't use the candidate at all
     unread: list[str] = msgspec.field(default_factory=list)  # workers whose counts can't be read
+    window: Number = 0  # number of the current window of time
+    recent: Counts | None = None  # what was counted in it
 
     def add(self, other: Counts) -> None:
         """Take in the counts of another worker."""
@@ -85,11 +97,39 @@ class Counts(Struct, forbid_unknown_fields=True):
         for name, pairs in other.pairs.items():
             self.pairs.setdefault(name, Pairs()).add(pairs)
         self.problem, self.unread = self.problem or other.problem, self.unread + other.unread
+        _add_recent(self, other)
 
-    def pair(self, slices: Iterable[str], difference: float, flipped: bool) -> None:
-        """Take in one row that both versions scored."""
-        for name in slices:
-            self.pairs.setdefault(name, Pairs()).note(difference, flipped)
+# %% ../../nbs/internals/11_counting.ipynb #4ec2593d
+ROLES = ("stable", "candidate", "silent_stable", "silent_candidate")
+
+
+def _add_recent(total: Counts, other: Counts) -> None:
+    """Take in what another worker has counted lately; only the newest window counts."""
+    if other.recent is None:
+        return
+    if total.recent is None or other.window > total.window:
+        total.window, total.recent = other.window, Counts()
+    if other.window == total.window:
+        total.recent.add(other.recent)
+
+# %% ../../nbs/internals/11_counting.ipynb #65d4ea26
+def since(
+    now: Counts,  # of one worker
+    then: Counts,  # of the same, earlier
+) -> Counts:
+    """What was counted between two moments."""
+    pairs = {name: _less(each, then.pairs.get(name, Pairs())) for name, each in now.pairs.items()}
+    roles = {role: _less(getattr(now, role), getattr(then, role)) for role in ROLES}
+    for role in ROLES:
+        both = zip(getattr(now, role).buckets, getattr(then, role).buckets, strict=True)
+        roles[role].buckets = [one - two for one, two in both]
+    return Counts(**roles, pairs=pairs)
+
+
+def _less(now: Any, then: Any) -> Any:
+    """The differences of all numbers."""
+    numbers = {name: getattr(now, name) for name in now.__struct_fields__ if name != "buckets"}
+    return type(now)(**{name: value - getattr(then, name) for name, value in numbers.items()})
 
 # %% ../../nbs/internals/11_counting.ipynb #70004278
 def counts_folder(

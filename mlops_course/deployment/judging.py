@@ -5,16 +5,20 @@
 # %% ../../nbs/internals/11_judging.ipynb #174ef0d1
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 from .counting import Counts, Pairs, Requests
 from .releases import Limits, Release
 from .statistics import FASTEST, mean_interval, quantile_interval, share_interval
 
 # %% auto #0
-__all__ = ['SLICES', 'Check', 'judge', 'Decision', 'decide', 'answered']
+__all__ = ['SLICES', 'Check', 'judge', 'judge_recent', 'Decision', 'decide', 'answered']
 
 # %% ../../nbs/internals/11_judging.ipynb #e05565b6
 @dataclass(frozen=True)
@@ -28,6 +32,7 @@ class Check:
     limit: float
     count: int  # how many requests or rows it is made from
     least: int  # fewer decide nothing
+    lately: bool = False  # in the current window alone
 
     @property
     def verdict(self) -> str:  # broken, held, open, or few
@@ -36,7 +41,7 @@ class Check:
         return "broken" if self.low > self.limit else "held" if self.high <= self.limit else "open"
 
     def __str__(self) -> str:
-        where = f" of {self.slice}" if self.slice else ""
+        where = (f" of {self.slice}" if self.slice else "") + (" lately" if self.lately else "")
         return f"{self.name}{where} {self.low:.3g} to {self.high:.3g}, limit {self.limit:g} ({self.count} counted)"
 
 # %% ../../nbs/internals/11_judging.ipynb #ce887a16
@@ -45,25 +50,23 @@ SLICES = 64  # so many slices are judged; the smallest beyond that aren't
 
 def _errors(one: Requests, other: Requests, limits: Limits) -> Check:
     """Failed requests of the candidate and the stable version; one that never answered is taken to be faultless."""
-    low, high = share_interval(one.failed, one.answered, limits.alpha / 8)
+    low, high = share_interval(one.failed, one.answered, limits.alpha / 16)
     there = other.answered >= limits.least
-    least, most = share_interval(other.failed, other.answered, limits.alpha / 8) if there else (0.0, 0.0)
+    least, most = share_interval(other.failed, other.answered, limits.alpha / 16) if there else (0.0, 0.0)
     return Check("errors", "", low - most, high - least, limits.errors, one.answered, limits.least)
 
 
 def _latency(counts: Counts, limits: Limits) -> Check:
-    """Times of answered requests, if both versions have some; else the silent ones."""
-    pair = counts.candidate.buckets, counts.stable.buckets
-    if min(map(sum, pair)) < limits.least:
-        pair = counts.silent_candidate.buckets, counts.silent_stable.buckets
-    (low, high), (least, most) = (quantile_interval(each, 0.9, limits.alpha / 8) for each in pair)
-    worst = high / max(least, FASTEST)  # times below that are all alike
+    """Times of single rows that both versions have scored, in turn."""
+    pair = counts.silent_candidate.buckets, counts.silent_stable.buckets
+    (low, high), (least, most) = (quantile_interval(each, 0.5, limits.alpha / 16) for each in pair)
+    worst = high / max(least, FASTEST)  # both may be faster than the first edge
     return Check("latency", "", low / most, worst, limits.latency, min(map(sum, pair)), limits.least)
 
 # %% ../../nbs/internals/11_judging.ipynb #a90d8b2e
 def _scores(name: str, pairs: Pairs, limits: Limits, slices: int) -> Iterator[Check]:
     """How the scores of one slice differ."""
-    alpha, least = limits.alpha / 8 / slices, limits.slice_least if name else limits.least
+    alpha, least = limits.alpha / 16 / slices, limits.slice_least if name else limits.least
     low, high = mean_interval(pairs.count, pairs.total, pairs.squares, alpha)
     nearest = 0.0 if low <= 0 <= high else min(abs(low), abs(high))
     shift, flips = (limits.slice_shift, limits.slice_flips) if name else (limits.shift, limits.flips)
@@ -97,6 +100,18 @@ def _largest(counts: Counts) -> list[str]:
     """The slices, the one with most rows first."""
     return sorted((name for name in counts.pairs if name), key=lambda name: (-counts.pairs[name].count, name))
 
+# %% ../../nbs/internals/11_judging.ipynb #2a76de46
+def judge_recent(
+    counts: Counts,  # of all workers
+    limits: Limits,  # of the release
+) -> list[Check]:  # of the current window alone; empty when there is none
+    """Compare what was counted lately with the limits."""
+    if counts.recent is None:
+        return []
+    risk = limits.alpha * 3 / math.pi**2 / (counts.window + 1) ** 2  # of all windows together: half of alpha
+    found = judge(counts.recent, msgspec.structs.replace(limits, alpha=2 * risk))
+    return [dataclasses.replace(check, lately=True) for check in found]
+
 # %% ../../nbs/internals/11_judging.ipynb #12e32528
 @dataclass(frozen=True)
 class Decision:
@@ -114,7 +129,7 @@ def decide(
 ) -> Decision:
     """Say what shall be done, and why."""
     checks, limits = judge(counts, release.limits), release.limits
-    broken = [check for check in checks if check.verdict == "broken"]
+    broken = [check for check in [*checks, *judge_recent(counts, limits)] if check.verdict == "broken"]
     if counts.problem or broken:
         reason = counts.problem or "; ".join(map(str, broken[:3]))
         return Decision("roll back", reason, {"status": "rolled back"})

@@ -37,7 +37,7 @@ class Limits(Struct, frozen=True, forbid_unknown_fields=True):
     """How far a candidate may be from the stable version, and how sure I want to be."""
 
     errors: Share = 0.02  # how much larger a share of its requests may fail
-    latency: Annotated[float, Meta(ge=1)] = 1.5  # how many times as long the slowest tenth may take
+    latency: Annotated[float, Meta(ge=1)] = 1.5  # how many times as long a typical row may take
     shift: Share = 0.05  # mean difference of the scores of a row, either way
     flips: Share = 0.15  # share of rows that are decided otherwise
     slice_shift: Share = 0.1  # the same within one slice
@@ -48,7 +48,9 @@ class Limits(Struct, frozen=True, forbid_unknown_fields=True):
     enough: Count = 1000  # requests that the candidate answers, or rows that it scores silently, in each step
     hold_seconds: Annotated[float, Meta(ge=0)] = 60.0  # each step lasts at least so long
     pairs_a_second: Annotated[int, Meta(ge=0)] = 200  # rows that each worker scores with both versions
-    alpha: Annotated[float, Meta(gt=0, lt=0.5)] = 0.01  # probability that a candidate within all limits is rolled back
+    window_seconds: Annotated[float, Meta(gt=0)] = 600.0  # what was counted in so many is judged alone as well
+    # probability that a candidate within all limits is rolled back, if requests don't depend on each other
+    alpha: Annotated[float, Meta(gt=0, lt=0.5)] = 0.01
 
 # %% ../../nbs/internals/11_releases.ipynb #cdd497f6
 STEPS: dict[str, tuple[float, ...]] = {"shadow": (0.0,), "canary": (0.05, 0.25), "blue-green": (1.0,), "ab": (0.5,)}
@@ -94,7 +96,19 @@ class Release(_Written, frozen=True, forbid_unknown_fields=True):
         now: datetime | None = None,  # None: at this moment
     ) -> float:  # seconds
         """How long the present step has lasted."""
-        return ((now or datetime.now(UTC)) - datetime.fromisoformat(self.changed)).total_seconds()
+        return _seconds_since(self.changed, now)
+
+    def window(
+        self,
+        now: datetime | None = None,  # None: at this moment
+    ) -> int:  # 0 is the first
+        """The number of the window of time in which counts are judged alone."""
+        return int(max(_seconds_since(self.started, now), 0.0) / self.limits.window_seconds)
+
+
+def _seconds_since(written: str, now: datetime | None) -> float:
+    """How long ago a time was written down."""
+    return ((now or datetime.now(UTC)) - datetime.fromisoformat(written)).total_seconds()
 
 # %% ../../nbs/internals/11_releases.ipynb #62198471
 def release_file(

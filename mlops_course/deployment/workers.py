@@ -5,6 +5,7 @@
 # %% ../../nbs/internals/11_workers.ipynb #ed83a68a
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import random
@@ -21,7 +22,7 @@ __all__ = ['log', 'Route', 'can_replace', 'ReleaseModels', 'guard']
 # %% ../../nbs/internals/11_workers.ipynb #057281b5
 import numpy as np
 
-from .counting import Counts, read_counts, write_counts
+from .counting import Counts, read_counts, since, write_counts
 from .judging import Decision, decide
 from .pairing import Sample, compare_sample, tally
 from mlops_course.deployment.releases import (
@@ -85,7 +86,7 @@ class _Loading(LiveModels):
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
         self.route: Route | None = None
-        self.counts, self.sample = Counts(), Sample(0)
+        self.counts, self.begun, self.sample = Counts(), Counts(), Sample(0)
         self.worker = ""
         self._looked: object = None
 
@@ -93,6 +94,7 @@ class _Loading(LiveModels):
         """Count from nought, into a new file: what is in the old ones stays."""
         self.worker = f"{os.getpid()}-{secrets.token_hex(4)}"
         self.counts, self.sample = Counts(), Sample(release.limits.pairs_a_second)
+        self.begun = Counts()
 
     def load(self, release: Release, stable: Predictor) -> Route | None:
         """Load the candidate; None: it can't be used."""
@@ -151,6 +153,11 @@ class _Counting(_Routing):
             return
         stable, candidate = route.stable.predictor, route.candidate.predictor
         compare_sample(stable, candidate, self.sample, route.release.limits, self.counts)
+        window = route.release.window()
+        if window != self.counts.window:
+            self.counts.window, self.counts.recent = window, None
+            self.begun = copy.deepcopy(self.counts)
+        self.counts.recent = since(self.counts, self.begun)
         write_counts(self.settings, route.release.id, self.worker, self.counts)
 
 # %% ../../nbs/internals/11_workers.ipynb #c5f5e802
