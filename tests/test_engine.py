@@ -456,6 +456,7 @@ def close_engine() -> Iterator[None]:
 
 def test_papermill_finds_the_engine_and_keeps_it_warm(ask: Ask) -> None:
     request = ask("x = 1", "import os\nx, os.getcwd()", parameters={"x": 5})
+    engine.close_kept()  # of another test
     for _ in range(2):
         made = as_papermill(request, engine_name="mlops-course")
     assert made.cells[-1].outputs[0].data["text/plain"] == f"(5, {str(request.folder)!r})"

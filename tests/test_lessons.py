@@ -7,19 +7,14 @@ import ast
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
-import papermill
 import pytest
+from lesson_helpers import CHECKED, Cell, run_in_a_kernel
 
 from mlops_course.course.checkpoints import make_checkpoint
-from mlops_course.course.copies import make_copy
-from mlops_course.course.lessons import Lesson, find_lessons, notebook_text, read_lesson, read_notebook, tags
+from mlops_course.course.lessons import Lesson, find_lessons, read_notebook, tags
 from mlops_course.course.prove import prove
-from mlops_course.course.running import MIME
 from mlops_course.environment import load_settings
-
-CHECKED = [lesson for lesson in map(read_lesson, find_lessons()) if lesson.exercises]
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +48,6 @@ def test_a_lesson_has_what_every_section_has(lesson: Lesson) -> None:
 
 VARIES = "varies"  # the tag of a cell that shows times, chance, or facts of a machine
 NUMBER = re.compile(r"-?\d+(?:,\d{3})*(?:\.\d+)?(?:e[+-]?\d+)?")
-Cell = dict[str, Any]
 
 
 def shown(cell: Cell) -> dict[str, str]:
@@ -90,20 +84,6 @@ def differences(saved: list[Cell], made: list[Cell]) -> list[str]:
     return found
 
 
-def run_in_a_kernel(notebook: Path, target: Path) -> list[Cell]:
-    """All cells as papermill leaves them, run by a stock Jupyter kernel."""
-    papermill.execute_notebook(
-        str(notebook),
-        str(target),
-        cwd=str(notebook.parent),
-        progress_bar=False,
-        log_output=False,
-        kernel_name="python3",
-    )
-    parameters = {"injected-parameters"}
-    return [cell for cell in read_notebook(target)["cells"] if not parameters & tags(cell)]
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("lesson", CHECKED, ids=lambda lesson: lesson.name)
@@ -113,21 +93,6 @@ def test_a_lesson_runs_through_papermill_and_makes_what_it_shows(
     monkeypatch.delenv("MPLBACKEND", raising=False)
     made = run_in_a_kernel(lesson.path, tmp_path / "made.ipynb")
     assert differences(lesson.notebook["cells"], made) == []
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("lesson", CHECKED, ids=lambda lesson: lesson.name)
-def test_a_learners_copy_runs_through_papermill_with_every_exercise_unattempted(lesson: Lesson, tmp_path: Path) -> None:
-    copy = tmp_path / "work" / lesson.path.name
-    copy.parent.mkdir()
-    copy.write_text(notebook_text(make_copy(lesson)), encoding="utf-8")
-    made = run_in_a_kernel(copy, tmp_path / "made.ipynb")
-    outputs = [output for cell in made if cell["cell_type"] == "code" for output in cell["outputs"]]
-    judged = [output["data"][MIME] for output in outputs if MIME in output.get("data", {})]
-    assert {each["id"] for each in judged} == set(lesson.exercises)
-    assert {each["id"]: each["status"] for each in judged if each["status"] != "unattempted"} == {}
-    assert [output for output in outputs if output["output_type"] == "error"] == []
 
 
 NOTEBOOKS = sorted(find_lessons()[0].parent.rglob("*.ipynb"))

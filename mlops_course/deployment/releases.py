@@ -20,8 +20,8 @@ from ..environment import CourseError, Settings, workspace_error, write_atomic
 from ..serving import live_bundle, publish
 
 # %% auto #0
-__all__ = ['Share', 'Count', 'Reference', 'STEPS', 'Strategy', 'Status', 'ReleaseError', 'Limits', 'Release', 'release_file',
-           'read_release', 'changing', 'read_history', 'live_reference', 'begin', 'change']
+__all__ = ['Share', 'Count', 'Reference', 'STEPS', 'Strategy', 'Status', 'ReleaseError', 'Limits', 'Release', 'window_of',
+           'release_file', 'read_release', 'changing', 'read_history', 'live_reference', 'begin', 'change']
 
 # %% ../../nbs/internals/11_releases.ipynb #4075a73f
 class ReleaseError(CourseError):
@@ -98,17 +98,18 @@ class Release(_Written, frozen=True, forbid_unknown_fields=True):
         """How long the present step has lasted."""
         return _seconds_since(self.changed, now)
 
-    def window(
-        self,
-        now: datetime | None = None,  # None: at this moment
-    ) -> int:  # 0 is the first
-        """The number of the window of time in which counts are judged alone."""
-        return int(max(_seconds_since(self.started, now), 0.0) / self.limits.window_seconds)
-
-
+# %% ../../nbs/internals/11_releases.ipynb #3c1f9a52
 def _seconds_since(written: str, now: datetime | None) -> float:
     """How long ago a time was written down."""
     return ((now or datetime.now(UTC)) - datetime.fromisoformat(written)).total_seconds()
+
+
+def window_of(
+    release: Release,  # that is running
+    now: datetime | None = None,  # None: at this moment
+) -> int:  # 0 is the first
+    """Number the spans of time in which counts are judged alone."""
+    return int(max(_seconds_since(release.started, now), 0.0) / release.limits.window_seconds)
 
 # %% ../../nbs/internals/11_releases.ipynb #62198471
 def release_file(

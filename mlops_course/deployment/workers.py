@@ -26,7 +26,7 @@ from .counting import Counts, read_counts, since, write_counts
 from .judging import Decision, decide
 from .pairing import Sample, compare_sample, tally
 from mlops_course.deployment.releases import (
-    Release, ReleaseError, change, live_reference, read_release, release_file,
+    Release, ReleaseError, change, live_reference, read_release, release_file, window_of,
 )
 from .routing import candidate_answers, place_of
 from ..environment import CourseError, Settings
@@ -153,7 +153,7 @@ class _Counting(_Routing):
             return
         stable, candidate = route.stable.predictor, route.candidate.predictor
         compare_sample(stable, candidate, self.sample, route.release.limits, self.counts)
-        window = route.release.window()
+        window = window_of(route.release)
         if window != self.counts.window:
             self.counts.window, self.counts.recent = window, None
             self.begun = copy.deepcopy(self.counts)
