@@ -3,9 +3,10 @@
 The same model and the same flight, asked over HTTP by wrk with 1, 8 and 32 connections: the server on one core, wrk on
 the other. `mlflow models serve`, BentoML (with --bentoml, the Python of an environment that has it), FastAPI with a
 DataFrame a request, this service bare, this service with key check, limits, counters and prediction log, and apps that
-score nothing: FastAPI with the flight as a pydantic body, FastAPI with one field, Starlette with a constant. The model
-has 500 trees, as the best one of section 6 (--trees). Exit status 1 when a bar is missed. Needs Linux, two cores and
-wrk (apt install wrk); nothing else should run. The first run trains a model on January in --home.
+score nothing: FastAPI with the flight as a pydantic body, FastAPI with one field, Starlette with a constant. All that
+score must give the same score. Each is started and measured in turn, three times (--rounds); medians are shown. The
+model has 500 trees, as the best one of section 6 (--trees). Exit status 1 when a bar is missed. Needs Linux, two cores
+and wrk (apt install wrk); nothing else should run. The first run trains a model on January in --home.
 """
 
 import argparse
@@ -15,16 +16,18 @@ import re
 import shutil
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -190,7 +193,7 @@ class Server:
     cpu: float = 0.0  # microseconds of processor time a request, at 8 connections: less shaken by neighbours
     ready: float = 0.0  # seconds
     memory: float = 0.0  # MB
-    note: str = ""
+    score: float | None = None  # of the flight; None: it scores nothing
 
 
 def servers(settings: Settings, folder: Path, scratch: Path, port: int, bentoml: str | None) -> Iterator[Server]:
@@ -220,18 +223,25 @@ def servers(settings: Settings, folder: Path, scratch: Path, port: int, bentoml:
 # ---------------------------------------------------------------- measuring
 
 
-def ask(url: str, body: bytes) -> bool:
-    """Whether there is an answer."""
+def ask(url: str, body: bytes) -> dict[str, Any] | None:
+    """The answer; None: there is none yet."""
     headers = {"Content-Type": "application/json", "Authorization": "Bearer key"}
     try:
         with urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=5) as answer:
-            return bool(answer.status == 200)
+            return dict(json.load(answer))
     except urllib.error.HTTPError as error:
         if error.code != 503:
             raise RuntimeError(f"{url} answers {error.code}: {error.read()[:500]!r}") from error
-        return False
+        return None
     except (urllib.error.URLError, ConnectionError, TimeoutError):
-        return False
+        return None
+
+
+def score_in(answer: dict[str, Any]) -> float | None:
+    """The score of the flight; None: the app knows no model."""
+    if "predictions" in answer:  # MLflow's: a probability for each class
+        return float(answer["predictions"][0][1])
+    return None if answer.get("model") == "hello" else float(answer["score"])
 
 
 @contextmanager
@@ -247,11 +257,11 @@ def running(server: Server, scratch: Path, url: str, body: bytes) -> Iterator[ps
             ["taskset", "-c", "0", *server.command], env=environment, stdout=log, stderr=log, start_new_session=True
         )
     try:
-        while not ask(url, body):
+        while (answer := ask(url, body)) is None:
             if process.poll() is not None or time.perf_counter() - begin > 90:
                 raise RuntimeError(f"{server.name} did not start:\n{(scratch / 'server.log').read_text()[-2000:]}")
             time.sleep(0.01)
-        server.ready = time.perf_counter() - begin
+        server.ready, server.score = time.perf_counter() - begin, score_in(answer)
         yield psutil.Process(process.pid)
     finally:
         with suppress(ProcessLookupError):
@@ -310,6 +320,25 @@ def measure(server: Server, scratch: Path, port: int, record: str, seconds: int,
         server.memory = sum(each.memory_info().rss for each in processes) / 1e6
 
 
+def typical(rounds: list[Server]) -> Server:
+    """The medians of one way to serve. Raises: RuntimeError when its score was another one in another round."""
+    first, middle = rounds[0], statistics.median
+    same_score(rounds)
+    return replace(
+        first,
+        rates={each: middle(one.rates[each] for one in rounds) for each in CONNECTIONS},
+        p99={each: middle(one.p99[each] for one in rounds) for each in CONNECTIONS},
+        **{name: middle(getattr(one, name) for one in rounds) for name in ("cpu", "ready", "memory")},
+    )
+
+
+def same_score(servers: Iterable[Server]) -> None:
+    """Make sure that all who score have given one flight one score. Raises: RuntimeError."""
+    scores = {server.name: server.score for server in servers if server.score is not None}
+    if scores and max(scores.values()) - min(scores.values()) > 1e-5:
+        raise RuntimeError(f"they don't serve the same model: {scores}")
+
+
 def figures(found: dict[str, Server]) -> dict[str, float]:
     """What the bars are about; rates at 8 connections."""
     full, rate = found["full"], {name: server.rates[8] for name, server in found.items()}
@@ -331,7 +360,7 @@ def show(found: dict[str, Server]) -> None:
     for server in found.values():
         rates = "".join(f"{server.rates.get(each, 0):10,.0f}" for each in CONNECTIONS)
         times = f"{server.p99[8]:8.1f} ms{server.cpu:7,.0f} us{server.memory:7.0f}{server.ready:6.1f} s"
-        print(f"{server.name:26}{rates}{server.rates[8] / base:10.1f}{times}  {server.note}", flush=True)
+        print(f"{server.name:26}{rates}{server.rates[8] / base:10.1f}{times}", flush=True)
 
 
 def main() -> int:
@@ -340,22 +369,26 @@ def main() -> int:
     parser.add_argument("--home", type=Path, default=load_settings().home / "bench_serving")
     parser.add_argument("--bentoml", help="the Python of an environment with bentoml and this one's scikit-learn")
     parser.add_argument("--seconds", type=int, default=3, help="of each measurement")
+    parser.add_argument("--rounds", type=int, default=3, help="how often each is started and measured")
     parser.add_argument("--trees", type=int, default=500, help="of the model")
     parser.add_argument("--first", action="store_true", help="go before all else on a busy machine (needs root)")
     parser.add_argument("--only", nargs="*", help="names of servers")
     options = parser.parse_args()
     settings = load_settings(home=options.home).prepare()
     folder = prepare(settings, options.trees)
-    record, found = (folder / "one.json").read_text(encoding="utf-8"), {}
+    record, rounds = (folder / "one.json").read_text(encoding="utf-8"), dict[str, list[Server]]()
     with tempfile.TemporaryDirectory() as temporary, socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
         free.close()
-        for server in servers(settings, folder, Path(temporary), port, options.bentoml):
-            if not options.only or server.name in options.only:
-                print(f"{server.name} ...", file=sys.stderr, flush=True)
-                measure(server, Path(temporary), port, record, options.seconds, options.first)
-                found[server.name] = server
+        for number in range(options.rounds):
+            for server in servers(settings, folder, Path(temporary), port, options.bentoml):
+                if not options.only or server.name in options.only:
+                    print(f"{number + 1}. {server.name} ...", file=sys.stderr, flush=True)
+                    measure(server, Path(temporary), port, record, options.seconds, options.first)
+                    rounds.setdefault(server.name, []).append(server)
+    found = {name: typical(each) for name, each in rounds.items()}
+    same_score(found.values())
     shutil.rmtree(settings.serving / "predictions", ignore_errors=True)
     show(found)
     if options.only:
