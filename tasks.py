@@ -238,7 +238,7 @@ def test(arguments: list[str]) -> None:
         alone = {} if workers == "0" else {"OMP_NUM_THREADS": "1"}  # two models on two cores wait for each other
         notebooks_failed = call(tool("nbdev_test"), "--n_workers", workers, "--timing", **apart, **alone)
         print("2. The tests", flush=True)
-        side_by_side = () if workers == "0" else ("-n", workers, "--dist", "loadfile")
+        side_by_side = () if workers == "0" else ("-n", workers, "--dist", "loadfile", "--no-loadscope-reorder")
         tests_failed = call(*module("pytest", *side_by_side, *arguments), **apart)
     if notebooks_failed:
         raise Stop("a notebook failed: see above")
