@@ -262,7 +262,7 @@ from mlops_course.project import read_delivery
 flights = read_delivery(month)["flights"]
 late = flights["arr_delay"] > 15
 columns = flights[["month", "day", "hour", "distance", "sched_dep_time", "sched_arr_time", "flight"]]
-model = HistGradientBoostingClassifier(max_iter=400, random_state=0).fit(columns, late)
+model = HistGradientBoostingClassifier(max_iter=1000, random_state=0).fit(columns, late)
 """
 
 
