@@ -1,14 +1,18 @@
 """Training and testing: the figures are scikit-learn's, a run can be repeated, and nothing looks ahead in time."""
 
 import json
+import os
 import shutil
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
 import time
+import urllib.request
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -598,6 +602,50 @@ def test_a_model_with_code_in_it_is_not_stored(own_quarter: Quarter) -> None:
     ):
         log_model(untrusted_model(), flight_delay)
     assert not list(own_quarter.settings.artifacts.rglob("model.skops"))
+
+
+@contextmanager
+def served_by_mlflow(folder: Path, log: Path) -> Iterator[str]:
+    """MLflow's own server with a stored model, on a free port."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "models", "serve", "--model-uri", str(folder), "--port", str(port)]
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # MLflow starts uvicorn by its name
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [*command, "--env-manager", "local"],
+            env={**os.environ, "PATH": path},
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
+        )
+    try:
+        deadline = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < deadline:
+            with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/ping", timeout=1):
+                break
+            time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}/invocations"
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(20)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="MLflow's server wants a process group to be ended")
+def test_mlflow_serves_what_is_stored_with_the_scores_of_training(own_quarter: Quarter, tmp_path: Path) -> None:
+    rows = own_quarter.labelled("2013-01").head(3000)
+    model = train(rows, flight_delay, TrainingConfig(iterations=100, leaf_samples=5))
+    with tracked_run(own_quarter.settings, flight_delay, "mine", {}):
+        address = log_model(model, flight_delay)
+        folder = Path(quiet_mlflow().artifacts.download_artifacts(artifact_uri=address))
+    records = rows[list(model.feature_names_in_)].to_json(orient="records", double_precision=15)
+    body = f'{{"dataframe_records": {records}}}'.encode()
+    with served_by_mlflow(folder, tmp_path / "log.txt") as url:
+        question = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(question, timeout=60) as answer:
+            told = json.load(answer)["predictions"]
+    np.testing.assert_allclose(np.array(told)[:, 1], scores(model, rows), atol=1e-9)
 
 
 def exchange_for_other_types(folder: Path) -> None:

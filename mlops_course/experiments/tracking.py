@@ -19,7 +19,7 @@ from zipfile import BadZipFile
 
 # %% auto #0
 __all__ = ['TRUSTED_TYPES', 'quiet_mlflow', 'alone', 'connect', 'full_disk_named', 'tracked_run', 'find_run', 'noted',
-           'log_model', 'load_run_model', 'digest', 'rows_known_by', 'training_rows']
+           'signature_of', 'log_model', 'load_run_model', 'digest', 'rows_known_by', 'training_rows']
 
 # %% ../../nbs/internals/06_tracking.ipynb #11b39aa9
 import numpy as np
@@ -32,6 +32,7 @@ from ..project import UseCase
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
+    from mlflow.models import ModelSignature
     from sklearn.pipeline import Pipeline
 
 # %% ../../nbs/internals/06_tracking.ipynb #8c5ee949
@@ -195,6 +196,18 @@ TRUSTED_TYPES = [
     "sklearn.ensemble._hist_gradient_boosting.predictor.TreePredictor",
 ]
 
+# %% ../../nbs/internals/06_tracking.ipynb #b2d8e3f5
+def signature_of(
+    model: Pipeline,  # a trained model
+    use_case: UseCase,  # which of its columns hold text
+) -> ModelSignature:
+    """Say which columns a model takes, and of which type, so that MLflow serves it with the scores of training."""
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, Schema
+
+    kinds = {str(name): "string" if name in use_case.categorical else "float" for name in model.feature_names_in_}
+    return ModelSignature(inputs=Schema([ColSpec(kind, name) for name, kind in kinds.items()]))
+
 # %% ../../nbs/internals/06_tracking.ipynb #4fd12d01
 def log_model(
     model: Pipeline,  # a trained model
@@ -208,11 +221,12 @@ def log_model(
     import sklearn
 
     mlflow = quiet_mlflow()
-    options = {"serialization_format": "skops", "skops_trusted_types": TRUSTED_TYPES}
+    options: dict[str, Any] = {"serialization_format": "skops", "skops_trusted_types": TRUSTED_TYPES, "name": "model"}
+    options |= {"signature": signature_of(model, use_case), "pyfunc_predict_fn": "predict_proba"}
     about = {"use_case": use_case.name, "features": list(model.feature_names_in_)}
     packages = [f"scikit-learn=={sklearn.__version__}"]
     try:
-        stored = mlflow.sklearn.log_model(model, name="model", pip_requirements=packages, metadata=about, **options)
+        stored = mlflow.sklearn.log_model(model, pip_requirements=packages, metadata=about, **options)
     except mlflow.MlflowException as error:
         if "untrusted types" not in str(error):
             raise
