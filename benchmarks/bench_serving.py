@@ -38,7 +38,7 @@ from mlops_course.environment import Settings, load_settings
 from mlops_course.serving import publish
 
 if TYPE_CHECKING:
-    import pandas as pd
+    from sklearn.pipeline import Pipeline
 
 CONNECTIONS = (1, 8, 32)
 BARS = (  # what, at least or at most, the bar
@@ -85,18 +85,21 @@ def prepare(settings: Settings, trees: int = 500) -> Path:
     materialise(settings, flight_delay, features, [month])
     folder.mkdir(exist_ok=True)
     joblib.dump(model, folder / "model.joblib")
-    save_mlflow(model, rows[list(model.feature_names_in_)].head(1000), folder / "mlflow")
+    save_mlflow(model, folder / "mlflow")
     record = json.loads(rows[list(model.feature_names_in_)].iloc[5000:5001].to_json(orient="records"))[0]
     (folder / "one.json").write_text(json.dumps(record), encoding="utf-8")
     return folder
 
 
-def save_mlflow(model: object, rows: pd.DataFrame, folder: Path) -> None:
+def save_mlflow(model: Pipeline, folder: Path) -> None:
     """The model as MLflow serves it, with a signature, and without, when numbers stay as JSON has them."""
     import mlflow.sklearn
 
+    from mlops_course.experiments.tracking import signature_of
+    from mlops_course.project import flight_delay
+
     options = {"serialization_format": "cloudpickle", "pyfunc_predict_fn": "predict_proba"}
-    for place, signature in ((folder, mlflow.models.infer_signature(rows)), (folder.with_name("mlflow_plain"), None)):
+    for place, signature in ((folder, signature_of(model, flight_delay)), (folder.with_name("mlflow_plain"), None)):
         shutil.rmtree(place, ignore_errors=True)
         mlflow.sklearn.save_model(model, place, signature=signature, **options)
 
