@@ -471,7 +471,7 @@ def test_a_score_that_is_no_number_is_a_failure_and_the_counts_can_be_read_again
     rows = [(False, [{"carrier": "UA", "x": value}]) for value in (0.1, 0.2)]
     counts = compared(Formula(0.0), Formula(nothing), rows)
     assert (counts.silent_candidate.answered, counts.silent_candidate.failed) == (2, 2)
-    assert not tally(counts.candidate, 0.001, np.array([0.5, nothing]), 0.5)
+    assert not tally(counts.candidate, np.array([0.5, nothing]), 0.5)
     write_counts(settings, "r", "one", counts)
     read = read_counts(settings, "r")
     assert (read.candidate.failed, read.silent_candidate.failed, read.unread) == (1, 2, [])

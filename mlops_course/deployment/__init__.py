@@ -18,7 +18,7 @@ __all__ = ['release_app', 'start_release', 'promote_release', 'roll_back_release
            'live_reference']
 
 # %% ../../nbs/11_deployment.ipynb #6ddc07ea
-from .counting import read_counts
+from .counting import ROLES, read_counts
 from .judging import Decision, decide, judge
 from .microbatch import InboxError, Scored, watch
 from mlops_course.deployment.releases import (
@@ -134,7 +134,7 @@ def release_status(
 def _summary(counts: dict[str, Any]) -> dict[str, Any]:
     """The counts of each version, without the times' buckets; with the means that an A/B test wants."""
     found = {}
-    for name in ("stable", "candidate", "silent_stable", "silent_candidate"):
+    for name in ROLES:
         role = {key: value for key, value in counts[name].items() if key != "buckets"}
         rows = role["rows"] or math.nan  # no rows, no mean
         means = {"mean_score": role["total"] / rows, "warned_share": role["warned"] / rows}

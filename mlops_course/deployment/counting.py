@@ -78,6 +78,9 @@ class _Pairing(Struct, forbid_unknown_fields=True, kw_only=True):
             self.pairs.setdefault(name, Pairs()).note(difference, flipped)
 
 # %% ../../nbs/internals/11_counting.ipynb #f82368dc
+ROLES = ("stable", "candidate", "silent_stable", "silent_candidate")
+
+
 class Counts(_Pairing, forbid_unknown_fields=True):
     """All that one worker, or all together, have seen of a release."""
 
@@ -92,7 +95,7 @@ class Counts(_Pairing, forbid_unknown_fields=True):
 
     def add(self, other: Counts) -> None:
         """Take in the counts of another worker."""
-        for name in ("stable", "candidate", "silent_stable", "silent_candidate"):
+        for name in ROLES:
             getattr(self, name).add(getattr(other, name))
         for name, pairs in other.pairs.items():
             self.pairs.setdefault(name, Pairs()).add(pairs)
@@ -100,9 +103,6 @@ class Counts(_Pairing, forbid_unknown_fields=True):
         _add_recent(self, other)
 
 # %% ../../nbs/internals/11_counting.ipynb #4ec2593d
-ROLES = ("stable", "candidate", "silent_stable", "silent_candidate")
-
-
 def _add_recent(total: Counts, other: Counts) -> None:
     """Take in what another worker has counted lately; only the newest window counts."""
     if other.recent is None:

@@ -173,7 +173,6 @@ def compare_sample(
 # %% ../../nbs/internals/11_pairing.ipynb #e7104c0e
 def tally(
     requests: Requests,  # of the version that answered
-    seconds: float,  # how long it took
     scores: np.ndarray | None,  # (n,) float64; None: it failed
     threshold: float,  # from which it warns
 ) -> bool:  # whether it worked: a score that is no number is a failure
@@ -182,7 +181,6 @@ def tally(
     if scores is None or not np.isfinite(scores).all():
         requests.failed += 1
         return False
-    requests.timed(seconds)
     requests.rows += len(scores)
     requests.total += float(np.sum(scores))
     requests.warned += int(np.count_nonzero(scores >= threshold))

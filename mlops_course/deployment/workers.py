@@ -143,7 +143,7 @@ class _Counting(_Routing):
         if route is None or choice.predictor not in (route.stable.predictor, route.candidate.predictor):
             return  # it was chosen before the release began, or has ended since
         counts = self.counts.candidate if choice.predictor is route.candidate.predictor else self.counts.stable
-        if tally(counts, seconds, scores if ok else None, choice.predictor.threshold):
+        if tally(counts, scores if ok else None, choice.predictor.threshold):
             self.sample.offer((choice.predictor, scores, records))
 
     def count(self) -> None:
