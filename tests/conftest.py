@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import socket
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,6 +20,13 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # whoever starts the test
     signal.signal(signal.SIGINT, signal.default_int_handler)
 pytest_plugins = ["service_helpers"]  # fixtures for the tests of the service
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens to now."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from conftest import free_port
 from test_pipelines import RECORD, process_is_there, write_notebook
 from test_running import statuses, write_chain
 
@@ -35,9 +35,7 @@ def start(*arguments: str, folder: Path) -> subprocess.Popen[bytes]:
 def scheduler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A cluster of two workers with one thread each."""
     folder = tmp_path_factory.mktemp("dask")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     address = f"tcp://127.0.0.1:{port}"
     quiet = ["--no-dashboard"]
     processes = [start("dask_scheduler", "--host", "127.0.0.1", "--port", str(port), *quiet, folder=folder)]

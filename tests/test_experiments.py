@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import Quarter
+from conftest import Quarter, free_port
 from hypothesis import assume, example, given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
@@ -607,9 +606,7 @@ def test_a_model_with_code_in_it_is_not_stored(own_quarter: Quarter) -> None:
 @contextmanager
 def served_by_mlflow(folder: Path, log: Path) -> Iterator[str]:
     """MLflow's own server with a stored model, on a free port."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "mlflow", "models", "serve", "--model-uri", str(folder), "--port", str(port)]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # MLflow starts uvicorn by its name
     with log.open("w") as file:

@@ -20,7 +20,7 @@ import msgspec
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import Quarter, settings_in
+from conftest import Quarter, free_port, settings_in
 
 from mlops_course.data import feature_names, read_table, replace_months
 from mlops_course.environment import Settings, SettingsError, load_settings
@@ -79,9 +79,7 @@ def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     program = shutil.which("redis-server")
     if program is None:
         pytest.skip("redis-server is not installed (apt-get install redis-server)")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [program, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--requirepass", "s3cret"]
     server = subprocess.Popen(command, cwd=tmp_path_factory.mktemp("redis"), stdout=subprocess.DEVNULL)
     wait_for(port)
