@@ -12,6 +12,8 @@ __all__ = ['app', 'Debug', 'Home', 'AsJson', 'Version', 'Name', 'Parameters', 'S
            'roll_back_release', 'show_release', 'score_inbox']
 
 # %% ../nbs/cli.ipynb #5db341e0
+import atexit
+import gc
 import json
 import os
 import re
@@ -104,6 +106,8 @@ def common(version: Version = False, debug: Debug = False) -> None:
 # %% ../nbs/cli.ipynb #6af1cb9f
 def main() -> None:
     """The command `mlops-course`."""
+    gc.set_threshold(50_000)  # imports make many objects and little garbage
+    atexit.register(gc.freeze)  # what the process leaves behind is the system's to clear away
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to fail
