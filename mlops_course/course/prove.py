@@ -33,20 +33,19 @@ class Proof:
         return f"{'ok  ' if self.ok else 'FAIL'} {self.what}{': ' if self.message else ''}{self.message}"
 
 
-def _run(lesson: Lesson, cells: list[dict[str, Any]], home: Path, wrong: bool) -> tuple[Plan, list[dict[str, Any]]]:
-    plan = Plan(lesson, cells, wrong=wrong)
-    seconds = float(lesson.options.get("timeout", TIMEOUT))
+def _run(plan: Plan, home: Path) -> list[dict[str, Any]]:
+    seconds = float(plan.lesson.options.get("timeout", TIMEOUT))
     with tempfile.TemporaryDirectory(prefix="mlops_course_") as folder:
-        return plan, run_plan(plan, Path(folder), surroundings(home), seconds)
+        return run_plan(plan, Path(folder), surroundings(home), seconds)
 
 # %% ../../nbs/internals/01_prove.ipynb #c83e3fc8
 def prove_stubs(
     lesson: Lesson,
     home: Path,  # a workspace
 ) -> list[Proof]:
-    """The learner's copy runs, and everything in it is unattempted."""
-    plan, records = _run(lesson, make_copy(lesson)["cells"], home, wrong=False)
-    report = make_report(plan, lesson.path, records)
+    """The learner's copy runs from top to bottom, and every exercise in it is unattempted."""
+    plan = Plan(lesson, make_copy(lesson)["cells"], whole=True)
+    report = make_report(plan, lesson.path, _run(plan, home))
     proofs = [
         Proof(f"{outcome.id} stub", outcome.status == UNATTEMPTED, f"{outcome.status} {outcome.message}".strip())
         for outcome in report.exercises
@@ -59,7 +58,8 @@ def prove_solutions(
     home: Path,  # a workspace
 ) -> list[Proof]:
     """The lesson runs, its solutions pass, and every wrong answer fails with words of its own."""
-    plan, records = _run(lesson, lesson.notebook["cells"], home, wrong=True)
+    plan = Plan(lesson, lesson.notebook["cells"], wrong=True)
+    records = _run(plan, home)
     report = make_report(plan, lesson.path, records)
     proofs = [_prove_wrong(lesson, record) for record in records if record["kind"] == "wrong"]
     proofs += [Proof(f"{each.id} solution", each.status == PASSED, each.message) for each in report.exercises]
