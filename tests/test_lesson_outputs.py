@@ -8,7 +8,9 @@ from typing import Any
 import papermill
 import pytest
 
-from mlops_course.course.lessons import Lesson, find_lessons, read_lesson, read_notebook, tags
+from mlops_course.course.copies import make_copy
+from mlops_course.course.lessons import Lesson, find_lessons, notebook_text, read_lesson, read_notebook, tags
+from mlops_course.course.running import MIME
 
 CHECKED = [lesson for lesson in map(read_lesson, find_lessons()) if lesson.exercises]
 Cell = dict[str, Any]
@@ -73,6 +75,20 @@ def test_a_lesson_runs_through_papermill_and_makes_what_it_shows(
     monkeypatch.delenv("MPLBACKEND", raising=False)
     made = run_in_a_kernel(lesson.path, tmp_path / "made.ipynb")
     assert differences(lesson.notebook["cells"], made) == []
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_checks_in_a_learners_copy_say_unattempted_in_a_stock_kernel(tmp_path: Path) -> None:
+    """For the shortest lesson: all copies are made alike, and what `mlops-course check` says of each is tested too."""
+    lesson = next(lesson for lesson in CHECKED if lesson.name == "04_project")
+    copy = tmp_path / "work" / lesson.path.name
+    copy.parent.mkdir()
+    copy.write_text(notebook_text(make_copy(lesson)), encoding="utf-8")
+    made = run_in_a_kernel(copy, tmp_path / "made.ipynb")
+    outputs = [output for cell in made if cell["cell_type"] == "code" for output in cell["outputs"]]
+    judged = [output["data"][MIME] for output in outputs if MIME in output.get("data", {})]
+    assert {each["id"]: each["status"] for each in judged} == dict.fromkeys(lesson.exercises, "unattempted")
+    assert [output for output in outputs if output["output_type"] == "error"] == []
 
 
 NOTEBOOKS = sorted(find_lessons()[0].parent.rglob("*.ipynb"))

@@ -25,6 +25,7 @@ from mlops_course.deployment import (
     begin,
     change,
     live_reference,
+    pairing,
     promote_release,
     read_history,
     read_release,
@@ -33,7 +34,7 @@ from mlops_course.deployment import (
 )  # fmt: skip
 from mlops_course.deployment.counting import Counts, Pairs, Requests, counts_folder, read_counts, since, write_counts
 from mlops_course.deployment.judging import SLICES, decide, judge
-from mlops_course.deployment.pairing import Sample, compare_sample, tally
+from mlops_course.deployment.pairing import Sample, compare_sample, tally, time_rows
 from mlops_course.deployment.routing import candidate_answers, place_of
 from mlops_course.deployment.statistics import (
     BUCKETS,
@@ -186,6 +187,10 @@ def test_a_damaged_file_of_counts_hides_nothing_and_nobody_goes_on_half_blind(se
     assert (counts.candidate.answered, counts.unread) == (700, ["two"])
     decision = decide(release_of(), counts, 0)
     assert (decision.action, decision.reason) == ("wait", "can't read the counts of two")
+    older = msgspec.to_builtins(counted(700))
+    older["silent_stable"]["buckets"].pop()
+    (counts_folder(settings, "r") / "two.json").write_bytes(msgspec.json.encode(older))
+    assert read_counts(settings, "r").unread == ["two"], "an earlier version's buckets are not ours"
     write_counts(settings, "r", "three", counted(700, failed=300))
     assert decide(release_of(), read_counts(settings, "r"), 0).action == "roll back"
     assert read_counts(settings, "never").candidate.answered == 0
@@ -296,6 +301,39 @@ def test_a_candidate_that_breaks_late_is_rolled_back_however_long_it_was_fine(st
     decision = decide(release_of(strategy), counts, 10**6)
     assert decision.action == "roll back"
     assert "errors lately " in decision.reason
+
+
+def test_nothing_is_promoted_while_its_few_newest_requests_fail() -> None:
+    counts, worker = Counts(), Counts(window=1)
+    worker.candidate, worker.stable = Requests(answered=1_000_000), Requests(answered=1_000_000)
+    before = copy.deepcopy(worker)
+    worker.candidate.answered += LIMITS.least - 1
+    worker.candidate.failed += LIMITS.least - 1
+    worker.recent = since(worker, before)
+    counts.add(worker)
+    decision = decide(release_of("blue-green"), counts, 10**6)
+    assert decision.action == "wait"
+    assert "errors lately " in decision.reason
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_whoever_is_asked_first_after_a_pause_is_not_taken_for_slow(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both versions are the same; the first call of each look at a few rows takes ten times as long."""
+    clock = {"now": 0.0, "cold": 0.0}
+
+    def scores(_: object) -> np.ndarray:
+        clock["now"] += 0.0001 + clock["cold"]
+        clock["cold"] = 0.0
+        return np.array([0.5])
+
+    same = SimpleNamespace(encode=lambda records: records, scores=scores)
+    counts = Counts()
+    monkeypatch.setattr(pairing, "time", SimpleNamespace(perf_counter=lambda: clock["now"]))
+    for _ in range(400):
+        clock["cold"] = 0.001
+        time_rows(same, same, [({}, 0.5, [""])] * rows, counts)  # type: ignore[arg-type,list-item]
+    latency = next(check for check in judge(counts, LIMITS) if check.name == "latency")
+    assert latency.verdict == "held", latency
 
 
 def test_only_the_newest_window_of_all_workers_is_recent() -> None:

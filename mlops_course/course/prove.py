@@ -43,7 +43,7 @@ def prove_stubs(
     lesson: Lesson,
     home: Path,  # a workspace
 ) -> list[Proof]:
-    """The learner's copy runs from top to bottom, and every exercise in it is unattempted."""
+    """Every cell of the learner's copy runs, checks aside, and every exercise in it is unattempted."""
     plan = Plan(lesson, make_copy(lesson)["cells"], whole=True)
     report = make_report(plan, lesson.path, _run(plan, home))
     proofs = [

@@ -19,10 +19,12 @@ from ..environment import Settings, write_atomic
 log = logging.getLogger("mlops_course.serving")
 
 # %% auto #0
-__all__ = ['log', 'Number', 'ROLES', 'Requests', 'Pairs', 'Counts', 'since', 'counts_folder', 'write_counts', 'read_counts']
+__all__ = ['log', 'Number', 'Buckets', 'ROLES', 'Requests', 'Pairs', 'Counts', 'since', 'counts_folder', 'write_counts',
+           'read_counts']
 
 # %% ../../nbs/internals/11_counting.ipynb #5f528f58
 Number = Annotated[int, Meta(ge=0)]
+Buckets = Annotated[list[Number], Meta(min_length=BUCKETS, max_length=BUCKETS)]  # of another length: another version's
 
 
 class Requests(Struct, forbid_unknown_fields=True):
@@ -33,7 +35,7 @@ class Requests(Struct, forbid_unknown_fields=True):
     rows: Number = 0
     warned: Number = 0  # rows with a score at or above the version's threshold
     total: float = 0.0  # sum of the scores
-    buckets: list[Number] = msgspec.field(default_factory=lambda: [0] * BUCKETS)  # how many took so long
+    buckets: Buckets = msgspec.field(default_factory=lambda: [0] * BUCKETS)  # how many took so long
 
     def add(self, other: Requests) -> None:
         """Take in the counts of another worker."""

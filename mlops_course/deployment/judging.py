@@ -128,12 +128,14 @@ def decide(
     seconds: float,  # since its present step began
 ) -> Decision:
     """Say what shall be done, and why."""
-    checks, limits = judge(counts, release.limits), release.limits
-    broken = [check for check in [*checks, *judge_recent(counts, limits)] if check.verdict == "broken"]
+    limits = release.limits
+    checks, recent = judge(counts, limits), judge_recent(counts, limits)
+    broken = [check for check in [*checks, *recent] if check.verdict == "broken"]
     if counts.problem or broken:
         reason = counts.problem or "; ".join(map(str, broken[:3]))
         return Decision("roll back", reason, {"status": "rolled back"})
-    unsure = [check for check in checks if check.verdict == "open" or (check.verdict == "few" and not check.slice)]
+    unsure = [check for check in recent if check.low > check.limit]  # too few to roll back, too bad to go on
+    unsure += [check for check in checks if check.verdict == "open" or (check.verdict == "few" and not check.slice)]
     new = answered(release, counts) - release.before
     if new < limits.enough or seconds < limits.hold_seconds or unsure or counts.unread:
         blind = [f"can't read the counts of {', '.join(counts.unread[:3])}"] if counts.unread else []

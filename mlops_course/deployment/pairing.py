@@ -143,7 +143,10 @@ def time_rows(
 ) -> None:
     """Measure how long each version takes for a single row."""
     turns = [(stable, counts.silent_stable), (candidate, counts.silent_candidate)]
-    for number, (row, _, _) in enumerate(rows[:PROBES]):
+    for predictor, _ in turns if rows else []:
+        _alone(predictor, rows[0][0])  # whoever is first after a pause pays for it, so that isn't timed
+    timed = sum(counts.silent_stable.buckets)  # if each look has one row, the order still alternates
+    for number, (row, _, _) in enumerate(rows[:PROBES], start=timed):
         for predictor, silent in turns if number % 2 else turns[::-1]:
             begin = time.perf_counter()
             if _alone(predictor, row) is not None:

@@ -48,7 +48,7 @@ class Limits(Struct, frozen=True, forbid_unknown_fields=True):
     enough: Count = 1000  # requests that the candidate answers, or rows that it scores silently, in each step
     hold_seconds: Annotated[float, Meta(ge=0)] = 60.0  # each step lasts at least so long
     pairs_a_second: Annotated[int, Meta(ge=0)] = 200  # rows that each worker scores with both versions
-    window_seconds: Annotated[float, Meta(gt=0)] = 600.0  # what was counted in so many is judged alone as well
+    window_seconds: Annotated[float, Meta(ge=10)] = 600.0  # what was counted in so many is judged alone as well
     # probability that a candidate within all limits is rolled back, if requests don't depend on each other
     alpha: Annotated[float, Meta(gt=0, lt=0.5)] = 0.01
 
