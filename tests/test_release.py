@@ -44,7 +44,7 @@ from mlops_course.deployment.statistics import (
     quantile_interval,
     share_interval,
 )  # fmt: skip
-from mlops_course.deployment.workers import Route, can_replace, guard
+from mlops_course.deployment.workers import ReleaseModels, Route, can_replace, guard
 from mlops_course.environment import Settings, write_atomic
 from mlops_course.serving.bundle import Feature
 from mlops_course.serving.models import Choice
@@ -314,6 +314,29 @@ def test_nothing_is_promoted_while_its_few_newest_requests_fail() -> None:
     decision = decide(release_of("blue-green"), counts, 10**6)
     assert decision.action == "wait"
     assert "errors lately " in decision.reason
+
+
+def test_a_worker_counts_each_window_anew(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What came in the second in which a window ends still belongs to the old one."""
+
+    class Silent:
+        manifest, threshold = SimpleNamespace(features=[]), 0.5
+
+    models, windows = ReleaseModels(settings), iter([0, 0, 1, 1, 1])
+    monkeypatch.setattr("mlops_course.deployment.workers.window_of", lambda _: next(windows))
+    release, stable, candidate = release_of(), Choice(Silent(), "stable"), Choice(Silent(), "candidate")  # type: ignore[arg-type]
+    models.begin_counting(release)
+    models.route = Route(release, stable, candidate)
+    recent = []
+    for answers in (5, 7, 11, 13, 2):
+        for _ in range(answers):
+            models.observe(candidate, 0.001, np.array([0.5]), True, [])
+        models.count()
+        counts = read_counts(settings, release.id)
+        assert counts.recent is not None
+        recent.append(counts.recent.candidate.answered)
+    assert recent == [5, 12, 0, 13, 15]
+    assert counts.candidate.answered == 38
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5])
