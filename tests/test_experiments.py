@@ -623,9 +623,12 @@ def served_by_mlflow(folder: Path, log: Path) -> Iterator[str]:
             with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/ping", timeout=1):
                 break
             time.sleep(0.1)
+        else:
+            pytest.fail(f"MLflow's server did not answer: {log.read_text()[-2000:]}")
         yield f"http://127.0.0.1:{port}/invocations"
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
         process.wait(20)
 
 
