@@ -25,7 +25,6 @@ from mlops_course.deployment import (
     begin,
     change,
     live_reference,
-    pairing,
     promote_release,
     read_history,
     read_release,
@@ -286,17 +285,23 @@ def test_a_good_canary_goes_up_and_is_promoted() -> None:
     assert decide(second, counted(1300), 0).values == {"status": "promoted"}
 
 
+def fine_until_lately(window: int, answered: int, failed: int) -> Counts:
+    """A million faultless requests to each version, and then some to the candidate in the newest window."""
+    counts, worker = Counts(), Counts(window=window)
+    worker.candidate, worker.stable = Requests(answered=1_000_000), Requests(answered=1_000_000)
+    before = copy.deepcopy(worker)
+    worker.candidate.answered += answered
+    worker.candidate.failed += failed
+    worker.recent = since(worker, before)
+    counts.add(worker)
+    return counts
+
+
 @pytest.mark.parametrize("window", [0, 100])
 @pytest.mark.parametrize("strategy", ["ab", "blue-green"])
 def test_a_candidate_that_breaks_late_is_rolled_back_however_long_it_was_fine(strategy: str, window: int) -> None:
     """A million faultless requests, then a thousand of which a tenth fails."""
-    counts, worker = Counts(), Counts(window=window)
-    worker.candidate, worker.stable = Requests(answered=1_000_000), Requests(answered=1_000_000)
-    before = copy.deepcopy(worker)
-    worker.candidate.answered += 1000
-    worker.candidate.failed += 100
-    worker.recent = since(worker, before)
-    counts.add(worker)
+    counts = fine_until_lately(window, answered=1000, failed=100)
     assert judge(counts, LIMITS)[0].verdict == "held", "all in all it looks fine"
     decision = decide(release_of(strategy), counts, 10**6)
     assert decision.action == "roll back"
@@ -304,13 +309,7 @@ def test_a_candidate_that_breaks_late_is_rolled_back_however_long_it_was_fine(st
 
 
 def test_nothing_is_promoted_while_its_few_newest_requests_fail() -> None:
-    counts, worker = Counts(), Counts(window=1)
-    worker.candidate, worker.stable = Requests(answered=1_000_000), Requests(answered=1_000_000)
-    before = copy.deepcopy(worker)
-    worker.candidate.answered += LIMITS.least - 1
-    worker.candidate.failed += LIMITS.least - 1
-    worker.recent = since(worker, before)
-    counts.add(worker)
+    counts = fine_until_lately(1, answered=LIMITS.least - 1, failed=LIMITS.least - 1)
     decision = decide(release_of("blue-green"), counts, 10**6)
     assert decision.action == "wait"
     assert "errors lately " in decision.reason
@@ -351,7 +350,8 @@ def test_whoever_is_asked_first_after_a_pause_is_not_taken_for_slow(rows: int, m
 
     same = SimpleNamespace(encode=lambda records: records, scores=scores)
     counts = Counts()
-    monkeypatch.setattr(pairing, "time", SimpleNamespace(perf_counter=lambda: clock["now"]))
+    clocks = SimpleNamespace(perf_counter=lambda: clock["now"])
+    monkeypatch.setattr("mlops_course.deployment.pairing.time", clocks)
     for _ in range(400):
         clock["cold"] = 0.001
         time_rows(same, same, [({}, 0.5, [""])] * rows, counts)  # type: ignore[arg-type,list-item]
