@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['app', 'Debug', 'Home', 'AsJson', 'Version', 'Name', 'Parameters', 'Start', 'Only', 'Until', 'Force', 'Width',
-           'Engine', 'Timeout', 'Scheduler', 'cache_app', 'ENTRY', 'runs_app', 'release_app', 'Because', 'Commands',
-           'describe_error', 'common', 'main', 'parse_parameters', 'run_pipeline', 'plan_pipeline', 'show_graph',
-           'backfill_pipeline', 'export_pipeline', 'list_cache', 'prune_cache', 'verify_cache', 'show_pipelines',
-           'show_runs', 'show_run', 'diff_runs', 'show_doctor', 'ui_command', 'without_password', 'open_ui',
-           'serve_model', 'collect_logged', 'publish_bundle', 'release_limits', 'start_release', 'promote_release',
-           'roll_back_release', 'show_release', 'score_inbox']
+           'Engine', 'Timeout', 'Scheduler', 'cache_app', 'ENTRY', 'runs_app', 'release_app', 'Because', 'EXPLAINED',
+           'Commands', 'describe_error', 'common', 'main', 'parse_parameters', 'run_pipeline', 'plan_pipeline',
+           'show_graph', 'backfill_pipeline', 'export_pipeline', 'list_cache', 'prune_cache', 'verify_cache',
+           'show_pipelines', 'show_runs', 'show_run', 'diff_runs', 'show_doctor', 'ui_command', 'without_password',
+           'open_ui', 'serve_model', 'collect_logged', 'publish_bundle', 'release_limits', 'start_release',
+           'promote_release', 'roll_back_release', 'show_release', 'score_inbox']
 
 # %% ../nbs/cli.ipynb #5db341e0
 import atexit
@@ -649,6 +649,16 @@ def show_release(home: Home = None, as_json: AsJson = False) -> None:
     """Say how the release stands, and what was counted."""
     _show_release(_settings(home), as_json)
 
+# %% ../nbs/cli.ipynb #11c10018
+EXPLAINED = """
+The candidate against the stable version; the true value lies between low and high.
+errors   how much larger a share of its requests fails
+latency  how many times as long a typical row takes
+slow     how much larger a share of its rows takes longer than the limit of latency allows
+shift    mean difference of the scores of the same row
+flips    share of rows that are decided otherwise
+held: within the limit; broken: beyond it; open: can't tell yet; few: too few to judge; lately: in this window alone"""
+
 # %% ../nbs/cli.ipynb #11c10008
 def _show_release(settings: "Settings", as_json: bool) -> None:
     """The state of a release, for programs or for people."""
@@ -666,10 +676,12 @@ def _show_release(settings: "Settings", as_json: bool) -> None:
     share = f"{release['share']:.0%} of the requests" if release["status"] == "running" else release["status"]
     typer.echo(f"live: {status['live']}; {release['strategy']} of {release['candidate']}: {share}")
     steps = ("time", "status", "share", "by", "reason")
-    checks = ("name", "slice", "low", "high", "limit", "count", "verdict")
+    checks = ("name", "slice", "when", "low", "high", "limit", "count", "verdict")
     print_all(table("when,status,#share,by,why", [[line[name] for name in steps] for line in history]))
-    rows: list[list[object]] = [[check[name] for name in checks] for check in status["checks"]]
-    print_all(table("check,slice,#low,#high,#limit,#counted,verdict", rows))
+    told = [{**check, "when": "lately" if check["lately"] else "ever"} for check in status["checks"]]
+    rows = [[check[name] for name in checks] for check in told]
+    print_all(table("check,slice,when,#low,#high,#limit,#counted,verdict", rows))
+    typer.echo(EXPLAINED)
     if status["outlook"]:
         typer.echo(f"next: {status['outlook']['action']}: {status['outlook']['reason']}")
 

@@ -267,8 +267,13 @@ def test_a_file_that_the_manifest_does_not_name_is_refused(own: Path) -> None:
         read_bundle(own)
 
 
+def test_a_bundle_that_is_not_there_names_those_that_are(own: Path) -> None:
+    with pytest.raises(BundleError, match=f"there is no .*Those that are there: {own.name}"):
+        read_bundle(own.parent / "flight-delay@77")
+
+
 def test_no_folder_is_no_bundle(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match=r"cannot read .*bundle\.json"):
+    with pytest.raises(BundleError, match=r"there is no .*bundle\.json. Fetch the bundle again"):
         read_bundle(tmp_path / "nothing")
     (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(BundleError, match="cannot read"):
@@ -505,7 +510,7 @@ def test_a_bundle_that_was_changed_after_it_was_published_is_refused(own: Path, 
     with pytest.raises(BundleError, match="is not the bundle that was published"):
         live_bundle(settings)
     shutil.rmtree(own)
-    with pytest.raises(BundleError, match="cannot read"):
+    with pytest.raises(BundleError, match="there is no"):
         live_bundle(settings)
 
 

@@ -386,6 +386,8 @@ def test_only_a_sound_bundle_with_the_same_features_is_released(models: Models, 
         start_release(workspace, "flight-delay@9")
     with pytest.raises(ReleaseError, match="there is no strategy 'rolling'"):
         start_release(workspace, GOOD, "rolling")
+    with pytest.raises(ReleaseError, match="flight-delay@1 has no column of categories named carriers, distance"):
+        start_release(workspace, GOOD, limits=Limits(slices=("carrier", "distance", "carriers")))
     assert read_release(workspace) is None
 
 

@@ -33,7 +33,7 @@ from mlops_course.deployment import (
 )  # fmt: skip
 from mlops_course.deployment.counting import Counts, Pairs, Requests, counts_folder, read_counts, since, write_counts
 from mlops_course.deployment.judging import SLICES, decide, judge
-from mlops_course.deployment.pairing import Sample, compare_sample, tally, time_rows
+from mlops_course.deployment.pairing import VALUES, Sample, compare_sample, known_values, tally, time_rows
 from mlops_course.deployment.routing import candidate_answers, place_of
 from mlops_course.deployment.statistics import (
     BUCKETS,
@@ -228,7 +228,7 @@ def counted(
     generator, counts = np.random.default_rng(seed), Counts()
     counts.stable.answered = counts.candidate.answered = rows
     for role, factor in ((counts.silent_stable, 1.0), (counts.silent_candidate, slower)):
-        for seconds in generator.gamma(4, 0.001 * factor, rows):
+        for seconds in generator.gamma(16, 0.00025 * factor, rows):
             role.timed(seconds)
     counts.candidate.failed = failed
     for carrier in generator.choice(len(carriers), rows, p=carriers):
@@ -390,6 +390,42 @@ def test_however_fast_both_versions_are_their_times_can_be_compared(seconds: flo
     assert {check.name: check.verdict for check in judge(counts, LIMITS)}["latency"] == "broken"
 
 
+def with_slow_rows(stable: float, candidate: float, rows: int = 2000) -> Counts:
+    """Counts of two versions of which such shares of the rows take a hundred times as long as the others."""
+    counts, generator = counted(rows), np.random.default_rng(0)
+    for role, share in ((counts.silent_stable, stable), (counts.silent_candidate, candidate)):
+        role.buckets = [0] * BUCKETS
+        for slow in generator.random(rows) < share:
+            role.timed(0.1 if slow else 0.001)
+    return counts
+
+
+@pytest.mark.parametrize(("stable", "candidate"), [(0.0, 0.4), (0.1, 0.45), (0.0, 1.0)])
+def test_a_candidate_that_is_slow_for_many_rows_is_rolled_back(stable: float, candidate: float) -> None:
+    decision = decide(release_of(), with_slow_rows(stable, candidate), 0)
+    assert decision.action == "roll back"
+    assert "slow " in decision.reason
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9])
+def test_a_machine_that_is_slow_now_and_then_hurts_neither_version(share: float) -> None:
+    """Also when a quantile of the times, or the median, stands at the edge between fast and slow calls."""
+    checks = {check.name: check for check in judge(with_slow_rows(share, share), LIMITS)}
+    assert checks["slow"].verdict in ("held", "open")
+    assert "broken" not in {check.verdict for check in checks.values()}
+    if share in (0.0, 0.1):
+        assert decide(release_of(), with_slow_rows(share, share), 0).action == "step"
+
+
+@pytest.mark.parametrize("limits", [Limits(least=1, enough=500, hold_seconds=0), Limits(latency=1000)])
+def test_few_times_and_wide_limits_can_be_judged(limits: Limits) -> None:
+    counts = counted(200)
+    for role in (counts.silent_stable, counts.silent_candidate):
+        role.buckets = [0] * BUCKETS
+        role.timed(500)
+    assert decide(release_of(limits=limits), counts, 0).action == "wait"
+
+
 def test_a_step_lasts_at_least_so_long() -> None:
     patient = release_of(limits=Limits(enough=500, hold_seconds=60))
     assert decide(patient, counted(700), 59).action == "wait"
@@ -515,6 +551,16 @@ def test_clients_invent_no_slices_and_a_second_compares_no_more_rows_than_allowe
     counts = compared(Formula(0.0), Formula(0.1), requests, most=50)
     assert set(counts.pairs) <= {"", "carrier=other", "carrier=UA"}
     assert counts.silent_candidate.answered <= 50
+
+
+def test_a_column_with_many_categories_makes_slices_only_when_it_is_named() -> None:
+    both = (Formula(0.0), Formula(0.1))
+    for each in both:
+        destinations = tuple(f"D{number}" for number in range(VALUES + 1))
+        each.manifest.features += (Feature("dest", "category", None, destinations),)
+    assert set(known_values(None, both)) == {"carrier"}  # type: ignore[arg-type]
+    assert set(known_values(("dest", "x", "moon"), both)) == {"dest"}  # type: ignore[arg-type]
+    assert known_values((), both) == {}  # type: ignore[arg-type]
 
 
 def test_slices_that_are_not_judged_are_named() -> None:

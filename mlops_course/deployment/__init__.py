@@ -13,14 +13,15 @@ import msgspec
 
 # %% auto #0
 __all__ = ['release_app', 'start_release', 'promote_release', 'roll_back_release', 'release_status', 'read_counts', 'Decision',
-           'decide', 'judge', 'InboxError', 'Scored', 'watch', 'STEPS', 'Limits', 'Release', 'ReleaseError', 'begin',
-           'change', 'read_history', 'read_release', 'candidate_answers', 'place_of', 'ReleaseModels', 'can_replace',
-           'live_reference']
+           'decide', 'judge', 'judge_recent', 'InboxError', 'Scored', 'watch', 'STEPS', 'Limits', 'Release',
+           'ReleaseError', 'begin', 'change', 'read_history', 'read_release', 'candidate_answers', 'place_of',
+           'ReleaseModels', 'can_replace', 'live_reference']
 
 # %% ../../nbs/11_deployment.ipynb #6ddc07ea
 from .counting import ROLES, read_counts
-from .judging import Decision, decide, judge
+from .judging import Decision, decide, judge, judge_recent
 from .microbatch import InboxError, Scored, watch
+from .pairing import known_values
 from mlops_course.deployment.releases import (
     STEPS, Limits, Release, ReleaseError, begin, change, live_reference, read_history, read_release,
 )
@@ -29,13 +30,14 @@ from .workers import ReleaseModels, can_replace
 from ..serving import load_predictor
 from ..serving.bundle import bundles_folder
 
-_all_ = ["read_counts", "Decision", "decide", "judge", "InboxError", "Scored", "watch", "STEPS", "Limits", "Release"]
-_all_ += ["ReleaseError", "begin", "change", "read_history", "read_release", "candidate_answers", "place_of"]
-_all_ += ["ReleaseModels", "can_replace", "live_reference"]
+_all_ = ["read_counts", "Decision", "decide", "judge", "judge_recent", "InboxError", "Scored", "watch"]
+_all_ += ["STEPS", "Limits", "Release", "ReleaseError", "begin", "change", "read_history", "read_release"]
+_all_ += ["candidate_answers", "place_of", "ReleaseModels", "can_replace", "live_reference"]
 
 # %% ../../nbs/11_deployment.ipynb #5fe7bb4b
 if TYPE_CHECKING:
     from mlops_course.environment import Settings
+    from mlops_course.serving import Predictor
     from mlops_course.serving.limits import Authorize, Guard
     from mlops_course.serving.limits import Limits as ServiceLimits
 
@@ -68,7 +70,9 @@ def start_release(
     if stable == candidate:
         raise ReleaseError(f"{candidate} is the live model already", "Name another bundle")
     folder = bundles_folder(settings)
-    can_replace(load_predictor(folder / stable), load_predictor(folder / candidate))
+    versions = load_predictor(folder / stable), load_predictor(folder / candidate)
+    can_replace(*versions)
+    _check_slices(limits or Limits(), *versions)
     return begin(settings, strategy, stable, candidate, steps, limits, reason)
 
 # %% ../../nbs/11_deployment.ipynb #e77c7776
@@ -95,6 +99,15 @@ def roll_back_release(
     return _changed(settings, release, reason, "rolled back", release.stable)
 
 # %% ../../nbs/11_deployment.ipynb #f70c8688
+def _check_slices(limits: Limits, *versions: Predictor) -> None:
+    """A guard that looks at slices that there aren't is blind, and nobody would notice. Raises: ReleaseError."""
+    there = sorted(known_values([each.name for each in versions[0].manifest.features], versions))
+    unknown = sorted(set(limits.slices or ()) - set(there))
+    if unknown:
+        problem = f"{versions[0].reference} has no column of categories named {', '.join(unknown)}"
+        raise ReleaseError(problem, f"Slices can be made of {', '.join(there) or 'nothing'}")
+
+
 def _current(settings: Settings) -> Release:
     """The last release. Raises: ReleaseError when there never was one."""
     release = read_release(settings)
@@ -123,7 +136,8 @@ def release_status(
     if release is None:
         return {"live": live, "release": None}
     counts = read_counts(settings, release.id)
-    checks = [{**asdict(check), "verdict": check.verdict} for check in judge(counts, release.limits)]
+    found = [*judge(counts, release.limits), *judge_recent(counts, release.limits)]
+    checks = [{**asdict(check), "verdict": check.verdict} for check in found]
     outlook = asdict(decide(release, counts, release.held())) if release.status == "running" else None
     return {
         "live": live, "release": {**msgspec.to_builtins(release), "share": release.share}, "checks": checks,

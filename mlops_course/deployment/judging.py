@@ -13,9 +13,11 @@ from typing import Any
 
 import msgspec
 
-from .counting import Counts, Pairs, Requests
+from .counting import Buckets, Counts, Pairs, Requests
 from .releases import Limits, Release
-from .statistics import FASTEST, mean_interval, quantile_interval, share_interval
+from mlops_course.deployment.statistics import (
+    BUCKETS, FASTEST, bucket_of, edge_of, mean_interval, quantile_interval, share_interval,
+)
 
 # %% auto #0
 __all__ = ['SLICES', 'Check', 'judge', 'judge_recent', 'Decision', 'decide', 'answered']
@@ -25,7 +27,7 @@ __all__ = ['SLICES', 'Check', 'judge', 'judge_recent', 'Decision', 'decide', 'an
 class Check:
     """One quantity of a release, with its limit."""
 
-    name: str  # errors, latency, shift or flips
+    name: str  # errors, latency, slow, shift or flips
     slice: str  # such as carrier=UA; empty: all rows
     low: float  # the quantity lies between low and high, at this look and all others
     high: float
@@ -56,12 +58,22 @@ def _errors(one: Requests, other: Requests, limits: Limits) -> Check:
     return Check("errors", "", low - most, high - least, limits.errors, one.answered, limits.least)
 
 
-def _latency(counts: Counts, limits: Limits) -> Check:
-    """Times of single rows that both versions have scored, in turn."""
-    pair = counts.silent_candidate.buckets, counts.silent_stable.buckets
-    (low, high), (least, most) = (quantile_interval(each, 0.5, limits.alpha / 16) for each in pair)
-    worst = high / max(least, FASTEST)  # both may be faster than the first edge
-    return Check("latency", "", low / most, worst, limits.latency, min(map(sum, pair)), limits.least)
+def _times(counts: Counts, limits: Limits) -> Iterator[Check]:
+    """Times of single rows that both versions have scored, in turn: the typical row, and the slow ones."""
+    one, other = counts.silent_candidate.buckets, counts.silent_stable.buckets
+    (low, high), (least, most) = (quantile_interval(each, 0.5, limits.alpha / 32) for each in (one, other))
+    timed, least = min(sum(one), sum(other)), max(least, FASTEST)  # both may be faster than the first edge
+    yield Check("latency", "", low / most, high / least, limits.latency, timed, limits.least)
+    first, last = (bucket_of(min(limits.latency * each, edge_of(BUCKETS - 2))) for each in (least, most))
+    lows, highs = zip(*_slower(one, other, first, last, limits.alpha / 32), strict=True)
+    yield Check("slow", "", min(lows), max(highs), limits.slow, timed, limits.least)
+
+
+def _slower(one: Buckets, other: Buckets, first: int, last: int, alpha: float) -> Iterator[tuple[float, float]]:
+    """By how much one has more in the buckets above an edge, for each edge from the first to the last."""
+    for edge in range(first, last + 1):
+        (low, high), (least, most) = (share_interval(sum(each[edge + 1 :]), sum(each), alpha) for each in (one, other))
+        yield low - most, high - least
 
 # %% ../../nbs/internals/11_judging.ipynb #a90d8b2e
 def _scores(name: str, pairs: Pairs, limits: Limits, slices: int) -> Iterator[Check]:
@@ -89,7 +101,7 @@ def judge(
     """Compare all that was counted with the limits."""
     candidate = _together(counts.candidate, counts.silent_candidate)
     stable = _together(counts.stable, counts.silent_stable)
-    checks = [_errors(candidate, stable, limits), _latency(counts, limits)]
+    checks = [_errors(candidate, stable, limits), *_times(counts, limits)]
     checks += _scores("", counts.pairs.get("", Pairs()), limits, 1)
     for name in _largest(counts)[:SLICES]:
         checks += _scores(name, counts.pairs[name], limits, SLICES)

@@ -20,8 +20,8 @@ from ..serving import Predictor
 from ..serving.models import Record
 
 # %% auto #0
-__all__ = ['Asked', 'Row', 'Known', 'LOOKS', 'PROBES', 'Sample', 'known_values', 'pick', 'as_dict', 'compare_rows', 'time_rows',
-           'compare_sample', 'tally']
+__all__ = ['Asked', 'Row', 'Known', 'LOOKS', 'VALUES', 'PROBES', 'Sample', 'known_values', 'pick', 'as_dict', 'compare_rows',
+           'time_rows', 'compare_sample', 'tally']
 
 # %% ../../nbs/internals/11_pairing.ipynb #b552be99
 Asked = tuple[Predictor, Any, Sequence[Record]]  # who answered, (n,) float64 scores, the rows
@@ -51,19 +51,21 @@ class Sample:
 Row = tuple[dict[str, Any], float, tuple[str, ...]]  # by feature name, the score it got, which slices it counts for
 Known = dict[str, frozenset[str]]  # values of each column whose values are slices
 LOOKS = 100  # rows of one request that are looked at
+VALUES = 50  # a column of categories with more makes slices only if it is named
 
 
 def known_values(
-    columns: Sequence[str],  # whose values are the slices; those that aren't categories make none
+    columns: Sequence[str] | None,  # whose values are the slices; None: all columns of few categories
     predictors: Sequence[Predictor],  # whose manifests list the categories
 ) -> Known:
     """The slices that there can be: clients can't invent one."""
-    features = [each for predictor in predictors for each in predictor.manifest.features if each.kind == "category"]
     found: Known = {}
-    for each in features:
-        if each.name in columns:
+    for each in (feature for predictor in predictors for feature in predictor.manifest.features):
+        if each.kind == "category":
             found[each.name] = found.get(each.name, frozenset()) | frozenset(each.categories)
-    return found
+    if columns is None:
+        return {name: values for name, values in found.items() if len(values) <= VALUES}
+    return {name: found[name] for name in columns if name in found}
 
 # %% ../../nbs/internals/11_pairing.ipynb #6551fe44
 def pick(

@@ -37,12 +37,14 @@ class Limits(Struct, frozen=True, forbid_unknown_fields=True):
     """How far a candidate may be from the stable version, and how sure I want to be."""
 
     errors: Share = 0.02  # how much larger a share of its requests may fail
-    latency: Annotated[float, Meta(ge=1)] = 1.5  # how many times as long a typical row may take
+    latency: Annotated[float, Meta(ge=1, le=1000)] = 1.5  # how many times as long a typical row may take
+    slow: Share = 0.2  # how much larger a share of its rows may take longer than that
     shift: Share = 0.05  # mean difference of the scores of a row, either way
     flips: Share = 0.15  # share of rows that are decided otherwise
     slice_shift: Share = 0.1  # the same within one slice
     slice_flips: Share = 0.3
-    slices: tuple[str, ...] = ("carrier",)  # columns of categories whose values are the slices
+    # columns of categories whose values are the slices; None: all that have few values
+    slices: tuple[str, ...] | None = None
     least: Count = 100  # fewer requests or rows decide nothing
     slice_least: Count = 50
     enough: Count = 1000  # requests that the candidate answers, or rows that it scores silently, in each step

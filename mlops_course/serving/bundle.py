@@ -298,11 +298,20 @@ def _read(folder: Path, name: str) -> bytes:
         if size > LIMITS[name]:
             raise BundleError(f"{path} has {size} bytes; at most {LIMITS[name]} are read", REMEDY)
         return path.read_bytes()
+    except FileNotFoundError as error:
+        raise BundleError(f"there is no {path}", _instead(folder)) from error
     except OSError as error:
         raise BundleError(f"cannot read {path}: {error.strerror or error}", REMEDY) from error
 
 
 REMEDY = "Fetch the bundle again, or package the model again"
+
+
+def _instead(folder: Path) -> str:
+    """What to do about a bundle that isn't there, or not as a whole."""
+    there = [path.parent.name for path in folder.parent.glob(f"*/{MANIFEST}")]
+    there.sort(key=lambda name: (len(name), name))  # version 10 comes after 9
+    return f"Those that are there: {', '.join(there[-5:])}" if there and folder.name not in there else REMEDY
 
 # %% ../../nbs/internals/07_bundle.ipynb #36b9ae0f
 def read_bundle(
