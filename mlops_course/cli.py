@@ -167,7 +167,7 @@ def run_pipeline(
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
-    """Run what must run of a pipeline, notebook by notebook."""
+    """Run what must run of a pipeline."""
     given = [*(parameter or []), *([f"source={source}"] if source else [])]
     limits = {"width": width, "engine": engine, "force": force, "start": start, "until": until, "only": only}
     _watch(name, given, home, as_json, **limits, timeout=timeout, html=html, scheduler=scheduler)
@@ -303,7 +303,7 @@ def export_pipeline(
     to: Annotated[str, typer.Option(help="github, airflow or argo.")],
     output: Annotated[Path | None, typer.Option("-o", "--output", help="A file to write.")] = None,
 ) -> None:
-    """Write a pipeline as a GitHub Actions workflow, an Airflow DAG or an Argo workflow."""
+    """Write a pipeline for GitHub Actions, Airflow or Argo."""
     from mlops_course.environment import write_atomic
     from mlops_course.pipelines import find_pipeline
     from mlops_course.pipelines.export import export
@@ -312,7 +312,7 @@ def export_pipeline(
     typer.echo(text if output is None else write_atomic(output, text))
 
 # %% ../nbs/cli.ipynb #afde58c6
-cache_app = typer.Typer(no_args_is_help=True, help="Look at what is kept of earlier runs, check it, thin it out.")
+cache_app = typer.Typer(no_args_is_help=True, help="Look at what earlier runs have left, or thin it out.")
 app.add_typer(cache_app, name="cache")
 
 
@@ -549,6 +549,8 @@ def serve_model(
     def announce(address: str) -> None:
         line = json.dumps({"event": "listening", "url": address}) if as_json else address
         print(line, flush=True)
+        if not as_json:
+            typer.echo("There is a page to try it; /docs describes the rest. Ctrl-C ends the service.", err=True)
 
     serve(_settings(home), host, port, workers, read_limits(limit or []), as_json, announce, service or APP)
 
@@ -581,7 +583,7 @@ def publish_bundle(
     print_json({"live": folder.name, "folder": folder}) if as_json else typer.echo(f"{folder.name} is live")
 
 # %% ../nbs/cli.ipynb #11c10005
-release_app = typer.Typer(no_args_is_help=True, help="Put a new version beside the live one, or take it back.")
+release_app = typer.Typer(no_args_is_help=True, help="Put a version beside the live one, or take it back.")
 app.add_typer(release_app, name="release")
 Because = Annotated[str, typer.Option("--reason", help="Why; it is kept in the history.")]
 

@@ -73,7 +73,9 @@ def test_a_section_from_start_to_end(terminal: Terminal) -> None:
     (terminal.folder / "workspace" / "numbers.json").write_text("[1, 2, 3]", encoding="utf-8")
     assert terminal("check", "21").returncode == 0
     assert "quiz 21" in terminal.json("progress")["next"]
-    assert terminal("quiz", "21", typed="b\nz\na c\n").returncode == 0
+    assert terminal("quiz", "21", typed="b\nz\n").returncode == 1, "broken off after the first"
+    assert "answered 1 of 2" in (said := terminal("quiz", "21", typed="a c\n")).stdout
+    assert said.returncode == 0
     found = terminal.json("progress")
     assert found["next"] == "You have done everything."
     assert found["sections"][0]["passed"] == ["21.1", "21.2"]
@@ -107,6 +109,7 @@ def test_every_command_speaks_json(terminal: Terminal) -> None:
     [
         (["check", "21"], "Make one: mlops-course start 21"),
         (["start", "99"], "The sections are 21"),
+        (["start", "10"], "section 10, CI/CD, is not in this version"),
         (["hint", "21.9"], "Section 21 has 21.1, 21.2"),
         (["solution", "21.1"], "is not passed yet"),
         (["reset", "21.1"], "no notebook"),

@@ -25,7 +25,7 @@ from mlops_course.course.progress import (
 )
 from mlops_course.course.prove import main as prove_main
 from mlops_course.course.prove import prove
-from mlops_course.course.quiz import AnswerError, mark, mark_all
+from mlops_course.course.quiz import AnswerError, keep_answers, kept_answers, mark, mark_all
 from mlops_course.course.running import Outcome
 from mlops_course.environment import WorkspaceError
 from mlops_course.pipelines import find_pipeline
@@ -179,6 +179,11 @@ def test_a_lab_is_passed_only_after_it_was_broken_and_mended(lesson: Lesson, hom
     assert found is not None and found[0] == "failed", "broken again"
 
 
+def test_what_is_not_broken_is_not_mended(lesson: Lesson, home: Path) -> None:
+    with pytest.raises(LabError, match="is not broken, so there is nothing to mend"):
+        fix_lab(lesson, home)
+
+
 def test_looking_at_the_repair_is_no_pass(lesson: Lesson, home: Path) -> None:
     break_lab(lesson, home)
     code, state = fix_lab(lesson, home)
@@ -213,6 +218,21 @@ def test_a_lab_that_proves_nothing_is_found(lesson: Lesson, home: Path, change: 
 
 
 # ---------------------------------------------------------------- quiz
+
+
+def test_a_quiz_that_was_broken_off_goes_on_where_it_was_left(lesson: Lesson, home: Path) -> None:
+    assert kept_answers(lesson, home) == []
+    keep_answers(lesson, ["b"], home)
+    assert kept_answers(lesson, home) == ["b"]
+    mark_all(lesson, ["b", "ac"], home)
+    assert kept_answers(lesson, home) == [], "it is over"
+
+
+@pytest.mark.parametrize("begun", [[["21.9", "b"]], [["21.1", "z"]], [["21.1"]], "junk", 7, [["21.1", "b"]] * 2])
+def test_answers_to_other_questions_are_not_taken_for_ours(lesson: Lesson, home: Path, begun: object) -> None:
+    with change(home) as document:
+        section_of(document, 21)["quiz"]["begun"] = begun
+    assert kept_answers(lesson, home) == []
 
 
 def test_a_quiz_counts_what_is_wholly_right(lesson: Lesson, home: Path) -> None:

@@ -199,6 +199,14 @@ def test_what_cannot_be_started_is_said_in_one_line(tmp_path: Path, options: lis
     assert len(done.stderr.splitlines()) == 1, done.stderr
 
 
+def test_the_module_of_an_app_may_lie_where_the_service_is_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_desk.py").write_text("def build(settings, limits):\n    raise SystemExit('built here')\n")
+    monkeypatch.chdir(tmp_path)
+    assert "built here" in run_serve("--home", str(tmp_path), "--app", "my_desk:build").stderr
+
+
 def test_for_programs_each_line_of_the_log_is_a_document(home: Path) -> None:
     with serving(home, "--json") as running:
         running.stop()

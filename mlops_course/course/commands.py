@@ -57,7 +57,7 @@ def _wait_for(what: str, as_json: bool) -> None:
 # %% ../../nbs/internals/01_commands.ipynb #6fcf330d
 @learn_app.command()
 def start(section: Section, home: Home = None, as_json: AsJson = False) -> None:
-    """Make your copy of a section, and what it needs from the sections before."""
+    """Make your copy of a section, and what it needs."""
     from mlops_course.course.tool import start_section
 
     found = start_section(section, _settings(home))
@@ -107,12 +107,14 @@ def _show_report(found: dict[str, Any]) -> None:
         for line in each["message"].splitlines():
             typer.echo(f"{'':15}{line}")
     if found["lab"]:
-        typer.echo(f"{_mark(found['lab']['status'])} lab   {found['lab']['message']}")
+        first, *more = found["lab"]["message"].splitlines()
+        typer.echo("\n".join([f"{_mark(found['lab']['status'])} lab   {first}", *(f"{'':15}{line}" for line in more)]))
     for problem in found["problems"]:
         typer.echo(typer.style(f"! code cell {problem['cell']}", fg="red") + f"   {problem['source']}")
         typer.echo(f"{'':15}{problem['message']}")
     passed = sum(each["status"] == "passed" for each in found["exercises"])
-    typer.echo(f"{passed} of {len(found['exercises'])} passed, in {found['seconds']:.1f} s")
+    lab = f", lab {found['lab']['status']}" if found["lab"] else ""
+    typer.echo(f"{passed} of {len(found['exercises'])} exercises passed{lab}, in {found['seconds']:.1f} s")
     _show_notices(found["notices"])
 
 # %% ../../nbs/internals/01_commands.ipynb #3d6be7e7
@@ -175,7 +177,7 @@ def solution(
 # %% ../../nbs/internals/01_commands.ipynb #6214a208
 @learn_app.command()
 def reset(number: Number, home: Home = None, as_json: AsJson = False) -> None:
-    """Put an exercise back to its beginning; what you had is kept beside."""
+    """Put an exercise back to its beginning; yours is kept."""
     from mlops_course.course.copies import reset_exercise
 
     kept = reset_exercise(number)
@@ -220,12 +222,13 @@ def fix(section: Section, home: Home = None, as_json: AsJson = False) -> None:
 Answers = Annotated[str | None, typer.Option(help="Answers without being asked: a,c,bd for three questions.")]
 
 
-def _ask(questions: list[Any]) -> list[str]:
-    """Put the questions, one after the other."""
-    from mlops_course.course.quiz import AnswerError, mark
+def _ask(lesson: Any, home: Path) -> list[str]:
+    """Put the questions, one after the other; answers are kept, so that a quiz can be broken off."""
+    from mlops_course.course.quiz import AnswerError, keep_answers, kept_answers, mark
 
-    answers = []
-    for question in questions:
+    if answers := kept_answers(lesson, home):
+        typer.echo(f"You have answered {len(answers)} of {len(lesson.questions)} questions before; here is the next.")
+    for question in lesson.questions[len(answers) :]:
         typer.echo(f"\n{question.id}  {question.text}\n")
         for letter, option in zip("abcdefghijkl", question.options, strict=False):
             typer.echo(f"  {letter}) {option}")
@@ -237,6 +240,7 @@ def _ask(questions: list[Any]) -> list[str]:
             except AnswerError as error:
                 typer.echo(f"{error}")
                 answers.pop()
+        keep_answers(lesson, answers, home)
         typer.echo(f"{_verdict(found)}\n{found.reason}")
     return answers
 
@@ -251,12 +255,12 @@ def quiz(section: Section, home: Home = None, answers: Answers = None, as_json: 
     from mlops_course.course.lessons import find_lesson
     from mlops_course.course.quiz import mark_all
 
-    lesson = find_lesson(section)
+    lesson, workspace = find_lesson(section), _settings(home).home
     if answers is None and as_json:
         found = [{"id": each.id, "text": each.text, "options": each.options} for each in lesson.questions]
         return _print_json({"section": lesson.number, "questions": found})
-    given = _ask(lesson.questions) if answers is None else answers.split(",")
-    marked = mark_all(lesson, given, _settings(home).home)
+    given = _ask(lesson, workspace) if answers is None else answers.split(",")
+    marked = mark_all(lesson, given, workspace)
     right = sum(each.correct for each in marked)
     if as_json:
         _print_json({"section": lesson.number, "right": right, "answers": [vars(each) for each in marked]})
@@ -269,12 +273,13 @@ def quiz(section: Section, home: Home = None, answers: Answers = None, as_json: 
 # %% ../../nbs/internals/01_commands.ipynb #0dc3b534
 @learn_app.command()
 def progress(home: Home = None, as_json: AsJson = False) -> None:
-    """Show the map of the course: what you passed, how long it took, what comes next."""
+    """Show what you have passed, and what comes next."""
     from mlops_course.course.tool import overview
 
     found = overview(_settings(home).home)
     if as_json:
         return _print_json(found)
+    typer.echo(f"{'':3}  {'section':<30} {'passed':<7} {'lab':<6} {'quiz':<9} time")
     for row in found["sections"]:
         typer.echo(_row(row))
     typer.echo(f"\nNext: {found['next']}")
@@ -298,7 +303,7 @@ def update(
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
-    """Bring your copies to this version of the course; what you wrote stays."""
+    """Bring your copies to this version; your words stay."""
     from mlops_course.course.copies import copy_of, update_copy
     from mlops_course.course.lessons import find_lesson, find_lessons, read_lesson
 

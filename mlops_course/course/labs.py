@@ -94,9 +94,11 @@ def break_lab(
     lab = _lab_of(lesson)
     before = run_steps(lab, [], home)
     if not before.sound:
-        note = _lab_note(lesson, home)
-        again = "It is broken already" if note.get("broken") else "Something else is wrong with the workspace"
-        raise LabError(f"the lab of section {lesson.number} is not sound: {before.symptom}", again)
+        if _lab_note(lesson, home).get("broken"):
+            problem, remedy = "is broken already", f"Mend it: mlops-course check {lesson.number} says if it is"
+        else:
+            problem, remedy = "is not sound", "Something else is wrong with the workspace"
+        raise LabError(f"the lab of section {lesson.number} {problem}: {before.symptom}", remedy)
     after = run_steps(lab, ["breaks"], home)
     if after.sound:
         raise LabError(f"the fault of section {lesson.number} had no effect", "This is a mistake of the lesson")
@@ -108,8 +110,11 @@ def fix_lab(
     lesson: Lesson,
     home: Path,  # the workspace
 ) -> tuple[str, State]:  # the code of the fix, and how it is afterwards
-    """Do the documented repair."""
+    """Do the documented repair. Raises: LabError when nothing is broken."""
     lab = _lab_of(lesson)
+    if not _lab_note(lesson, home).get("broken"):
+        problem = f"the lab of section {lesson.number} is not broken, so there is nothing to mend"
+        raise LabError(problem, f"Break it: mlops-course break {lesson.number}")
     state = run_steps(lab, ["fix"], home)
     _write_note(lesson, home, shown=True, **({"broken": False} if state.sound else {}))
     return lab.fix, state

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FIRST_LINE', 'GRADE_ID', 'SOLUTION', 'TESTS', 'PROMPT', 'HINT', 'QUESTION', 'OPTION', 'FOLDED', 'LAB_TAGS',
-           'LessonError', 'read_notebook', 'notebook_text', 'belongs_to', 'tags', 'WrongAnswer', 'Exercise',
+           'SECTIONS', 'LessonError', 'read_notebook', 'notebook_text', 'belongs_to', 'tags', 'WrongAnswer', 'Exercise',
            'make_stub', 'answered', 'open_names', 'Question', 'Lab', 'Lesson', 'read_exercises', 'read_wrong_answers',
            'read_question', 'read_lab', 'lessons_folder', 'find_lessons', 'read_lesson', 'find_lesson', 'find_exercise']
 
@@ -349,6 +349,12 @@ def read_lesson(
     return Lesson(Path(path), read_notebook(Path(path)))
 
 # %% ../../nbs/internals/01_lessons.ipynb #fbba7d57
+SECTIONS = (
+    "Welcome", "Environment", "How to think about ML systems", "The project", "Data", "Experiments", "Packaging",
+    "Versioning", "Pipelines", "CI/CD", "Deployment", "Monitoring", "Security and governance", "Capstone", "Career",
+)  # fmt: skip
+
+
 def find_lesson(
     number: int | str,  # 5, or an exercise like 5.2
 ) -> Lesson:
@@ -359,7 +365,9 @@ def find_lesson(
         if wanted.isdigit() and int(path.name[:2]) == int(wanted):
             return read_lesson(path)
     there = ", ".join(str(int(path.name[:2])) for path in paths)
-    raise LessonError(f"there is no section {number!s}", f"The sections are {there or 'none'}")
+    planned = wanted.isdigit() and 1 <= int(wanted) <= len(SECTIONS)
+    problem = f"section {wanted}, {SECTIONS[int(wanted) - 1]}, is not in this version" if planned else ""
+    raise LessonError(problem or f"there is no section {number!s}", f"The sections are {there or 'none'}")
 
 
 def find_exercise(

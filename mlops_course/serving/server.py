@@ -13,11 +13,13 @@ import os
 import pkgutil
 import signal
 import socket
+import sys
 import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from http import HTTPStatus
+from pathlib import Path
 from time import monotonic
 from typing import Any
 
@@ -190,6 +192,8 @@ class Launch:
         """Make the app. Raises: ServeError."""
         if self.supervisor not in (None, os.getpid()):
             threading.Thread(target=end_with_supervisor, daemon=True).start()
+        if (here := str(Path.cwd())) not in sys.path:
+            sys.path.append(here)  # so that the module may lie where the service is started
         try:
             make = pkgutil.resolve_name(self.app)
         except (ImportError, AttributeError, ValueError) as error:
