@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['app', 'Debug', 'Home', 'AsJson', 'Version', 'Name', 'Parameters', 'Start', 'Only', 'Until', 'Force', 'Width',
            'Engine', 'Timeout', 'Scheduler', 'cache_app', 'ENTRY', 'runs_app', 'release_app', 'Because', 'EXPLAINED',
-           'Commands', 'describe_error', 'common', 'main', 'parse_parameters', 'run_pipeline', 'plan_pipeline',
-           'show_graph', 'backfill_pipeline', 'export_pipeline', 'list_cache', 'prune_cache', 'verify_cache',
-           'show_pipelines', 'show_runs', 'show_run', 'diff_runs', 'show_doctor', 'ui_command', 'without_password',
-           'open_ui', 'serve_model', 'collect_logged', 'publish_bundle', 'release_limits', 'start_release',
-           'promote_release', 'roll_back_release', 'show_release', 'score_inbox']
+           'Commands', 'describe_error', 'common', 'asked_for', 'main', 'parse_parameters', 'run_pipeline',
+           'plan_pipeline', 'show_graph', 'backfill_pipeline', 'export_pipeline', 'list_cache', 'prune_cache',
+           'verify_cache', 'show_pipelines', 'show_runs', 'show_run', 'diff_runs', 'show_doctor', 'ui_command',
+           'without_password', 'open_ui', 'serve_model', 'collect_logged', 'publish_bundle', 'release_limits',
+           'start_release', 'promote_release', 'roll_back_release', 'show_release', 'score_inbox']
 
 # %% ../nbs/cli.ipynb #5db341e0
 import atexit
+import copy
 import gc
 import json
 import os
@@ -25,6 +26,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
+from typer.models import CommandInfo
 
 from .console import places, print_all, print_json, progress, seconds_of, show, summary, table
 from .course.commands import learn_app
@@ -103,6 +105,28 @@ def common(version: Version = False, debug: Debug = False) -> None:
     if debug:
         os.environ["MLOPS_COURSE_DEBUG"] = "1"
 
+# %% ../nbs/cli.ipynb #6af1cba0
+def asked_for(
+    every: typer.Typer,  # an app
+    words: list[str],  # of a command line
+) -> typer.Typer:  # as much of it as the words need; all of it when they name nothing
+    """Leave out the commands that nobody asks for: building all of them takes longer than what many of them do."""
+    commands = [each for each in every.registered_commands if _name_of(each) in words[:1]]
+    groups = [each for each in every.registered_groups if each.name in words[:1]]
+    for each in every.registered_groups:
+        if not each.name and each.typer_instance:  # its commands stand among the others
+            commands += [one for one in each.typer_instance.registered_commands if _name_of(one) in words[:1]]
+    if not commands and not groups:
+        return every
+    less = copy.copy(every)
+    less.registered_commands, less.registered_groups = commands, groups
+    return less
+
+
+def _name_of(command: CommandInfo) -> str:
+    """What a command is called on the command line."""
+    return command.name or (command.callback.__name__.replace("_", "-") if command.callback else "")
+
 # %% ../nbs/cli.ipynb #6af1cb9f
 def main() -> None:
     """The command `mlops-course`."""
@@ -112,7 +136,8 @@ def main() -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to fail
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
-    app(args=["--debug"] * (len(arguments) < len(sys.argv) - 1) + arguments, prog_name="mlops-course")
+    debug = ["--debug"] * (len(arguments) < len(sys.argv) - 1)
+    asked_for(app, arguments)(args=debug + arguments, prog_name="mlops-course")
 
 
 def _settings(home: Path | None) -> "Settings":
@@ -659,7 +684,8 @@ latency  how many times as long a typical row takes
 slow     how much larger a share of its rows takes longer than the limit of latency allows
 shift    mean difference of the scores of the same row
 flips    share of rows that are decided otherwise
-held: within the limit; broken: beyond it; open: can't tell yet; few: too few to judge; lately: in this window alone"""
+held: within the limit; broken: beyond it; open: can't tell yet; few: too few to judge
+lately: in the present window alone, shown when low is beyond the limit"""
 
 # %% ../nbs/cli.ipynb #11c10008
 def _show_release(settings: "Settings", as_json: bool) -> None:
@@ -681,7 +707,7 @@ def _show_release(settings: "Settings", as_json: bool) -> None:
     checks = ("name", "slice", "when", "low", "high", "limit", "count", "verdict")
     print_all(table("when,status,#share,by,why", [[line[name] for name in steps] for line in history]))
     told = [{**check, "when": "lately" if check["lately"] else "ever"} for check in status["checks"]]
-    rows = [[check[name] for name in checks] for check in told]
+    rows = [[check[name] for name in checks] for check in told if not check["lately"] or check["low"] > check["limit"]]
     print_all(table("check,slice,when,#low,#high,#limit,#counted,verdict", rows))
     typer.echo(EXPLAINED)
     if status["outlook"]:

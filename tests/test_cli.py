@@ -14,9 +14,10 @@ from typing import Any
 import nbformat
 import psutil
 import pytest
+import typer
 
 from mlops_course import __version__
-from mlops_course.cli import _Watched, describe_error, parse_parameters, ui_command, without_password
+from mlops_course.cli import _Watched, app, asked_for, describe_error, parse_parameters, ui_command, without_password
 from mlops_course.console import summary
 from mlops_course.environment import CourseError, Settings
 from mlops_course.pipelines import ParameterError, PipelineRun, StageRun
@@ -477,3 +478,19 @@ def test_mlflow_gets_the_address_by_a_variable_and_not_as_an_argument(settings: 
     done = subprocess.run(command, capture_output=True, text=True, env=variables, check=True)
     assert "postgresql://ann:s3cret@db/mlflow -c" in done.stdout
     assert "postgresql://ann:***@db/mlflow" in done.stdout
+
+
+def test_only_the_command_that_is_asked_for_is_built_and_it_is_the_same_as_among_all() -> None:
+    every = typer.main.get_group(app)
+    assert {"run", "check", "release", "doctor"} <= set(every.commands)
+    for name, command in every.commands.items():
+        built = typer.main.get_group(asked_for(app, [name, "--json"]))
+        assert list(built.commands) == [name]
+        assert built.commands[name].help == command.help
+        for one, other in ((built, every), (built.commands[name], command)):
+            assert [each.opts for each in one.params] == [each.opts for each in other.params]
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["nonsense"], ["--version", "run"]])
+def test_who_names_no_command_gets_all_of_them(words: list[str]) -> None:
+    assert asked_for(app, words) is app

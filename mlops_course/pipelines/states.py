@@ -8,6 +8,7 @@ __all__ = ['REGISTRY', 'STATES', 'StateError', 'tracking_file', 'read_tracking',
 
 # %% ../../nbs/internals/09_states.ipynb #be97b66a
 import importlib
+import os
 import re
 import sqlite3
 import sys
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 
 from ..environment import CourseError, Settings
@@ -65,10 +66,12 @@ def local_path(
 ) -> Path | None:  # None: it isn't on this machine
     """The folder that a file: URI or a plain path means."""
     parts = urlsplit(uri)
-    if parts.scheme == "file":
-        from urllib.request import url2pathname
+    if parts.scheme == "file" and os.name == "nt":
+        from urllib.request import url2pathname  # knows drives; it imports a client for the web
 
         return Path(url2pathname(parts.path))
+    if parts.scheme == "file":
+        return Path(unquote(parts.path))
     return Path(uri) if not parts.scheme or re.match(r"[A-Za-z]:[\\/]", uri) else None
 
 # %% ../../nbs/internals/09_states.ipynb #f28c5ef7
