@@ -703,6 +703,7 @@ def _show_release(settings: "Settings", as_json: bool) -> None:
         return
     share = f"{release['share']:.0%} of the requests" if release["status"] == "running" else release["status"]
     typer.echo(f"live: {status['live']}; {release['strategy']} of {release['candidate']}: {share}")
+    typer.echo(f"compared over all rows, and by {', '.join(release['limits']['slices'] or ()) or 'nothing else'}")
     steps = ("time", "status", "share", "by", "reason")
     checks = ("name", "slice", "when", "low", "high", "limit", "count", "verdict")
     print_all(table("when,status,#share,by,why", [[line[name] for name in steps] for line in history]))

@@ -270,6 +270,10 @@ def test_a_file_that_the_manifest_does_not_name_is_refused(own: Path) -> None:
 def test_a_bundle_that_is_not_there_names_those_that_are(own: Path) -> None:
     with pytest.raises(BundleError, match=f"there is no .*Those that are there: {own.name}"):
         read_bundle(own.parent / "flight-delay@77")
+    for name in ("another-model-of-ours@7", ".flight-delay@8.tmp"):
+        shutil.copytree(own, own.parent / name)
+    with pytest.raises(BundleError, match=f"Those that are there: {own.name}"):
+        read_bundle(own.parent / "flight-delay@77")
 
 
 def test_no_folder_is_no_bundle(tmp_path: Path) -> None:

@@ -6,13 +6,14 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mlops_course.course.checkpoints import NEEDS, STAGES, CheckpointError, checkpoint_command, missing
-from mlops_course.course.labs import LabError, break_lab, check_lab, fix_lab, prove_lab
+from mlops_course.course.labs import LabError, State, break_lab, check_lab, fix_lab, prove_lab, run_steps
 from mlops_course.course.lessons import Lab, Lesson, find_lessons, read_lesson
 from mlops_course.course.progress import (
     ProgressError,
@@ -182,12 +183,33 @@ def test_a_lab_is_passed_only_after_it_was_broken_and_mended(lesson: Lesson, hom
 def test_what_is_not_broken_is_not_mended(lesson: Lesson, home: Path) -> None:
     with pytest.raises(LabError, match="is not broken, so there is nothing to mend"):
         fix_lab(lesson, home)
+    break_lab(lesson, home)
+    code, _ = fix_lab(lesson, home)
+    assert fix_lab(lesson, home) == (code, None), "it can be read again, and nothing is done"
+
+
+def test_a_lab_that_broke_while_something_went_wrong_can_be_mended(
+    lesson: Lesson, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut_off(lab: Lab, steps: list[str], where: Path) -> State:
+        state = run_steps(lab, steps, where)
+        if steps:
+            raise LabError("the lab did not end in time")
+        return state
+
+    with monkeypatch.context() as patched, pytest.raises(LabError, match="in time"):
+        patched.setattr("mlops_course.course.labs.run_steps", cut_off)
+        break_lab(lesson, home)
+    with pytest.raises(LabError, match="broken already"):
+        break_lab(lesson, home)
+    _, state = fix_lab(lesson, home)
+    assert state is not None and state.sound
 
 
 def test_looking_at_the_repair_is_no_pass(lesson: Lesson, home: Path) -> None:
     break_lab(lesson, home)
     code, state = fix_lab(lesson, home)
-    assert state.sound and "int(number)" in code
+    assert state is not None and state.sound and "int(number)" in code
     found = check_lab(lesson, home)
     assert found is not None and found[0] == "unattempted"
 
@@ -228,10 +250,16 @@ def test_a_quiz_that_was_broken_off_goes_on_where_it_was_left(lesson: Lesson, ho
     assert kept_answers(lesson, home) == [], "it is over"
 
 
-@pytest.mark.parametrize("begun", [[["21.9", "b"]], [["21.1", "z"]], [["21.1"]], "junk", 7, [["21.1", "b"]] * 2])
+@pytest.mark.parametrize("begun", [[["print", "b"]], [["print"]], "junk", 7, [7]])
 def test_answers_to_other_questions_are_not_taken_for_ours(lesson: Lesson, home: Path, begun: object) -> None:
     with change(home) as document:
         section_of(document, 21)["quiz"]["begun"] = begun
+    assert kept_answers(lesson, home) == []
+
+
+def test_a_question_with_another_text_is_asked_again(lesson: Lesson, home: Path) -> None:
+    keep_answers(lesson, ["b"], home)
+    lesson.questions[0] = replace(lesson.questions[0], options=("5", "6", "7"))
     assert kept_answers(lesson, home) == []
 
 
@@ -299,7 +327,6 @@ def test_a_checkpoint_goes_no_further_than_a_lesson_needs() -> None:
     assert places == sorted(places), "a later need is made by a later stage"
     assert checkpoint_command(["tables"])[-2:] == ["--to", "validate"]
     assert checkpoint_command(["model", "tables"])[-2:] == ["--to", "register"]
-
 
 
 def test_what_is_there_is_not_made_again(home: Path) -> None:

@@ -392,7 +392,7 @@ def test_only_a_sound_bundle_with_the_same_features_is_released(models: Models, 
 
 
 def test_a_person_promotes_and_takes_it_back(workspace: Settings) -> None:
-    start_release(workspace, GOOD)
+    assert start_release(workspace, GOOD).limits.slices == ("origin", "carrier"), "written down, not guessed each time"
     with pytest.raises(ReleaseError, match="is being released since"):
         start_release(workspace, BAD)
     promote_release(workspace, "Friday evening")

@@ -33,7 +33,15 @@ from mlops_course.deployment import (
 )  # fmt: skip
 from mlops_course.deployment.counting import Counts, Pairs, Requests, counts_folder, read_counts, since, write_counts
 from mlops_course.deployment.judging import SLICES, decide, judge
-from mlops_course.deployment.pairing import VALUES, Sample, compare_sample, known_values, tally, time_rows
+from mlops_course.deployment.pairing import (
+    MANY,
+    Sample,
+    compare_sample,
+    known_values,
+    tally,
+    time_rows,
+    usual_columns,
+)
 from mlops_course.deployment.routing import candidate_answers, place_of
 from mlops_course.deployment.statistics import (
     BUCKETS,
@@ -407,6 +415,18 @@ def test_a_candidate_that_is_slow_for_many_rows_is_rolled_back(stable: float, ca
     assert "slow " in decision.reason
 
 
+@pytest.mark.parametrize("shape", [2, 4, 16, 64])
+@pytest.mark.parametrize("factor", [1.0, 1.25, 1.45])
+def test_a_candidate_that_is_slower_within_the_limit_has_no_slow_rows(shape: int, factor: float) -> None:
+    """However much the times of single rows differ; and with enough of them the guard is sure."""
+    generator, counts = np.random.default_rng(0), counted(1000)
+    for role, slower in ((counts.silent_stable, 1.0), (counts.silent_candidate, factor)):
+        buckets = [bucket_of(each) for each in generator.gamma(shape, 0.0015 * slower / shape, 30_000)]
+        role.buckets = np.bincount(buckets, minlength=BUCKETS).tolist()
+    assert {check.name: check.verdict for check in judge(counts, LIMITS)}["slow"] == "held"
+    assert decide(release_of(), counts, 0).action != "roll back"
+
+
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9])
 def test_a_machine_that_is_slow_now_and_then_hurts_neither_version(share: float) -> None:
     """Also when a quantile of the times, or the median, stands at the edge between fast and slow calls."""
@@ -553,13 +573,14 @@ def test_clients_invent_no_slices_and_a_second_compares_no_more_rows_than_allowe
     assert counts.silent_candidate.answered <= 50
 
 
-def test_a_column_with_many_categories_makes_slices_only_when_it_is_named() -> None:
+def test_unless_columns_are_named_those_with_few_categories_make_the_slices() -> None:
     both = (Formula(0.0), Formula(0.1))
-    for each in both:
-        destinations = tuple(f"D{number}" for number in range(VALUES + 1))
-        each.manifest.features += (Feature("dest", "category", None, destinations),)
-    assert set(known_values(None, both)) == {"carrier"}  # type: ignore[arg-type]
+    for each, more in zip(both, (0, 1), strict=True):
+        for name, many in (("dest", MANY - 2 - 3), ("origin", 3), ("tail", 2)):
+            each.manifest.features += (Feature(name, "category", None, tuple(map(str, range(many + more)))),)
+    assert usual_columns(both[0]) == ("carrier", "tail", "origin"), "dest would be too much"  # type: ignore[arg-type]
     assert set(known_values(("dest", "x", "moon"), both)) == {"dest"}  # type: ignore[arg-type]
+    assert len(known_values(("dest",), both)["dest"]) == MANY - 4, "of both versions"  # type: ignore[arg-type]
     assert known_values((), both) == {}  # type: ignore[arg-type]
 
 

@@ -211,23 +211,24 @@ def fix(section: Section, home: Home = None, as_json: AsJson = False) -> None:
     lesson = find_lesson(section)
     _wait_for("Repairing it, then looking whether all is well", as_json)
     code, state = fix_lab(lesson, _settings(home).home)
+    sound, symptom = (state.sound, state.symptom) if state else (True, "")
     if as_json:
-        _print_json({"section": int(section), "sound": state.sound, "symptom": state.symptom, "code": code})
+        _print_json({"section": int(section), "sound": sound, "symptom": symptom, "code": code})
     else:
-        typer.echo(f"{code}\n")
-        typer.echo("Mended: this is how." if state.sound else f"Still broken: {state.symptom}")
-    raise typer.Exit(0 if state.sound else 1)
+        done = "Mended: this is how." if state else "All is well, so nothing was done. This is how it is mended."
+        typer.echo(f"{code}\n\n{done if sound else f'Still broken: {symptom}'}")
+    raise typer.Exit(0 if sound else 1)
 
 # %% ../../nbs/internals/01_commands.ipynb #44a5c79e
 Answers = Annotated[str | None, typer.Option(help="Answers without being asked: a,c,bd for three questions.")]
 
 
-def _ask(lesson: Any, home: Path) -> list[str]:
+def _ask(lesson: Any, home: Path, anew: bool) -> list[str]:
     """Put the questions, one after the other; answers are kept, so that a quiz can be broken off."""
     from mlops_course.course.quiz import AnswerError, keep_answers, kept_answers, mark
 
-    if answers := kept_answers(lesson, home):
-        typer.echo(f"You have answered {len(answers)} of {len(lesson.questions)} questions before; here is the next.")
+    if answers := [] if anew else kept_answers(lesson, home):
+        typer.echo(f"You have answered {len(answers)} of {len(lesson.questions)} before. (--anew begins again.)")
     for question in lesson.questions[len(answers) :]:
         typer.echo(f"\n{question.id}  {question.text}\n")
         for letter, option in zip("abcdefghijkl", question.options, strict=False):
@@ -250,7 +251,13 @@ def _verdict(found: Any) -> str:
 
 # %% ../../nbs/internals/01_commands.ipynb #b63e22c6
 @learn_app.command()
-def quiz(section: Section, home: Home = None, answers: Answers = None, as_json: AsJson = False) -> None:
+def quiz(
+    section: Section,
+    home: Home = None,
+    answers: Answers = None,
+    anew: Annotated[bool, typer.Option("--anew", help="Forget the answers of a quiz that was broken off.")] = False,
+    as_json: AsJson = False,
+) -> None:
     """Answer a section's questions. Exit status 1: not all were right. With --json alone: print the questions."""
     from mlops_course.course.lessons import find_lesson
     from mlops_course.course.quiz import mark_all
@@ -259,7 +266,7 @@ def quiz(section: Section, home: Home = None, answers: Answers = None, as_json: 
     if answers is None and as_json:
         found = [{"id": each.id, "text": each.text, "options": each.options} for each in lesson.questions]
         return _print_json({"section": lesson.number, "questions": found})
-    given = _ask(lesson, workspace) if answers is None else answers.split(",")
+    given = _ask(lesson, workspace, anew) if answers is None else answers.split(",")
     marked = mark_all(lesson, given, workspace)
     right = sum(each.correct for each in marked)
     if as_json:

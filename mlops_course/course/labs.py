@@ -94,29 +94,33 @@ def break_lab(
     lab = _lab_of(lesson)
     before = run_steps(lab, [], home)
     if not before.sound:
-        if _lab_note(lesson, home).get("broken"):
+        if _may_be_broken(_lab_note(lesson, home)):
             problem, remedy = "is broken already", f"Mend it: mlops-course check {lesson.number} says if it is"
         else:
             problem, remedy = "is not sound", "Something else is wrong with the workspace"
         raise LabError(f"the lab of section {lesson.number} {problem}: {before.symptom}", remedy)
+    _write_note(lesson, home, breaking=True)  # whatever happens now, `fix` knows that it may be broken
     after = run_steps(lab, ["breaks"], home)
     if after.sound:
+        _write_note(lesson, home, breaking=False)
         raise LabError(f"the fault of section {lesson.number} had no effect", "This is a mistake of the lesson")
-    _write_note(lesson, home, broken=True, symptom=after.symptom)
+    _write_note(lesson, home, broken=True, breaking=False, symptom=after.symptom)
     return after
 
 # %% ../../nbs/internals/01_labs.ipynb #f94202e0
 def fix_lab(
     lesson: Lesson,
     home: Path,  # the workspace
-) -> tuple[str, State]:  # the code of the fix, and how it is afterwards
-    """Do the documented repair. Raises: LabError when nothing is broken."""
-    lab = _lab_of(lesson)
-    if not _lab_note(lesson, home).get("broken"):
+) -> tuple[str, State | None]:  # the code of the fix, and how it is afterwards; None: nothing was done, all is well
+    """Do the documented repair. Raises: LabError when nothing is broken, and never was."""
+    lab, note = _lab_of(lesson), _lab_note(lesson, home)
+    if not _may_be_broken(note) and run_steps(lab, [], home).sound:
+        if "broken" in note:
+            return lab.fix, None
         problem = f"the lab of section {lesson.number} is not broken, so there is nothing to mend"
         raise LabError(problem, f"Break it: mlops-course break {lesson.number}")
     state = run_steps(lab, ["fix"], home)
-    _write_note(lesson, home, shown=True, **({"broken": False} if state.sound else {}))
+    _write_note(lesson, home, shown=True, **({"broken": False, "breaking": False} if state.sound else {}))
     return lab.fix, state
 
 # %% ../../nbs/internals/01_labs.ipynb #8c1e3bf7
@@ -145,6 +149,11 @@ def _lab_of(lesson: Lesson) -> Lab:
     if lesson.lab is None:
         raise LessonError(f"section {lesson.number} has no lab", "See mlops-course progress for those that have one")
     return lesson.lab
+
+
+def _may_be_broken(note: dict[str, Any]) -> bool:
+    """Whether a lab is broken, or was being broken when something went wrong."""
+    return bool(note.get("broken") or note.get("breaking"))
 
 
 def _lab_note(lesson: Lesson, home: Path) -> dict[str, Any]:

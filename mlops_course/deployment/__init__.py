@@ -21,7 +21,7 @@ __all__ = ['release_app', 'start_release', 'promote_release', 'roll_back_release
 from .counting import ROLES, read_counts
 from .judging import Decision, decide, judge, judge_recent
 from .microbatch import InboxError, Scored, watch
-from .pairing import known_values
+from .pairing import known_values, usual_columns
 from mlops_course.deployment.releases import (
     STEPS, Limits, Release, ReleaseError, begin, change, live_reference, read_history, read_release,
 )
@@ -72,8 +72,7 @@ def start_release(
     folder = bundles_folder(settings)
     versions = load_predictor(folder / stable), load_predictor(folder / candidate)
     can_replace(*versions)
-    _check_slices(limits or Limits(), *versions)
-    return begin(settings, strategy, stable, candidate, steps, limits, reason)
+    return begin(settings, strategy, stable, candidate, steps, _with_slices(limits or Limits(), *versions), reason)
 
 # %% ../../nbs/11_deployment.ipynb #e77c7776
 def promote_release(
@@ -99,13 +98,15 @@ def roll_back_release(
     return _changed(settings, release, reason, "rolled back", release.stable)
 
 # %% ../../nbs/11_deployment.ipynb #f70c8688
-def _check_slices(limits: Limits, *versions: Predictor) -> None:
-    """A guard that looks at slices that there aren't is blind, and nobody would notice. Raises: ReleaseError."""
+def _with_slices(limits: Limits, *versions: Predictor) -> Limits:
+    """Name the columns that make slices: a guard that looks at others is blind. Raises: ReleaseError."""
+    if limits.slices is None:
+        return msgspec.structs.replace(limits, slices=usual_columns(versions[0]))
     there = sorted(known_values([each.name for each in versions[0].manifest.features], versions))
-    unknown = sorted(set(limits.slices or ()) - set(there))
-    if unknown:
+    if unknown := sorted(set(limits.slices) - set(there)):
         problem = f"{versions[0].reference} has no column of categories named {', '.join(unknown)}"
         raise ReleaseError(problem, f"Slices can be made of {', '.join(there) or 'nothing'}")
+    return limits
 
 
 def _current(settings: Settings) -> Release:

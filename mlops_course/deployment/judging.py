@@ -16,11 +16,11 @@ import msgspec
 from .counting import Buckets, Counts, Pairs, Requests
 from .releases import Limits, Release
 from mlops_course.deployment.statistics import (
-    BUCKETS, FASTEST, bucket_of, edge_of, mean_interval, quantile_interval, share_interval,
+    BUCKETS, FASTEST, FINENESS, mean_interval, quantile_buckets, quantile_interval, share_interval,
 )
 
 # %% auto #0
-__all__ = ['SLICES', 'Check', 'judge', 'judge_recent', 'Decision', 'decide', 'answered']
+__all__ = ['SLICES', 'FAR', 'Check', 'judge', 'judge_recent', 'Decision', 'decide', 'answered']
 
 # %% ../../nbs/internals/11_judging.ipynb #e05565b6
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ class Check:
 
 # %% ../../nbs/internals/11_judging.ipynb #ce887a16
 SLICES = 64  # so many slices are judged; the smallest beyond that aren't
+FAR = 3  # a row is slow when it takes so many times as long as a typical one may
 
 
 def _errors(one: Requests, other: Requests, limits: Limits) -> Check:
@@ -64,7 +65,8 @@ def _times(counts: Counts, limits: Limits) -> Iterator[Check]:
     (low, high), (least, most) = (quantile_interval(each, 0.5, limits.alpha / 32) for each in (one, other))
     timed, least = min(sum(one), sum(other)), max(least, FASTEST)  # both may be faster than the first edge
     yield Check("latency", "", low / most, high / least, limits.latency, timed, limits.least)
-    first, last = (bucket_of(min(limits.latency * each, edge_of(BUCKETS - 2))) for each in (least, most))
+    further = math.ceil(FINENESS * math.log2(FAR * limits.latency))
+    first, last = (min(each + further, BUCKETS - 2) for each in quantile_buckets(other, 0.5, limits.alpha / 32))
     lows, highs = zip(*_slower(one, other, first, last, limits.alpha / 32), strict=True)
     yield Check("slow", "", min(lows), max(highs), limits.slow, timed, limits.least)
 

@@ -5,6 +5,7 @@
 # %% ../../nbs/internals/11_pairing.ipynb #85d26425
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import time
@@ -20,8 +21,8 @@ from ..serving import Predictor
 from ..serving.models import Record
 
 # %% auto #0
-__all__ = ['Asked', 'Row', 'Known', 'LOOKS', 'VALUES', 'PROBES', 'Sample', 'known_values', 'pick', 'as_dict', 'compare_rows',
-           'time_rows', 'compare_sample', 'tally']
+__all__ = ['Asked', 'Row', 'Known', 'LOOKS', 'MANY', 'PROBES', 'Sample', 'known_values', 'usual_columns', 'pick', 'as_dict',
+           'compare_rows', 'time_rows', 'compare_sample', 'tally']
 
 # %% ../../nbs/internals/11_pairing.ipynb #b552be99
 Asked = tuple[Predictor, Any, Sequence[Record]]  # who answered, (n,) float64 scores, the rows
@@ -51,11 +52,11 @@ class Sample:
 Row = tuple[dict[str, Any], float, tuple[str, ...]]  # by feature name, the score it got, which slices it counts for
 Known = dict[str, frozenset[str]]  # values of each column whose values are slices
 LOOKS = 100  # rows of one request that are looked at
-VALUES = 50  # a column of categories with more makes slices only if it is named
+MANY = 64  # slices; unless columns are named, those with few values are taken as long as there are no more
 
 
 def known_values(
-    columns: Sequence[str] | None,  # whose values are the slices; None: all columns of few categories
+    columns: Sequence[str],  # whose values are the slices; those that aren't categories make none
     predictors: Sequence[Predictor],  # whose manifests list the categories
 ) -> Known:
     """The slices that there can be: clients can't invent one."""
@@ -63,9 +64,17 @@ def known_values(
     for each in (feature for predictor in predictors for feature in predictor.manifest.features):
         if each.kind == "category":
             found[each.name] = found.get(each.name, frozenset()) | frozenset(each.categories)
-    if columns is None:
-        return {name: values for name, values in found.items() if len(values) <= VALUES}
     return {name: found[name] for name in columns if name in found}
+
+
+def usual_columns(
+    stable: Predictor,  # whose manifest lists the categories
+) -> tuple[str, ...]:  # those with the fewest values first
+    """The columns whose values are the slices if nobody names any."""
+    columns = {each.name: len(each.categories) for each in stable.manifest.features if each.kind == "category"}
+    ordered = sorted(columns, key=lambda name: (columns[name], name))
+    together = itertools.accumulate(columns[name] for name in ordered)
+    return tuple(name for name, many in zip(ordered, together, strict=True) if many <= MANY)
 
 # %% ../../nbs/internals/11_pairing.ipynb #6551fe44
 def pick(
@@ -164,7 +173,8 @@ def compare_sample(
 ) -> int:  # rows that were compared
     """Compare what was answered since the last time."""
     rows: dict[Predictor, list[Row]] = {stable: [], candidate: []}
-    known, taken = known_values(limits.slices, (stable, candidate)), sample.take()
+    columns = usual_columns(stable) if limits.slices is None else limits.slices
+    known, taken = known_values(columns, (stable, candidate)), sample.take()
     sample.generator.shuffle(taken)
     for asked in taken:
         left = limits.pairs_a_second - sum(map(len, rows.values()))

@@ -38,12 +38,12 @@ class Limits(Struct, frozen=True, forbid_unknown_fields=True):
 
     errors: Share = 0.02  # how much larger a share of its requests may fail
     latency: Annotated[float, Meta(ge=1, le=1000)] = 1.5  # how many times as long a typical row may take
-    slow: Share = 0.2  # how much larger a share of its rows may take longer than that
+    slow: Share = 0.2  # how much larger a share of its rows may take more than three times that
     shift: Share = 0.05  # mean difference of the scores of a row, either way
     flips: Share = 0.15  # share of rows that are decided otherwise
     slice_shift: Share = 0.1  # the same within one slice
     slice_flips: Share = 0.3
-    # columns of categories whose values are the slices; None: all that have few values
+    # columns of categories whose values are the slices; None: those with few values
     slices: tuple[str, ...] | None = None
     least: Count = 100  # fewer requests or rows decide nothing
     slice_least: Count = 50

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 # %% auto #0
 __all__ = ['FASTEST', 'FINENESS', 'BUCKETS', 'evidence', 'share_interval', 'mean_interval', 'bucket_of', 'edge_of',
-           'quantile_interval']
+           'quantile_buckets', 'quantile_interval']
 
 # %% ../../nbs/internals/11_statistics.ipynb #e7330cc1
 def evidence(
@@ -98,22 +98,31 @@ def edge_of(
     return math.inf if bucket >= BUCKETS - 1 else FASTEST * 2 ** (bucket / FINENESS)
 
 # %% ../../nbs/internals/11_statistics.ipynb #3fb3d79a
+def quantile_buckets(
+    buckets: Sequence[int],  # how many times fell into each bucket
+    quantile: float,  # such as 0.9
+    alpha: float,  # probability that the true quantile ever lies in another bucket
+) -> tuple[int, int]:  # the first and the last
+    """The buckets in which a quantile can lie, at this look and all others.
+
+    References: Howard, Ramdas (2022), Sequential estimation of quantiles (here with the exact mixture of `evidence`).
+    """
+    trials, below, first = sum(buckets), 0, 0
+    for bucket, count in enumerate(buckets):
+        below += count
+        if trials == 0 or evidence(below, trials, quantile) <= math.log(1 / alpha):
+            continue
+        if below >= quantile * trials:
+            return first, bucket
+        first = bucket + 1  # it is above the edge of this one
+    return first, len(buckets) - 1
+
+
 def quantile_interval(
     buckets: Sequence[int],  # how many times fell into each bucket
     quantile: float,  # such as 0.9
     alpha: float,  # probability that the interval ever misses the true quantile
 ) -> tuple[float, float]:  # seconds
-    """The times between which a quantile lies, at this look and all others.
-
-    References: Howard, Ramdas (2022), Sequential estimation of quantiles (here with the exact mixture of `evidence`).
-    """
-    trials, below, low, high = sum(buckets), 0, 0.0, math.inf
-    for bucket, count in enumerate(buckets):
-        below += count
-        if trials == 0 or evidence(below, trials, quantile) <= math.log(1 / alpha):
-            continue
-        if below < quantile * trials:
-            low = edge_of(bucket)
-        else:
-            return low, edge_of(bucket)
-    return low, high
+    """The times between which a quantile lies, at this look and all others."""
+    first, last = quantile_buckets(buckets, quantile, alpha)
+    return edge_of(first - 1) if first else 0.0, edge_of(last)

@@ -309,9 +309,11 @@ REMEDY = "Fetch the bundle again, or package the model again"
 
 def _instead(folder: Path) -> str:
     """What to do about a bundle that isn't there, or not as a whole."""
-    there = [path.parent.name for path in folder.parent.glob(f"*/{MANIFEST}")]
+    there = [path.parent.name for path in folder.parent.glob(f"[!.]*/{MANIFEST}")]
+    model = folder.name.partition("@")[0]
+    there = [name for name in there if name.partition("@")[0] == model] or there
     there.sort(key=lambda name: (len(name), name))  # version 10 comes after 9
-    return f"Those that are there: {', '.join(there[-5:])}" if there and folder.name not in there else REMEDY
+    return f"Those that are there: {', '.join(there[-5:])}" if there and not folder.is_dir() else REMEDY
 
 # %% ../../nbs/internals/07_bundle.ipynb #36b9ae0f
 def read_bundle(

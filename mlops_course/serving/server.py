@@ -192,11 +192,11 @@ class Launch:
         """Make the app. Raises: ServeError."""
         if self.supervisor not in (None, os.getpid()):
             threading.Thread(target=end_with_supervisor, daemon=True).start()
-        if (here := str(Path.cwd())) not in sys.path:
-            sys.path.append(here)  # so that the module may lie where the service is started
         try:
+            if self.app != APP and str(Path.cwd()) not in sys.path:
+                sys.path.append(str(Path.cwd()))  # so that the module may lie where the service is started
             make = pkgutil.resolve_name(self.app)
-        except (ImportError, AttributeError, ValueError) as error:
+        except (ImportError, AttributeError, ValueError, FileNotFoundError) as error:
             raise ServeError(f"there is no app {self.app!r}: {error}", "Write module:function") from error
         return make(self.settings, self.limits)
 
