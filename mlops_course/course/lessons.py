@@ -354,7 +354,7 @@ SECTIONS = (
     "Versioning", "Pipelines", "CI/CD", "Deployment", "Monitoring", "Security and governance", "Capstone", "Career",
 )  # fmt: skip
 
-
+# %% ../../nbs/internals/01_lessons.ipynb #8f1f395c
 def find_lesson(
     number: int | str,  # 5, or an exercise like 5.2
 ) -> Lesson:

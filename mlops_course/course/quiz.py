@@ -89,7 +89,7 @@ def keep_answers(
         asked = [[_print_of(question), answer] for question, answer in zip(lesson.questions, answers, strict=False)]
         section_of(document, lesson.number)["quiz"]["begun"] = asked
 
-
+# %% ../../nbs/internals/01_quiz.ipynb #99558351
 def kept_answers(
     lesson: Lesson,
     home: Path,  # the workspace

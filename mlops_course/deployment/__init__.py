@@ -108,7 +108,7 @@ def _with_slices(limits: Limits, *versions: Predictor) -> Limits:
         raise ReleaseError(problem, f"Slices can be made of {', '.join(there) or 'nothing'}")
     return limits
 
-
+# %% ../../nbs/11_deployment.ipynb #b80bd941
 def _current(settings: Settings) -> Release:
     """The last release. Raises: ReleaseError when there never was one."""
     release = read_release(settings)

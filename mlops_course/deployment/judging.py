@@ -70,7 +70,7 @@ def _times(counts: Counts, limits: Limits) -> Iterator[Check]:
     lows, highs = zip(*_slower(one, other, first, last, limits.alpha / 32), strict=True)
     yield Check("slow", "", min(lows), max(highs), limits.slow, timed, limits.least)
 
-
+# %% ../../nbs/internals/11_judging.ipynb #56c0044d
 def _slower(one: Buckets, other: Buckets, first: int, last: int, alpha: float) -> Iterator[tuple[float, float]]:
     """By how much one has more in the buckets above an edge, for each edge from the first to the last."""
     for edge in range(first, last + 1):

@@ -66,7 +66,7 @@ def known_values(
             found[each.name] = found.get(each.name, frozenset()) | frozenset(each.categories)
     return {name: found[name] for name in columns if name in found}
 
-
+# %% ../../nbs/internals/11_pairing.ipynb #f3c0fff3
 def usual_columns(
     stable: Predictor,  # whose manifest lists the categories
 ) -> tuple[str, ...]:  # those with the fewest values first

@@ -117,7 +117,7 @@ def quantile_buckets(
         first = bucket + 1  # it is above the edge of this one
     return first, len(buckets) - 1
 
-
+# %% ../../nbs/internals/11_statistics.ipynb #a02d8342
 def quantile_interval(
     buckets: Sequence[int],  # how many times fell into each bucket
     quantile: float,  # such as 0.9

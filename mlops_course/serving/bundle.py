@@ -303,7 +303,7 @@ def _read(folder: Path, name: str) -> bytes:
     except OSError as error:
         raise BundleError(f"cannot read {path}: {error.strerror or error}", REMEDY) from error
 
-
+# %% ../../nbs/internals/07_bundle.ipynb #6556ca94
 REMEDY = "Fetch the bundle again, or package the model again"
 
 
