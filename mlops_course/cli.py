@@ -8,8 +8,8 @@ __all__ = ['app', 'Debug', 'Home', 'AsJson', 'Version', 'Name', 'Parameters', 'S
            'Commands', 'describe_error', 'common', 'asked_for', 'main', 'parse_parameters', 'run_pipeline',
            'plan_pipeline', 'show_graph', 'backfill_pipeline', 'export_pipeline', 'list_cache', 'prune_cache',
            'verify_cache', 'show_pipelines', 'show_runs', 'show_run', 'diff_runs', 'show_doctor', 'ui_command',
-           'without_password', 'open_ui', 'serve_model', 'collect_logged', 'publish_bundle', 'release_limits',
-           'start_release', 'promote_release', 'roll_back_release', 'show_release', 'score_inbox']
+           'without_password', 'open_ui', 'about_service', 'serve_model', 'collect_logged', 'publish_bundle',
+           'release_limits', 'start_release', 'promote_release', 'roll_back_release', 'show_release', 'score_inbox']
 
 # %% ../nbs/cli.ipynb #5db341e0
 import atexit
@@ -554,6 +554,20 @@ def open_ui(home: Home = None, port: Annotated[int, typer.Option(help="On this m
 
     raise typer.Exit(subprocess.run(command, cwd=settings.home, env=environment, check=False).returncode)
 
+# %% ../nbs/cli.ipynb #5e7e0016
+def about_service(
+    settings: "Settings",  # whose workspace
+    service: str | None,  # module:function of another app; None: ours
+) -> str:
+    """What a person before a terminal should know about a service that has started."""
+    from mlops_course.serving.bundle import live_file
+
+    if service and not service.startswith("mlops_course."):
+        return "Ctrl-C ends the service."
+    live = live_file(settings).is_file()
+    none = "" if live else f"No model is live in {settings.home} yet: mlops-course publish makes one so. "
+    return f"There is a page to try it; /docs describes the rest. {none}Ctrl-C ends the service."
+
 # %% ../nbs/cli.ipynb #5e7e0003
 @app.command("serve")
 def serve_model(
@@ -575,9 +589,10 @@ def serve_model(
         line = json.dumps({"event": "listening", "url": address}) if as_json else address
         print(line, flush=True)
         if not as_json:
-            typer.echo("There is a page to try it; /docs describes the rest. Ctrl-C ends the service.", err=True)
+            typer.echo(about_service(settings, service), err=True)
 
-    serve(_settings(home), host, port, workers, read_limits(limit or []), as_json, announce, service or APP)
+    settings = _settings(home)
+    serve(settings, host, port, workers, read_limits(limit or []), as_json, announce, service or APP)
 
 # %% ../nbs/cli.ipynb #5e7e0006
 @app.command("collect-predictions")
@@ -602,9 +617,12 @@ def publish_bundle(
     as_json: AsJson = False,
 ) -> None:
     """Make a bundle the one that is served."""
+    from mlops_course.deployment import refuse_during_release
     from mlops_course.serving import publish
 
-    folder = publish(_settings(home).prepare(), bundle)
+    settings = _settings(home).prepare()
+    refuse_during_release(settings)
+    folder = publish(settings, bundle)
     print_json({"live": folder.name, "folder": folder}) if as_json else typer.echo(f"{folder.name} is live")
 
 # %% ../nbs/cli.ipynb #11c10005
@@ -678,7 +696,7 @@ def show_release(home: Home = None, as_json: AsJson = False) -> None:
 
 # %% ../nbs/cli.ipynb #11c10018
 EXPLAINED = """
-The candidate against the stable version; the true value lies between low and high.
+The candidate against the stable version, up to a second ago; the true value lies between low and high.
 errors   how much larger a share of its requests fails
 latency  how many times as long a typical row takes
 slow     how much larger a share of its rows takes longer than the limit of latency allows
@@ -688,6 +706,22 @@ held: within the limit; broken: beyond it; open: can't tell yet; few: too few to
 lately: in the present window alone, shown when low is beyond the limit"""
 
 # %% ../nbs/cli.ipynb #11c10008
+def _show_steps(history: list[dict[str, Any]]) -> None:
+    """What was done with a release, and why."""
+    names = ("time", "status", "share", "by", "reason")
+    told = [{**line, "share": line["share"] if line["status"] == "running" else None} for line in history]
+    print_all(table("when,status,#share,by,why", [[line[name] for name in names] for line in told]))
+
+
+def _show_checks(checks: list[dict[str, Any]]) -> None:
+    """All checks since the beginning; those of the present window when they are bad."""
+    names = ("name", "slice", "when", "low", "high", "limit", "count", "verdict")
+    told = [{**check, "when": "lately" if check["lately"] else "ever"} for check in checks]
+    rows = [[check[name] for name in names] for check in told if not check["lately"] or check["low"] > check["limit"]]
+    print_all(table("check,slice,when,#low,#high,#limit,#counted,verdict", rows))
+    typer.echo(EXPLAINED)
+
+# %% ../nbs/cli.ipynb #0997ebff
 def _show_release(settings: "Settings", as_json: bool) -> None:
     """The state of a release, for programs or for people."""
     from mlops_course.deployment import read_history, release_status
@@ -699,18 +733,13 @@ def _show_release(settings: "Settings", as_json: bool) -> None:
         print_json({**status, "history": history})
         return
     if release is None:
-        typer.echo(f"live: {status['live'] or 'nothing'}; there was no release yet")
+        typer.echo(f"live: {status['live'] or 'nothing'}; there was no release yet in {settings.home}")
         return
     share = f"{release['share']:.0%} of the requests" if release["status"] == "running" else release["status"]
     typer.echo(f"live: {status['live']}; {release['strategy']} of {release['candidate']}: {share}")
     typer.echo(f"compared over all rows, and by {', '.join(release['limits']['slices'] or ()) or 'nothing else'}")
-    steps = ("time", "status", "share", "by", "reason")
-    checks = ("name", "slice", "when", "low", "high", "limit", "count", "verdict")
-    print_all(table("when,status,#share,by,why", [[line[name] for name in steps] for line in history]))
-    told = [{**check, "when": "lately" if check["lately"] else "ever"} for check in status["checks"]]
-    rows = [[check[name] for name in checks] for check in told if not check["lately"] or check["low"] > check["limit"]]
-    print_all(table("check,slice,when,#low,#high,#limit,#counted,verdict", rows))
-    typer.echo(EXPLAINED)
+    _show_steps(history)
+    _show_checks(status["checks"])
     if status["outlook"]:
         typer.echo(f"next: {status['outlook']['action']}: {status['outlook']['reason']}")
 

@@ -29,6 +29,7 @@ from mlops_course.deployment import (
     read_counts,
     read_history,
     read_release,
+    refuse_during_release,
     release_status,
     roll_back_release,
     start_release,
@@ -395,7 +396,10 @@ def test_a_person_promotes_and_takes_it_back(workspace: Settings) -> None:
     assert start_release(workspace, GOOD).limits.slices == ("origin", "carrier"), "written down, not guessed each time"
     with pytest.raises(ReleaseError, match="is being released since"):
         start_release(workspace, BAD)
+    with pytest.raises(ReleaseError, match=r"is being released since .* End it first"):
+        refuse_during_release(workspace)
     promote_release(workspace, "Friday evening")
+    refuse_during_release(workspace)
     assert live_reference(workspace) == GOOD
     with pytest.raises(ReleaseError, match="is promoted"):
         promote_release(workspace, "again")

@@ -19,7 +19,10 @@ import psutil
 import pytest
 from service_helpers import FIRST, SECOND, Running, serving, until
 
+from mlops_course.cli import about_service
+from mlops_course.environment import Settings
 from mlops_course.serving import publish
+from mlops_course.serving.bundle import live_file
 from mlops_course.serving.predictions import log_folder, read_segment
 
 pytestmark = pytest.mark.filterwarnings("ignore:Series.values returning:DeprecationWarning")  # inside pyarrow
@@ -190,6 +193,7 @@ def test_a_port_that_is_taken_is_said_in_one_line(tmp_path: Path, count: str) ->
         (["--limit", "rows=many"], "the limit rows"),
         (["--app", "no.such:app"], "there is no app"),
         (["--app", "nonsense"], "there is no app"),
+        (["--app", "mlops_course.deployment"], "is no function"),
     ],
 )
 def test_what_cannot_be_started_is_said_in_one_line(tmp_path: Path, options: list[str], words: str) -> None:
@@ -197,6 +201,15 @@ def test_what_cannot_be_started_is_said_in_one_line(tmp_path: Path, options: lis
     assert (done.returncode, done.stdout) == (1, "")
     assert words in done.stderr
     assert len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_who_starts_a_service_is_told_what_it_can_do(settings: Settings) -> None:
+    ours, theirs = about_service(settings, None), about_service(settings, "my_desk:build")
+    assert "a page to try it" in ours and f"No model is live in {settings.home} yet" in ours
+    assert theirs == "Ctrl-C ends the service."
+    live_file(settings).parent.mkdir(parents=True, exist_ok=True)
+    live_file(settings).write_text("{}", encoding="utf-8")
+    assert "No model" not in about_service(settings, "mlops_course.deployment:release_app")
 
 
 def test_the_module_of_an_app_may_lie_where_the_service_is_started(

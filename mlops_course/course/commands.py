@@ -215,11 +215,21 @@ def fix(section: Section, home: Home = None, as_json: AsJson = False) -> None:
     if as_json:
         _print_json({"section": int(section), "sound": sound, "symptom": symptom, "code": code})
     else:
-        done = "Mended: this is how." if state else "All is well, so nothing was done. This is how it is mended."
-        typer.echo(f"{code}\n\n{done if sound else f'Still broken: {symptom}'}")
+        before = "" if state else "All is well, so nothing was done. This is how it is mended:\n\n"
+        after = f"\n\nStill broken: {symptom}" if not sound else "\n\nMended: this is how." if state else ""
+        typer.echo(f"{before}{code}{after}")
     raise typer.Exit(0 if sound else 1)
 
 # %% ../../nbs/internals/01_commands.ipynb #44a5c79e
+def _prompt(section: int) -> str:
+    """An answer; who breaks off is told how it goes on."""
+    try:
+        return str(typer.prompt("Your answer, like a or ac"))
+    except typer.Abort:
+        typer.echo(f"\nYour answers so far are kept: mlops-course quiz {section} goes on.", err=True)
+        raise
+
+# %% ../../nbs/internals/01_commands.ipynb #84841cad
 Answers = Annotated[str | None, typer.Option(help="Answers without being asked: a,c,bd for three questions.")]
 Anew = Annotated[bool, typer.Option("--anew", help="Forget the answers of a quiz that was broken off.")]
 
@@ -235,7 +245,7 @@ def _ask(lesson: Any, home: Path, anew: bool) -> list[str]:
         for letter, option in zip("abcdefghijkl", question.options, strict=False):
             typer.echo(f"  {letter}) {option}")
         while True:
-            answers.append(typer.prompt("Your answer, like a or ac"))
+            answers.append(_prompt(lesson.number))
             try:
                 found = mark(question, answers[-1])
                 break

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 # %% auto #0
-__all__ = ['release_app', 'start_release', 'promote_release', 'roll_back_release', 'release_status', 'read_counts', 'Decision',
-           'decide', 'judge', 'judge_recent', 'InboxError', 'Scored', 'watch', 'STEPS', 'Limits', 'Release',
-           'ReleaseError', 'begin', 'change', 'read_history', 'read_release', 'candidate_answers', 'place_of',
-           'ReleaseModels', 'can_replace', 'live_reference']
+__all__ = ['release_app', 'start_release', 'promote_release', 'roll_back_release', 'refuse_during_release', 'release_status',
+           'read_counts', 'Decision', 'decide', 'judge', 'judge_recent', 'InboxError', 'Scored', 'watch', 'STEPS',
+           'Limits', 'Release', 'ReleaseError', 'begin', 'change', 'read_history', 'read_release', 'candidate_answers',
+           'place_of', 'ReleaseModels', 'can_replace', 'live_reference']
 
 # %% ../../nbs/11_deployment.ipynb #6ddc07ea
 from .counting import ROLES, read_counts
@@ -109,6 +109,16 @@ def _with_slices(limits: Limits, *versions: Predictor) -> Limits:
     return limits
 
 # %% ../../nbs/11_deployment.ipynb #b80bd941
+def refuse_during_release(
+    settings: Settings,  # whose workspace
+) -> None:
+    """Whoever publishes by hand while a release is under way goes past the guard. Raises: ReleaseError."""
+    release = read_release(settings)
+    if release is not None and release.status == "running":
+        problem = f"{release.candidate} is being released since {release.started}"
+        raise ReleaseError(problem, "End it first: mlops-course release promote, or rollback")
+
+# %% ../../nbs/11_deployment.ipynb #89b40a82
 def _current(settings: Settings) -> Release:
     """The last release. Raises: ReleaseError when there never was one."""
     release = read_release(settings)

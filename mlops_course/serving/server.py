@@ -196,8 +196,10 @@ class Launch:
             if self.app != APP and str(Path.cwd()) not in sys.path:
                 sys.path.append(str(Path.cwd()))  # so that the module may lie where the service is started
             make = pkgutil.resolve_name(self.app)
-        except (ImportError, AttributeError, ValueError, FileNotFoundError) as error:
+        except (ImportError, AttributeError, ValueError, FileNotFoundError, SyntaxError) as error:
             raise ServeError(f"there is no app {self.app!r}: {error}", "Write module:function") from error
+        if not callable(make):
+            raise ServeError(f"{self.app!r} is no function", "Write module:function")
         return make(self.settings, self.limits)
 
 # %% ../../nbs/internals/07_server.ipynb #7be97a2e

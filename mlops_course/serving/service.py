@@ -540,7 +540,8 @@ def add_health(
     async def ready() -> dict[str, Any]:
         problems = service.problems()
         if problems:
-            raise Problem(503, "; ".join(problems), "See the log of the service", headers=[(b"retry-after", b"5")])
+            remedy = "Publish a bundle, or see the log of the service"
+            raise Problem(503, "; ".join(problems), remedy, headers=[(b"retry-after", b"5")])
         problem, model = service.models.problem, service.models.live().predictor.reference
         return {"status": "ready", "model": model, "warnings": [problem] if problem else []}
 
