@@ -699,7 +699,7 @@ EXPLAINED = """
 The candidate against the stable version, up to a second ago; the true value lies between low and high.
 errors   how much larger a share of its requests fails
 latency  how many times as long a typical row takes
-slow     how much larger a share of its rows takes longer than the limit of latency allows
+slow     how much larger a share of its rows takes more than three times what latency allows
 shift    mean difference of the scores of the same row
 flips    share of rows that are decided otherwise
 held: within the limit; broken: beyond it; open: can't tell yet; few: too few to judge
