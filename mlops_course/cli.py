@@ -28,7 +28,7 @@ import typer
 from typer.core import TyperGroup
 from typer.models import CommandInfo
 
-from .console import places, print_all, print_json, progress, seconds_of, show, summary, table
+from .console import places, print_all, print_json, progress, seconds_of, show, summary, table, unchanged
 from .course.commands import learn_app
 
 if TYPE_CHECKING:
@@ -213,6 +213,14 @@ def _watch(name: str, given: list[str], home: Path | None, as_json: bool, **opti
     watched.show_done(home, as_json)
 
 # %% ../nbs/cli.ipynb #d75810a8
+def _show_end(run: "PipelineRun", home: Path | None) -> None:
+    """What people see when every stage is done."""
+    if all(stage.status == "cached" for stage in run.stages):
+        typer.echo(unchanged(run, home))
+    else:
+        print_all(*summary(run), places(run, home))
+
+# %% ../nbs/cli.ipynb #2579cc4e
 class _Watched:
     """A run that is shown while it runs, and kept, so that there is something to show if it fails."""
 
@@ -236,7 +244,7 @@ class _Watched:
         if self.run and as_json:
             print_json(self.run.to_dict())
         elif self.run:
-            print_all(*summary(self.run), places(self.run, home))
+            _show_end(self.run, home)
 
 # %% ../nbs/cli.ipynb #5c1bc1b5
 @app.command("plan")

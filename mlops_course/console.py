@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['table', 'show', 'print_all', 'print_json', 'LiveView', 'live_row', 'seconds_of', 'made_by', 'plain_view', 'progress',
-           'summary', 'places']
+           'summary', 'places', 'unchanged']
 
 # %% ../nbs/internals/cli_console.ipynb #f567e1d9
 import contextlib
@@ -178,6 +178,14 @@ def _verdict(shortfalls: object) -> "list[Text]":
     return [Text(f"Below the bars: {sentences}\n" if shortfalls else "All bars reached.\n")]
 
 # %% ../nbs/internals/cli_console.ipynb #80682be1
+def _where(run: "PipelineRun", home: Path | None) -> list[tuple[str, str]]:
+    """What there is to look at after a run, and where."""
+    ui = "mlops-course ui" + (f" --home {home}" if home else "")
+    where = [("executed notebooks", str(run.folder)), ("runs and models in the browser", ui)]
+    reports = {stage.name: stage.results["report"] for stage in run.stages if "report" in stage.results}
+    return [*where, *((f"report of {name}", str(report)) for name, report in reports.items())]
+
+
 def places(
     run: "PipelineRun",  # that has ended
     home: Path | None,  # the workspace, when it was named
@@ -185,11 +193,19 @@ def places(
     """Where to look after a run."""
     from rich.table import Table
 
-    ui = "mlops-course ui" + (f" --home {home}" if home else "")
-    where = [("executed notebooks", str(run.folder)), ("runs and models in the browser", ui)]
-    reports = {stage.name: stage.results["report"] for stage in run.stages if "report" in stage.results}
-    where += [(f"report of {name}", str(report)) for name, report in reports.items()]
     made = Table.grid(padding=(0, 2))
-    for name, place in where:
+    for name, place in _where(run, home):
         made.add_row(name, place.replace("[", r"\["))
     return made
+
+# %% ../nbs/internals/cli_console.ipynb #bd64102b
+def unchanged(
+    run: "PipelineRun",  # that has ended, and in which nothing had to be done
+    home: Path | None,  # the workspace, when it was named
+) -> str:  # lines
+    """What is said when there was nothing to do: no tables, which cost more time than the run."""
+    details = "mlops-course runs show last" + (f" --home {home}" if home else "")
+    where = [("what they made", details), *_where(run, home)]
+    width = max(len(name) for name, _ in where)
+    head = f"{run.pipeline}: nothing to do, every stage is as it was"
+    return "\n".join([head, *(f"{name:<{width}}  {place}" for name, place in where)])

@@ -352,6 +352,10 @@ def test_a_plan_a_run_and_nothing_to_do(greet: Path, tmp_path: Path) -> None:
     assert "nothing to do" in course("plan", greet, *month).stdout
     again = course("run", greet, *month)
     assert [line.split(":")[1].split()[0] for line in again.stderr.splitlines()] == ["cached", "cached"]
+    assert "nothing to do, every stage is as it was" in again.stdout
+    last = json.loads(course("runs", "show", "last", "--json").stdout)
+    assert [stage["status"] for stage in last["stages"]] == ["cached", "cached"], "written down all the same"
+    assert last["folder"] in again.stdout
     changed = json.loads(course("plan", greet, "-p", "month=2013-11", "--json").stdout)
     assert changed[0]["reasons"] == ["parameter month changed (2013-10 -> 2013-11)"]
 

@@ -74,7 +74,7 @@ def save_run(
     run: PipelineRun,  # what to write into its folder
 ) -> Path:
     """Write a run's run.json. Raises: WorkspaceError."""
-    content = json.dumps(run.to_dict(), indent=1, ensure_ascii=False)
+    content = json.dumps(asdict(run), indent=1, ensure_ascii=False, default=str)
     return write_atomic(run.folder / "run.json", content + "\n")
 
 

@@ -337,7 +337,8 @@ def _run_stage(session: Session, stage: Stage) -> None:
     finally:
         stage_run.seconds = round(time.perf_counter() - begin, 3)
         session.tell("stage ended", stage_run)
-    session.save()
+    if stage_run.status != "cached":  # that takes a moment, and the next stage that runs, or the end, writes it down
+        session.save()
 
 # %% ../../nbs/internals/09_scheduler.ipynb #502d1e9b
 PATIENCE = 1.0  # seconds between two looks at whether the run was stopped
