@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
+from typer.main import get_command_name
 from typer.models import CommandInfo
 
 from .console import places, print_all, print_json, progress, seconds_of, show, summary, table, unchanged
@@ -111,11 +112,10 @@ def asked_for(
     words: list[str],  # of a command line
 ) -> typer.Typer:  # as much of it as the words need; all of it when they name nothing
     """Leave out the commands that nobody asks for: building all of them takes longer than what many of them do."""
-    commands = [each for each in every.registered_commands if _name_of(each) in words[:1]]
+    unnamed = [each.typer_instance for each in every.registered_groups if not each.name and each.typer_instance]
+    among = [each for part in (every, *unnamed) for each in part.registered_commands]  # they stand beside each other
+    commands = [each for each in among if _name_of(each) in words[:1]]
     groups = [each for each in every.registered_groups if each.name in words[:1]]
-    for each in every.registered_groups:
-        if not each.name and each.typer_instance:  # its commands stand among the others
-            commands += [one for one in each.typer_instance.registered_commands if _name_of(one) in words[:1]]
     if not commands and not groups:
         return every
     less = copy.copy(every)
@@ -125,7 +125,7 @@ def asked_for(
 
 def _name_of(command: CommandInfo) -> str:
     """What a command is called on the command line."""
-    return command.name or (command.callback.__name__.replace("_", "-") if command.callback else "")
+    return command.name or (get_command_name(command.callback.__name__) if command.callback else "")
 
 # %% ../nbs/cli.ipynb #6af1cb9f
 def main() -> None:
@@ -593,13 +593,14 @@ def serve_model(
     from mlops_course.serving.limits import read_limits
     from mlops_course.serving.server import APP, serve
 
+    settings = _settings(home)
+
     def announce(address: str) -> None:
         line = json.dumps({"event": "listening", "url": address}) if as_json else address
         print(line, flush=True)
         if not as_json:
             typer.echo(about_service(settings, service), err=True)
 
-    settings = _settings(home)
     serve(settings, host, port, workers, read_limits(limit or []), as_json, announce, service or APP)
 
 # %% ../nbs/cli.ipynb #5e7e0006

@@ -33,15 +33,7 @@ from mlops_course.deployment import (
 )  # fmt: skip
 from mlops_course.deployment.counting import Counts, Pairs, Requests, counts_folder, read_counts, since, write_counts
 from mlops_course.deployment.judging import SLICES, decide, judge
-from mlops_course.deployment.pairing import (
-    MANY,
-    Sample,
-    compare_sample,
-    known_values,
-    tally,
-    time_rows,
-    usual_columns,
-)
+from mlops_course.deployment.pairing import Sample, compare_sample, known_values, tally, time_rows, usual_columns
 from mlops_course.deployment.routing import candidate_answers, place_of
 from mlops_course.deployment.statistics import (
     BUCKETS,
@@ -576,11 +568,11 @@ def test_clients_invent_no_slices_and_a_second_compares_no_more_rows_than_allowe
 def test_unless_columns_are_named_those_with_few_categories_make_the_slices() -> None:
     both = (Formula(0.0), Formula(0.1))
     for each, more in zip(both, (0, 1), strict=True):
-        for name, many in (("dest", MANY - 2 - 3), ("origin", 3), ("tail", 2)):
+        for name, many in (("dest", SLICES - 2 - 3), ("origin", 3), ("tail", 2)):
             each.manifest.features += (Feature(name, "category", None, tuple(map(str, range(many + more)))),)
     assert usual_columns(both[0]) == ("carrier", "tail", "origin"), "dest would be too much"  # type: ignore[arg-type]
     assert set(known_values(("dest", "x", "moon"), both)) == {"dest"}  # type: ignore[arg-type]
-    assert len(known_values(("dest",), both)["dest"]) == MANY - 4, "of both versions"  # type: ignore[arg-type]
+    assert len(known_values(("dest",), both)["dest"]) == SLICES - 4, "of both versions"  # type: ignore[arg-type]
     assert known_values((), both) == {}  # type: ignore[arg-type]
 
 

@@ -12,18 +12,19 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 # %% auto #0
-__all__ = ['release_app', 'start_release', 'promote_release', 'roll_back_release', 'refuse_during_release', 'release_status',
-           'read_counts', 'Decision', 'decide', 'judge', 'judge_recent', 'InboxError', 'Scored', 'watch', 'STEPS',
-           'Limits', 'Release', 'ReleaseError', 'begin', 'change', 'read_history', 'read_release', 'candidate_answers',
-           'place_of', 'ReleaseModels', 'can_replace', 'live_reference']
+__all__ = ['release_app', 'start_release', 'promote_release', 'roll_back_release', 'release_status', 'read_counts', 'Decision',
+           'decide', 'judge', 'judge_recent', 'InboxError', 'Scored', 'watch', 'STEPS', 'Limits', 'Release',
+           'ReleaseError', 'begin', 'change', 'read_history', 'read_release', 'candidate_answers', 'place_of',
+           'ReleaseModels', 'can_replace', 'live_reference', 'refuse_during_release']
 
 # %% ../../nbs/11_deployment.ipynb #6ddc07ea
 from .counting import ROLES, read_counts
 from .judging import Decision, decide, judge, judge_recent
 from .microbatch import InboxError, Scored, watch
-from .pairing import known_values, usual_columns
+from .pairing import usual_columns
 from mlops_course.deployment.releases import (
     STEPS, Limits, Release, ReleaseError, begin, change, live_reference, read_history, read_release,
+    refuse_during_release,
 )
 from .routing import candidate_answers, place_of
 from .workers import ReleaseModels, can_replace
@@ -32,7 +33,7 @@ from ..serving.bundle import bundles_folder
 
 _all_ = ["read_counts", "Decision", "decide", "judge", "judge_recent", "InboxError", "Scored", "watch"]
 _all_ += ["STEPS", "Limits", "Release", "ReleaseError", "begin", "change", "read_history", "read_release"]
-_all_ += ["candidate_answers", "place_of", "ReleaseModels", "can_replace", "live_reference"]
+_all_ += ["candidate_answers", "place_of", "ReleaseModels", "can_replace", "live_reference", "refuse_during_release"]
 
 # %% ../../nbs/11_deployment.ipynb #5fe7bb4b
 if TYPE_CHECKING:
@@ -70,9 +71,9 @@ def start_release(
     if stable == candidate:
         raise ReleaseError(f"{candidate} is the live model already", "Name another bundle")
     folder = bundles_folder(settings)
-    versions = load_predictor(folder / stable), load_predictor(folder / candidate)
-    can_replace(*versions)
-    return begin(settings, strategy, stable, candidate, steps, _with_slices(limits or Limits(), *versions), reason)
+    live, new = load_predictor(folder / stable), load_predictor(folder / candidate)
+    can_replace(live, new)
+    return begin(settings, strategy, stable, candidate, steps, _with_slices(limits or Limits(), live), reason)
 
 # %% ../../nbs/11_deployment.ipynb #e77c7776
 def promote_release(
@@ -98,25 +99,15 @@ def roll_back_release(
     return _changed(settings, release, reason, "rolled back", release.stable)
 
 # %% ../../nbs/11_deployment.ipynb #f70c8688
-def _with_slices(limits: Limits, *versions: Predictor) -> Limits:
+def _with_slices(limits: Limits, stable: Predictor) -> Limits:
     """Name the columns that make slices: a guard that looks at others is blind. Raises: ReleaseError."""
     if limits.slices is None:
-        return msgspec.structs.replace(limits, slices=usual_columns(versions[0]))
-    there = sorted(known_values([each.name for each in versions[0].manifest.features], versions))
+        return msgspec.structs.replace(limits, slices=usual_columns(stable))
+    there = sorted(each.name for each in stable.manifest.features if each.kind == "category")
     if unknown := sorted(set(limits.slices) - set(there)):
-        problem = f"{versions[0].reference} has no column of categories named {', '.join(unknown)}"
+        problem = f"{stable.reference} has no column of categories named {', '.join(unknown)}"
         raise ReleaseError(problem, f"Slices can be made of {', '.join(there) or 'nothing'}")
     return limits
-
-# %% ../../nbs/11_deployment.ipynb #b80bd941
-def refuse_during_release(
-    settings: Settings,  # whose workspace
-) -> None:
-    """Whoever publishes by hand while a release is under way goes past the guard. Raises: ReleaseError."""
-    release = read_release(settings)
-    if release is not None and release.status == "running":
-        problem = f"{release.candidate} is being released since {release.started}"
-        raise ReleaseError(problem, "End it first: mlops-course release promote, or rollback")
 
 # %% ../../nbs/11_deployment.ipynb #89b40a82
 def _current(settings: Settings) -> Release:

@@ -14,13 +14,13 @@ from typing import Any
 import msgspec
 
 from .counting import Buckets, Counts, Pairs, Requests
-from .releases import Limits, Release
+from .releases import SLICES, Limits, Release
 from mlops_course.deployment.statistics import (
-    BUCKETS, FASTEST, FINENESS, mean_interval, quantile_buckets, quantile_interval, share_interval,
+    BUCKETS, FASTEST, FINENESS, mean_interval, quantile_buckets, share_interval, times_of,
 )
 
 # %% auto #0
-__all__ = ['SLICES', 'FAR', 'Check', 'judge', 'judge_recent', 'Decision', 'decide', 'answered']
+__all__ = ['FAR', 'Check', 'judge', 'judge_recent', 'Decision', 'decide', 'answered']
 
 # %% ../../nbs/internals/11_judging.ipynb #e05565b6
 @dataclass(frozen=True)
@@ -47,7 +47,6 @@ class Check:
         return f"{self.name}{where} {self.low:.3g} to {self.high:.3g}, limit {self.limit:g} ({self.count} counted)"
 
 # %% ../../nbs/internals/11_judging.ipynb #ce887a16
-SLICES = 64  # so many slices are judged; the smallest beyond that aren't
 FAR = 3  # a row is slow when it takes so many times as long as a typical one may
 
 
@@ -62,11 +61,12 @@ def _errors(one: Requests, other: Requests, limits: Limits) -> Check:
 def _times(counts: Counts, limits: Limits) -> Iterator[Check]:
     """Times of single rows that both versions have scored, in turn: the typical row, and the slow ones."""
     one, other = counts.silent_candidate.buckets, counts.silent_stable.buckets
-    (low, high), (least, most) = (quantile_interval(each, 0.5, limits.alpha / 32) for each in (one, other))
+    medians = [quantile_buckets(each, 0.5, limits.alpha / 32) for each in (one, other)]
+    (low, high), (least, most) = (times_of(*each) for each in medians)
     timed, least = min(sum(one), sum(other)), max(least, FASTEST)  # both may be faster than the first edge
     yield Check("latency", "", low / most, high / least, limits.latency, timed, limits.least)
     further = math.ceil(FINENESS * math.log2(FAR * limits.latency))
-    first, last = (min(each + further, BUCKETS - 2) for each in quantile_buckets(other, 0.5, limits.alpha / 32))
+    first, last = (min(each + further, BUCKETS - 2) for each in medians[1])
     lows, highs = zip(*_slower(one, other, first, last, limits.alpha / 32), strict=True)
     yield Check("slow", "", min(lows), max(highs), limits.slow, timed, limits.least)
 

@@ -16,12 +16,12 @@ import msgspec
 import numpy as np
 
 from .counting import Counts, Requests
-from .releases import Limits
+from .releases import SLICES, Limits
 from ..serving import Predictor
 from ..serving.models import Record
 
 # %% auto #0
-__all__ = ['Asked', 'Row', 'Known', 'LOOKS', 'MANY', 'PROBES', 'Sample', 'known_values', 'usual_columns', 'pick', 'as_dict',
+__all__ = ['Asked', 'Row', 'Known', 'LOOKS', 'PROBES', 'Sample', 'known_values', 'usual_columns', 'pick', 'as_dict',
            'compare_rows', 'time_rows', 'compare_sample', 'tally']
 
 # %% ../../nbs/internals/11_pairing.ipynb #b552be99
@@ -52,7 +52,6 @@ class Sample:
 Row = tuple[dict[str, Any], float, tuple[str, ...]]  # by feature name, the score it got, which slices it counts for
 Known = dict[str, frozenset[str]]  # values of each column whose values are slices
 LOOKS = 100  # rows of one request that are looked at
-MANY = 64  # slices; unless columns are named, those with few values are taken as long as there are no more
 
 
 def known_values(
@@ -60,21 +59,22 @@ def known_values(
     predictors: Sequence[Predictor],  # whose manifests list the categories
 ) -> Known:
     """The slices that there can be: clients can't invent one."""
+    features = [each for predictor in predictors for each in predictor.manifest.features if each.kind == "category"]
     found: Known = {}
-    for each in (feature for predictor in predictors for feature in predictor.manifest.features):
-        if each.kind == "category":
+    for each in features:
+        if each.name in columns:
             found[each.name] = found.get(each.name, frozenset()) | frozenset(each.categories)
-    return {name: found[name] for name in columns if name in found}
+    return found
 
 # %% ../../nbs/internals/11_pairing.ipynb #f3c0fff3
 def usual_columns(
     stable: Predictor,  # whose manifest lists the categories
 ) -> tuple[str, ...]:  # those with the fewest values first
-    """The columns whose values are the slices if nobody names any."""
+    """The columns whose values are the slices if nobody names any: as long as all of them can be judged."""
     columns = {each.name: len(each.categories) for each in stable.manifest.features if each.kind == "category"}
     ordered = sorted(columns, key=lambda name: (columns[name], name))
     together = itertools.accumulate(columns[name] for name in ordered)
-    return tuple(name for name, many in zip(ordered, together, strict=True) if many <= MANY)
+    return tuple(name for name, many in zip(ordered, together, strict=True) if many <= SLICES)
 
 # %% ../../nbs/internals/11_pairing.ipynb #6551fe44
 def pick(

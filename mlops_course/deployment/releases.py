@@ -20,8 +20,9 @@ from ..environment import CourseError, Settings, workspace_error, write_atomic
 from ..serving import live_bundle, publish
 
 # %% auto #0
-__all__ = ['Share', 'Count', 'Reference', 'STEPS', 'Strategy', 'Status', 'ReleaseError', 'Limits', 'Release', 'window_of',
-           'release_file', 'read_release', 'changing', 'read_history', 'live_reference', 'begin', 'change']
+__all__ = ['Share', 'Count', 'Reference', 'STEPS', 'Strategy', 'Status', 'SLICES', 'ReleaseError', 'Limits', 'Release',
+           'window_of', 'release_file', 'read_release', 'changing', 'read_history', 'live_reference',
+           'refuse_during_release', 'begin', 'change']
 
 # %% ../../nbs/internals/11_releases.ipynb #4075a73f
 class ReleaseError(CourseError):
@@ -58,6 +59,7 @@ class Limits(Struct, frozen=True, forbid_unknown_fields=True):
 STEPS: dict[str, tuple[float, ...]] = {"shadow": (0.0,), "canary": (0.05, 0.25), "blue-green": (1.0,), "ab": (0.5,)}
 Strategy = Literal["shadow", "canary", "blue-green", "ab"]
 Status = Literal["running", "promoted", "rolled back"]
+SLICES = 64  # so many slices are judged at the most
 
 # %% ../../nbs/internals/11_releases.ipynb #b6cb8b67
 class _Written(Struct, frozen=True, forbid_unknown_fields=True):
@@ -206,6 +208,16 @@ def live_reference(
     return live.name if live else None
 
 # %% ../../nbs/internals/11_releases.ipynb #06d7ce08
+def refuse_during_release(
+    settings: Settings,  # whose workspace
+) -> None:
+    """Whoever begins another release, or publishes by hand, would go past the guard. Raises: ReleaseError."""
+    last = read_release(settings)
+    if last is not None and last.status == "running":
+        since = f"{last.candidate} is being released since {last.started}"
+        raise ReleaseError(since, "End it first: mlops-course release promote, or rollback")
+
+# %% ../../nbs/internals/11_releases.ipynb #529fc173
 def begin(
     settings: Settings,  # whose workspace
     strategy: str,  # shadow, canary, blue-green or ab
@@ -218,10 +230,8 @@ def begin(
 ) -> Release:
     """Start a release. Raises: ReleaseError when one is under way, or something isn't as it must be."""
     with changing(settings):
-        last, now = read_release(settings), _now()
-        if last and last.status == "running":
-            since = f"{last.candidate} is being released since {last.started}"
-            raise ReleaseError(since, "Promote it or roll it back first")
+        refuse_during_release(settings)
+        now = _now()
         number = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f")
         return _write(settings, _checked({
             "strategy": strategy, "status": "running", "stable": stable, "candidate": candidate,

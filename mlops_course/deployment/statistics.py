@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 # %% auto #0
 __all__ = ['FASTEST', 'FINENESS', 'BUCKETS', 'evidence', 'share_interval', 'mean_interval', 'bucket_of', 'edge_of',
-           'quantile_buckets', 'quantile_interval']
+           'quantile_buckets', 'times_of', 'quantile_interval']
 
 # %% ../../nbs/internals/11_statistics.ipynb #e7330cc1
 def evidence(
@@ -118,11 +118,18 @@ def quantile_buckets(
     return first, len(buckets) - 1
 
 # %% ../../nbs/internals/11_statistics.ipynb #a02d8342
+def times_of(
+    first: int,  # a bucket
+    last: int,  # the same, or a later one
+) -> tuple[float, float]:  # seconds
+    """The times between which everything in some buckets lies."""
+    return edge_of(first - 1) if first else 0.0, edge_of(last)
+
+
 def quantile_interval(
     buckets: Sequence[int],  # how many times fell into each bucket
     quantile: float,  # such as 0.9
     alpha: float,  # probability that the interval ever misses the true quantile
 ) -> tuple[float, float]:  # seconds
     """The times between which a quantile lies, at this look and all others."""
-    first, last = quantile_buckets(buckets, quantile, alpha)
-    return edge_of(first - 1) if first else 0.0, edge_of(last)
+    return times_of(*quantile_buckets(buckets, quantile, alpha))
