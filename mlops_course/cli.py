@@ -544,6 +544,20 @@ def without_password(
     return re.sub(r"(?<=://)([^/@]*:)(?:[^/]*)@", r"\1***@", address)
 
 # %% ../nbs/cli.ipynb #243f3f32
+def _open_store(settings: "Settings") -> None:
+    """Let MLflow's store name the folder that it lies in now, before MLflow reads it."""
+    import sqlite3
+
+    from mlops_course.environment import CourseError
+    from mlops_course.relocation import relocate, tracking_file
+
+    try:
+        relocate(settings)
+    except sqlite3.Error as error:
+        problem = f"can't open MLflow's store {tracking_file(settings)}: {error}"
+        raise CourseError(problem, "Look at that file, or move it away to begin anew") from error
+
+
 @app.command("ui")
 def open_ui(home: Home = None, port: Annotated[int, typer.Option(help="On this machine only.")] = 5000) -> None:
     """Serve MLflow's pages for this workspace."""
@@ -552,6 +566,7 @@ def open_ui(home: Home = None, port: Annotated[int, typer.Option(help="On this m
         typer.echo(f"MLflow's pages are served at {without_password(settings.tracking)}")
         return
     command = ui_command(settings, port)
+    _open_store(settings)
     # Everyone on this machine can read a command's arguments, but not its variables.
     environment = {**os.environ, "MLFLOW_BACKEND_STORE_URI": settings.tracking}
     typer.echo(f"http://127.0.0.1:{port}   shows {without_password(settings.tracking)}")

@@ -67,7 +67,7 @@ class Quarter:
         return labelled_features(self.settings, flight_delay, self.features, self.rows, first, last or first)
 
     def copy(self, home: Path) -> "Quarter":
-        """The same in another folder; its runs' artifacts stay where they are."""
+        """The same in another folder, with models of its own."""
         shutil.copytree(self.settings.home, home, dirs_exist_ok=True)
         return replace(self, settings=settings_in(home))
 

@@ -12,15 +12,8 @@ from conftest import settings_in
 
 from mlops_course.environment import Settings
 from mlops_course.experiments import _make_store, quiet_mlflow
-from mlops_course.pipelines.states import (
-    StateError,
-    local_path,
-    read_states,
-    registry,
-    run_folders,
-    serving,
-    tracking_file,
-)
+from mlops_course.pipelines.states import StateError, read_states, registry, serving
+from mlops_course.relocation import local_path, run_folders, tracking_file
 
 
 @pytest.fixture(scope="module")

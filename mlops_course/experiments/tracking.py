@@ -29,6 +29,7 @@ from ..data import labelled_features, month_after, parse_month
 from ..environment import Settings, fingerprint, workspace_error, write_atomic
 from .model import ExperimentError
 from ..project import UseCase
+from ..relocation import local_path, relocate, tracking_file
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -65,16 +66,18 @@ def alone(
 
 def _make_store(settings: Settings) -> None:
     """Make the tracking store if it is a file that is not there yet."""
-    kind, _, path = settings.tracking.partition(":///")
-    if kind != "sqlite" or path in ("", ":memory:") or Path(path).exists():
+    path = tracking_file(settings)
+    if path is None or path.exists():
         return
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    quiet_mlflow()
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    path.parent.mkdir(parents=True, exist_ok=True)
     with alone(settings.prepare()), TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        if not Path(path).exists():
+        if not path.exists():
             new = Path(folder) / "new.db"
-            address = f"sqlite:///{new.as_posix()}"
-            quiet_mlflow().MlflowClient(address, address).search_experiments()
-            write_atomic(Path(path), new.read_bytes())
+            SqlAlchemyStore(f"sqlite:///{new.as_posix()}", settings.artifacts.as_uri()).engine.dispose()
+            write_atomic(path, new.read_bytes())
 
 # %% ../../nbs/internals/06_tracking.ipynb #5c7c404e
 def connect(
@@ -90,9 +93,7 @@ def connect(
 
     mlflow = quiet_mlflow()
     try:
-        _make_store(settings)
-        mlflow.set_tracking_uri(settings.tracking)
-        mlflow.set_registry_uri(settings.tracking)
+        _open_store(settings)
         return _experiment(settings, use_case)
     except (mlflow.MlflowException, SQLAlchemyError, sqlite3.Error, OSError, ImportError) as error:
         reason = textwrap.shorten(str(error).splitlines()[0], 200, placeholder=" …").rstrip(".")
@@ -107,6 +108,24 @@ def _without_password(text: str) -> str:
     return re.sub(r"//[^/@\s]*@", "//…@", text)
 
 
+def _open_store(settings: Settings) -> None:
+    """Make the store if need be, put its addresses right if the workspace was moved, and point MLflow to it."""
+    mlflow = quiet_mlflow()
+    _make_store(settings)
+    relocate(settings)
+    if mlflow.get_tracking_uri() != settings.tracking:
+        _forget_folders()
+    mlflow.set_tracking_uri(settings.tracking)
+    mlflow.set_registry_uri(settings.tracking)
+
+
+def _forget_folders() -> None:
+    """MLflow remembers the folder of each run that it has met, also when another store has the same run elsewhere."""
+    from mlflow.tracking._tracking_service import utils
+
+    getattr(utils, "_artifact_repos_cache", {}).clear()
+
+# %% ../../nbs/internals/06_tracking.ipynb #3dc721a5
 def _experiment(settings: Settings, use_case: UseCase) -> str:
     """Id of the use case's experiment, which is made by whoever needs it first."""
     mlflow = quiet_mlflow()
@@ -223,16 +242,25 @@ def log_model(
     mlflow = quiet_mlflow()
     options: dict[str, Any] = {"serialization_format": "skops", "skops_trusted_types": TRUSTED_TYPES, "name": "model"}
     options |= {"signature": signature_of(model, use_case), "pyfunc_predict_fn": "predict_proba"}
-    about = {"use_case": use_case.name, "features": list(model.feature_names_in_)}
-    packages = [f"scikit-learn=={sklearn.__version__}"]
+    options["metadata"] = {"use_case": use_case.name, "features": list(model.feature_names_in_)}
     try:
-        stored = mlflow.sklearn.log_model(model, pip_requirements=packages, metadata=about, **options)
+        stored = mlflow.sklearn.log_model(model, pip_requirements=[f"scikit-learn=={sklearn.__version__}"], **options)
     except mlflow.MlflowException as error:
         if "untrusted types" not in str(error):
             raise
         reason = textwrap.shorten(str(error).rpartition("Root error: ")[2], 200, placeholder=" …").rstrip(".")
         raise ExperimentError(f"the model cannot be stored: {reason}", "Build it of TRUSTED_TYPES only") from error
+    _forget_place(str(stored.model_id))
     return str(stored.model_uri)
+
+# %% ../../nbs/internals/06_tracking.ipynb #cd435280
+def _forget_place(model_id: str) -> None:
+    """Take the address of a local model out of its `MLmodel`."""
+    folder = local_path(str(quiet_mlflow().get_logged_model(model_id).artifact_location))
+    about = folder / "MLmodel" if folder else None
+    if about is not None and about.is_file():
+        text = about.read_text(encoding="utf-8")
+        write_atomic(about, re.sub(r"(?m)^artifact_path: .*$", "artifact_path: model", text, count=1))
 
 # %% ../../nbs/internals/06_tracking.ipynb #5e69d2cf
 def load_run_model(

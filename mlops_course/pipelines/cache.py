@@ -44,7 +44,8 @@ from mlops_course.pipelines.closure import (
     reach,
     unseen,
 )
-from .states import read_states, run_folders
+from .states import read_states
+from ..relocation import run_folders
 
 # %% ../../nbs/internals/09_cache.ipynb #7e954ebd
 class OutputError(CourseError):

@@ -104,16 +104,27 @@ def run_lock(
 
     return FileLock(folder / "run.lock")
 
-
+# %% ../../nbs/internals/09_runs.ipynb #971ffee8
 def _read_run(folder: Path) -> dict[str, Any]:
-    """What a run's folder says, whatever state it is in."""
+    """What a run's folder says, whatever state it is in, and wherever its workspace was when it ran."""
     try:
         found = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        before, home = Path(found["folder"]).parent.parent, folder.parent.parent
+    except (OSError, ValueError, KeyError, TypeError):
         return {"id": folder.name, "folder": str(folder), "status": "unreadable"}
     if found.get("status") == "running" and not _is_held(folder):
         found["status"] = "killed"
-    return found
+    return found if before == home else _moved(found, str(before), str(home))
+
+
+def _moved(part: Any, before: str, home: str) -> Any:
+    """The same, with each path below the old workspace as a path below the present one."""
+    if isinstance(part, dict):
+        return {key: _moved(value, before, home) for key, value in part.items()}
+    if isinstance(part, list):
+        return [_moved(value, before, home) for value in part]
+    inside = isinstance(part, str) and (part == before or part.startswith((f"{before}/", f"{before}\\")))
+    return home + part[len(before) :] if inside else part
 
 # %% ../../nbs/internals/09_runs.ipynb #5d4ce7d4
 def _is_held(folder: Path) -> bool:
