@@ -557,7 +557,7 @@ def _open_store(settings: "Settings") -> None:
         problem = f"can't open MLflow's store {tracking_file(settings)}: {error}"
         raise CourseError(problem, "Look at that file, or move it away to begin anew") from error
 
-
+# %% ../nbs/cli.ipynb #6c202502
 @app.command("ui")
 def open_ui(home: Home = None, port: Annotated[int, typer.Option(help="On this machine only.")] = 5000) -> None:
     """Serve MLflow's pages for this workspace."""
