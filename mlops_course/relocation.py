@@ -120,7 +120,7 @@ def relocate(
         database.execute("COMMIT")
     return replaced
 
-
+# %% ../nbs/internals/02_relocation.ipynb #3987babd
 def _replace_root(database: sqlite3.Connection, old: str, new: str) -> int:
     """Put a new root into each text that is an old root, or an address below it."""
     replaced = 0
