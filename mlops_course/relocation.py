@@ -72,7 +72,7 @@ def _is_here(root: str, artifacts: Path) -> bool:
         return False
     return folder.samefile(artifacts)
 
-
+# %% ../nbs/internals/02_relocation.ipynb #bf117972
 def moved_address(
     address: str,  # as the store has it
     roots: Iterable[str],  # old ones
