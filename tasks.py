@@ -228,15 +228,22 @@ def run(arguments: list[str]) -> None:
         print("From here: make ui opens the runs and models in the browser, make lab the lessons.")
 
 
+def lessons() -> list[str]:
+    """The notebooks with exercises: the tests run each of them as a whole, look at what it shows, and prove it."""
+    found = sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
+    return [path.stem for path in found if "### BEGIN HIDDEN TESTS" in path.read_text(encoding="utf-8")]
+
+
 def test(arguments: list[str]) -> None:
     """Run every notebook and every test. Further arguments go to pytest: -m 'not slow' for the fast ones."""
     ensure_installed()
+    others = ("--skip_file_re", f"^[_.]|^({'|'.join(lessons())})[.]")
     workers = "0" if os.name == "nt" else "2"
     with tempfile.TemporaryDirectory(prefix="mlops_course_") as folder:
         apart = {"MLOPS_COURSE_HOME": str(Path(folder) / "workspace"), "MPLBACKEND": "agg"}
-        print("1. The notebooks: each runs from its first cell to its last", flush=True)
+        print("1. The notebooks that aren't lessons: each runs from its first cell to its last", flush=True)
         alone = {} if workers == "0" else {"OMP_NUM_THREADS": "1"}  # two models on two cores wait for each other
-        notebooks_failed = call(tool("nbdev_test"), "--n_workers", workers, "--timing", **apart, **alone)
+        notebooks_failed = call(tool("nbdev_test"), *others, "--n_workers", workers, "--timing", **apart, **alone)
         print("2. The tests", flush=True)
         side_by_side = () if workers == "0" else ("-n", workers, "--dist", "loadfile", "--no-loadscope-reorder")
         tests_failed = call(*module("pytest", *side_by_side, *arguments), **apart)
