@@ -83,7 +83,6 @@ class Plan:
     only: str | None = None  # one exercise: the notebook is run as far as its last cell
     skipped: dict[int, str] = field(default_factory=dict)  # cells that ended the process, and what is said about them
     wrong: bool = False  # try the planted wrong answers too
-    whole: bool = False  # run also what a check has no need of
 
     def code(self) -> list[tuple[int, dict[str, Any], str | None]]:
         """The code cells with their number from 1 and their exercise, as far as they are needed."""
@@ -101,9 +100,9 @@ class Plan:
 SKIPPED = {"skip-check", "wrong-answers"}
 
 
-def _is_run(plan: Plan, cell: dict[str, Any]) -> bool:
+def _is_run(cell: dict[str, Any]) -> bool:
     """Whether a check has to run a cell: not one that only checks, nor one that the lesson leaves out."""
-    left_out = (bool(SKIPPED & tags(cell)) and not plan.whole) or "#| eval: false" in cell["source"]
+    left_out = bool(SKIPPED & tags(cell)) or "#| eval: false" in cell["source"]
     return bool(cell["source"].strip()) and not left_out and belongs_to(cell, "check") is None
 
 # %% ../../nbs/internals/01_checking.ipynb #38d780a5
@@ -112,7 +111,7 @@ RUNNING = "__import__('mlops_course.course.running', fromlist=['running'])"  # n
 
 def _calls(plan: Plan, number: int, cell: dict[str, Any], exercise: str | None) -> list[str]:
     """What to run for one of the learner's cells."""
-    if number in plan.skipped or not _is_run(plan, cell):
+    if number in plan.skipped or not _is_run(cell):
         return []
     data = plan.lesson.exercises[exercise].to_judge() if exercise else None
     calls = []
@@ -154,7 +153,7 @@ def _imports(plan: Plan) -> list[str]:
     found = set()
     for _, cell, _ in plan.code():
         with contextlib.suppress(SyntaxError, ValueError):
-            for node in ast.parse(cell["source"]).body if _is_run(plan, cell) else []:
+            for node in ast.parse(cell["source"]).body if _is_run(cell) else []:
                 names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
                 if isinstance(node, ast.ImportFrom) and node.module and not node.level:
                     names = [node.module]
