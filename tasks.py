@@ -386,6 +386,11 @@ def ui(arguments: list[str]) -> None:
     need(tool("mlops-course"), "ui", *arguments)
 
 
+def shape(arguments: list[str]) -> None:
+    """Count what shows how readable the source is: demonstrations, class ladders, names. --json for programs."""
+    need(PYTHON if PYTHON.exists() else sys.executable, ROOT / "tools" / "shape.py", *arguments)
+
+
 def clean(arguments: list[str]) -> None:
     """Delete what tools made; .venv and the workspace stay."""
     for pattern in ("build", "dist", "*.egg-info", "_proc", "_docs", ".*_cache", ".hypothesis", "nbs/nbdev.yml"):
@@ -399,7 +404,7 @@ def clean(arguments: list[str]) -> None:
 TASKS: dict[str, Callable[[list[str]], None]] = {
     "help": show_help, "install": install, "run": run, "test": test, "check": check, "export": export,
     "notebooks": notebooks, "readme": readme, "docs": docs, "lock": lock, "hooks": hooks, "lab": lab, "ui": ui,
-    "clean": clean,
+    "shape": shape, "clean": clean,
 }  # fmt: skip
 HIDDEN = {"before-commit": before_commit, "try-wheel": try_wheel}  # for git's hook, for .ci/run
 
