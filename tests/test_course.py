@@ -389,6 +389,22 @@ def test_an_endless_loop_inside_a_function_is_found_by_its_check(learner: Learne
     assert "did not end within 1 s" in messages(report)["21.2"]
 
 
+def test_a_cell_that_asks_for_input_is_told_why_it_gets_none(learner: Learner) -> None:
+    said = messages(learner.all_right().answer("21.1", "mean = float(input())").check())["21.1"]
+    assert "asks for input() (line 2: mean = float(input())): nobody answers while a check runs" in said
+
+
+@pytest.mark.parametrize(
+    "tests", ["assert mean > 900", "mean.no_such_thing", "raise ValueError('seen')", "1 / 0", "assert later(3)"]
+)
+def test_a_check_never_shows_a_line_of_its_own(learner: Learner, tests: str) -> None:
+    learner.lesson.exercises["21.1"].tests = f"\n\n{tests}"
+    said = messages(learner.all_right().check())["21.1"]
+    assert said
+    assert "line" not in said
+    assert tests.removeprefix("assert ") not in said
+
+
 def test_checks_do_not_come_from_the_learners_notebook(learner: Learner) -> None:
     """Deleted check cells, changed check cells, and a `check` of one's own change nothing."""
     learner.answer("21.1", "mean = 3").cell("21.1", "check")["source"] = "check = print"
@@ -411,7 +427,11 @@ def test_of_a_copied_exercise_the_better_answer_counts(learner: Learner, first: 
     learner.all_right()
     place = learner.cells.index(learner.cell("21.1"))
     learner.add(stub, place + (not first))
-    assert statuses(learner.check()) == {"21.1": "passed", "21.2": "passed"}
+    report = learner.check()
+    assert statuses(report) == {"21.1": "passed", "21.2": "passed"}
+    assert report.notices == [
+        "exercise 21.1 has 2 cells; the best of them counts. Delete those that you don't mean"
+    ], "two cells for one exercise are mostly a slip"
 
 
 def test_a_deleted_exercise_says_how_to_get_it_back(learner: Learner) -> None:

@@ -113,6 +113,9 @@ def test_every_command_speaks_json(terminal: Terminal) -> None:
         (["check", "21"], "Make one: mlops-course start 21"),
         (["start", "99"], "The sections are 21"),
         (["start", "10"], "section 10, CI/CD, is not in this version"),
+        (["break", "21.1"], "21.1 is an exercise, and a section is wanted. Write 21"),
+        (["fix", "21.1"], "21.1 is an exercise, and a section is wanted. Write 21"),
+        (["quiz", "21.1"], "21.1 is an exercise, and a section is wanted. Write 21"),
         (["hint", "21.9"], "Section 21 has 21.1, 21.2"),
         (["solution", "21.1"], "is not passed yet"),
         (["reset", "21.1"], "no notebook"),
@@ -125,6 +128,28 @@ def test_a_mistake_is_one_line_with_the_remedy(terminal: Terminal, arguments: li
     assert done.returncode == 1
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert said in done.stderr
+
+
+def test_a_damaged_copy_names_the_command_that_makes_a_new_one(terminal: Terminal) -> None:
+    assert terminal("start", "21").returncode == 0
+    terminal.copy.write_text('{"cells": [', encoding="utf-8")
+    done = terminal("check", "21")
+    assert "not a readable notebook" in done.stderr
+    assert "put it aside and run `mlops-course start 21`" in done.stderr
+
+
+def test_many_cells_that_stop_for_one_reason_are_one_remark(terminal: Terminal) -> None:
+    terminal("start", "21")
+    notebook = read_notebook(terminal.copy)
+    own = {"cell_type": "code", "metadata": {}, "outputs": [], "execution_count": None}
+    notebook["cells"].append({"cell_type": "markdown", "id": "own", "metadata": {}, "source": "## My own"})
+    notebook["cells"] += [{**own, "id": f"own-{n}", "source": f"missing + {n}"} for n in range(4)]
+    terminal.copy.write_text(notebook_text(notebook), encoding="utf-8")
+    said = terminal("check", "21").stdout
+    assert "! a cell below 'My own'   missing + 0" in said
+    assert "3 more cells stop after it, perhaps because of this one" in said
+    assert said.count("NameError") == 1
+    assert len(terminal.json("check", "21")["problems"]) == 4
 
 
 def test_the_commands_work_from_the_folder_of_the_copies(terminal: Terminal) -> None:
@@ -220,7 +245,7 @@ def test_watch_checks_on_every_save_and_ends_cleanly(terminal: Terminal) -> None
         assert watching.next() == {"21.1": "passed", "21.2": "unattempted"}
         text = terminal.copy.read_text(encoding="utf-8")
         terminal.copy.write_text(text[:100], encoding="utf-8")
-        assert "no readable notebook" in watching.next()["error"]
+        assert "not a readable notebook" in watching.next()["error"]
         terminal.copy.write_text(text, encoding="utf-8")
         assert watching.next() == {"21.1": "passed", "21.2": "unattempted"}
         family = watching.family()

@@ -51,6 +51,7 @@ class Problem:
     cell: int  # which code cell, counted from 1
     message: str
     source: str = ""  # its first line
+    heading: str = ""  # the nearest above it
 
 # %% ../../nbs/internals/01_checking.ipynb #054a351b
 @dataclass
@@ -61,6 +62,7 @@ class Report:
     notebook: str
     exercises: list[Outcome] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)  # what the learner should know besides
     seconds: float = 0.0
 
     @property
@@ -275,6 +277,7 @@ def make_report(
         outcome.title = exercise.title
         report.exercises.append(outcome)
     report.problems = _problems(plan, records)
+    report.notices = _copied(plan)
     return report
 
 # %% ../../nbs/internals/01_checking.ipynb #2e9b0a37
@@ -297,7 +300,32 @@ def _problems(plan: Plan, records: list[dict[str, Any]]) -> list[Problem]:
     code = {number: (cell, exercise) for number, cell, exercise in plan.code()}
     said = {record["cell"]: record["message"] for record in records if record["kind"] == "problem"}
     said |= {number: f"This cell {text}" for number, text in plan.skipped.items() if not code[number][1]}
-    return [Problem(number, said[number], _first_line(code[number][0]["source"])) for number in sorted(said)]
+    headings = _headings(plan.cells)
+    return [Problem(n, said[n], _first_line(code[n][0]["source"]), headings[n - 1]) for n in sorted(said)]
+
+# %% ../../nbs/internals/01_checking.ipynb #518aa625
+def _headings(cells: list[dict[str, Any]]) -> list[str]:
+    """For each code cell, the nearest heading above it: a learner finds that sooner than a number."""
+    found, heading = [], ""
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            found.append(heading)
+        for line in cell["source"].splitlines() if cell["cell_type"] == "markdown" else []:
+            heading = line.lstrip("#").strip() if line.startswith("#") else heading
+    return found
+
+# %% ../../nbs/internals/01_checking.ipynb #8ada248f
+def _copied(plan: Plan) -> list[str]:
+    """A remark for each exercise that more than one cell answers."""
+    answering: dict[str, list[int]] = {}
+    for number, _, exercise in plan.code():
+        if exercise:
+            answering.setdefault(exercise, []).append(number)
+    return [
+        f"exercise {exercise} has {len(found)} cells; the best of them counts. Delete those that you don't mean"
+        for exercise, found in answering.items()
+        if len(found) > 1
+    ]
 
 
 def _first_line(source: str) -> str:

@@ -68,7 +68,8 @@ def start(section: Section, home: Home = None, as_json: AsJson = False) -> None:
         typer.echo(f"Made for it: {', '.join(found['made'])}")
     typer.echo(f"{'Your copy is' if found['new'] else 'Your copy is still as you left it:'} {found['notebook']}")
     number = found["section"]
-    typer.echo(f"Next: mlops-course lab {number} opens it, mlops-course check {number} checks your answers")
+    then = f", mlops-course check {number} checks your answers" if found["checked"] else "; it has no exercises yet"
+    typer.echo(f"Next: mlops-course lab {number} opens it{then}")
 
 # %% ../../nbs/internals/01_commands.ipynb #4aea5564
 @learn_app.command()
@@ -98,6 +99,17 @@ def _replace_by(command: list[str], environment: dict[str, str]) -> None:
     raise typer.Exit(subprocess.run(command, env=environment, check=False).returncode)
 
 # %% ../../nbs/internals/01_commands.ipynb #59b306b6
+def _show_problems(problems: list[dict[str, Any]]) -> None:
+    """The first cell that stopped; those after it mostly stop for the same reason."""
+    for problem in problems[:1]:
+        place = f"below {problem['heading']!r}" if problem["heading"] else f"code cell {problem['cell']}"
+        typer.echo(typer.style(f"! a cell {place}", fg="red") + f"   {problem['source']}")
+        typer.echo(f"{'':15}{problem['message']}")
+    if more := len(problems) - 1:
+        cells = "another cell stops" if more == 1 else f"{more} more cells stop"
+        typer.echo(f"{'':15}{cells} after it, perhaps because of this one")
+
+# %% ../../nbs/internals/01_commands.ipynb #13100b15
 def _show_report(found: dict[str, Any]) -> None:
     """A report for people: a line for each exercise, and what helps below it."""
     if "error" in found:
@@ -109,9 +121,7 @@ def _show_report(found: dict[str, Any]) -> None:
     if found["lab"]:
         first, *more = found["lab"]["message"].splitlines()
         typer.echo("\n".join([f"{_mark(found['lab']['status'])} lab   {first}", *(f"{'':15}{line}" for line in more)]))
-    for problem in found["problems"]:
-        typer.echo(typer.style(f"! code cell {problem['cell']}", fg="red") + f"   {problem['source']}")
-        typer.echo(f"{'':15}{problem['message']}")
+    _show_problems(found["problems"])
     passed = sum(each["status"] == "passed" for each in found["exercises"])
     lab = f", lab {found['lab']['status']}" if found["lab"] else ""
     typer.echo(f"{passed} of {len(found['exercises'])} exercises passed{lab}, in {found['seconds']:.1f} s")
@@ -190,9 +200,9 @@ def reset(number: Number, home: Home = None, as_json: AsJson = False) -> None:
 def break_(section: Section, home: Home = None, as_json: AsJson = False) -> None:
     """Break something in your workspace: the section's lab."""
     from mlops_course.course.labs import break_lab
-    from mlops_course.course.lessons import find_lesson
+    from mlops_course.course.lessons import find_section
 
-    lesson = find_lesson(section)
+    lesson = find_section(section)
     _wait_for("Making sure that all is well, then breaking something: up to half a minute", as_json)
     state = break_lab(lesson, _settings(home).home)
     if as_json:
@@ -206,9 +216,9 @@ def break_(section: Section, home: Home = None, as_json: AsJson = False) -> None
 def fix(section: Section, home: Home = None, as_json: AsJson = False) -> None:
     """Let the documented repair be done, and show it."""
     from mlops_course.course.labs import fix_lab
-    from mlops_course.course.lessons import find_lesson
+    from mlops_course.course.lessons import find_section
 
-    lesson = find_lesson(section)
+    lesson = find_section(section)
     _wait_for("Repairing it, then looking whether all is well", as_json)
     code, state = fix_lab(lesson, _settings(home).home)
     sound, symptom = (state.sound, state.symptom) if state else (True, "")
@@ -233,13 +243,14 @@ def _prompt(section: int) -> str:
 Answers = Annotated[str | None, typer.Option(help="Answers without being asked: a,c,bd for three questions.")]
 Anew = Annotated[bool, typer.Option("--anew", help="Forget the answers of a quiz that was broken off.")]
 
-
+# %% ../../nbs/internals/01_commands.ipynb #570c95ae
 def _ask(lesson: Any, home: Path, anew: bool) -> list[str]:
     """Put the questions, one after the other; answers are kept, so that a quiz can be broken off."""
     from mlops_course.course.quiz import AnswerError, keep_answers, kept_answers, mark
 
     if answers := [] if anew else kept_answers(lesson, home):
         typer.echo(f"You have answered {len(answers)} of {len(lesson.questions)} before. (--anew begins again.)")
+    typer.echo("Ctrl-C leaves the quiz; your answers are kept, and it goes on where you left.")
     for question in lesson.questions[len(answers) :]:
         typer.echo(f"\n{question.id}  {question.text}\n")
         for letter, option in zip("abcdefghijkl", question.options, strict=False):
@@ -266,10 +277,10 @@ def quiz(
     section: Section, home: Home = None, answers: Answers = None, anew: Anew = False, as_json: AsJson = False
 ) -> None:
     """Answer a section's questions. Exit status 1: not all were right. With --json alone: print the questions."""
-    from mlops_course.course.lessons import find_lesson
+    from mlops_course.course.lessons import find_section
     from mlops_course.course.quiz import mark_all
 
-    lesson, workspace = find_lesson(section), _settings(home).home
+    lesson, workspace = find_section(section), _settings(home).home
     if answers is None and as_json:
         found = [{"id": each.id, "text": each.text, "options": each.options} for each in lesson.questions]
         return _print_json({"section": lesson.number, "questions": found})

@@ -6,7 +6,8 @@
 __all__ = ['FIRST_LINE', 'GRADE_ID', 'SOLUTION', 'TESTS', 'PROMPT', 'HINT', 'QUESTION', 'OPTION', 'FOLDED', 'LAB_TAGS',
            'SECTIONS', 'LessonError', 'read_notebook', 'notebook_text', 'belongs_to', 'tags', 'WrongAnswer', 'Exercise',
            'make_stub', 'answered', 'open_names', 'Question', 'Lab', 'Lesson', 'read_exercises', 'read_wrong_answers',
-           'read_question', 'read_lab', 'lessons_folder', 'find_lessons', 'read_lesson', 'find_lesson', 'find_exercise']
+           'read_question', 'read_lab', 'lessons_folder', 'find_lessons', 'read_lesson', 'find_lesson', 'find_section',
+           'find_exercise']
 
 # %% ../../nbs/internals/01_lessons.ipynb #583ba6ef
 import ast
@@ -45,8 +46,9 @@ def read_notebook(
     except FileNotFoundError as error:
         raise LessonError(f"there is no notebook {path}", "Make your copy: mlops-course start N") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
-        remedy = "Save it again in JupyterLab, or put it aside and say mlops-course start N"
-        raise LessonError(f"{path} is no readable notebook ({type(error).__name__}: {error})", remedy) from error
+        number = int(path.name[:2]) if path.name[:2].isdigit() else "N"
+        remedy = f"Save it again in JupyterLab, or put it aside and run `mlops-course start {number}`"
+        raise LessonError(f"{path} is not a readable notebook ({type(error).__name__}: {error})", remedy) from error
     notebook.setdefault("metadata", {})
     return notebook
 
@@ -370,6 +372,16 @@ def find_lesson(
     raise LessonError(problem or f"there is no section {number!s}", f"The sections are {there or 'none'}")
 
 
+def find_section(
+    number: str,  # like 5
+) -> Lesson:
+    """The lesson of a section, for what is done to a whole section. Raises: LessonError for an exercise, too."""
+    section, dot, _ = number.partition(".")
+    if dot and section.isdigit():
+        raise LessonError(f"{number} is an exercise, and a section is wanted", f"Write {section}")
+    return find_lesson(number)
+
+# %% ../../nbs/internals/01_lessons.ipynb #2f69650a
 def find_exercise(
     number: str,  # like 5.2
 ) -> tuple[Lesson, Exercise]:

@@ -28,7 +28,7 @@ from ..environment import CourseError, Settings, version_of
 def start_section(
     number: str,  # like 5
     settings: Settings,
-) -> dict[str, Any]:  # section, title, notebook, new, made
+) -> dict[str, Any]:  # section, title, notebook, new, made, and whether there is something to check
     """Get a section ready. Raises: CourseError when there is no such section, or what it needs can't be made."""
     lesson = find_lesson(number)
     settings.prepare()
@@ -37,7 +37,9 @@ def start_section(
         section_of(document, lesson.number)
     made = make_checkpoint(lesson.options.get("needs", []), settings)
     notebook = str(copy_of(lesson))
-    return {"section": lesson.number, "title": lesson.title, "notebook": notebook, "new": new, "made": made}
+    checked = bool(lesson.exercises or lesson.lab)
+    found = {"section": lesson.number, "title": lesson.title, "notebook": notebook, "new": new, "made": made}
+    return {**found, "checked": checked}
 
 # %% ../../nbs/internals/01_tool.ipynb #4371d2e1
 def check_section(
@@ -64,7 +66,7 @@ def check_section(
 # %% ../../nbs/internals/01_tool.ipynb #fd8f47f5
 def _document(lesson: Lesson, report: Report, lab: tuple[str, str] | None, notices: list[str]) -> dict[str, Any]:
     """A report for programs and people."""
-    found = {**report.as_json(), "title": lesson.title, "notices": notices}
+    found = {**report.as_json(), "title": lesson.title, "notices": [*report.notices, *notices]}
     found["lab"] = {"status": lab[0], "message": lab[1]} if lab else None
     if lab and lab[0] == FAILED:
         found["status"] = 1
