@@ -47,6 +47,17 @@ class CourseError(Exception):
         sentences = [" ".join(part.split()) for part in (self.problem, self.remedy)]
         return " ".join(part if part[-1] in ".?!" else f"{part}." for part in sentences if part)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy has the same fields, whatever a subclass takes to make it: so errors can leave another process."""
+        return _copy_error, (type(self), self.args), self.__dict__
+
+
+def _copy_error(kind: type[CourseError], arguments: tuple[object, ...]) -> CourseError:
+    """An error of a class, without making it as that class would."""
+    error = kind.__new__(kind)
+    error.args = arguments
+    return error
+
 
 class SettingsError(CourseError):
     """A setting has a value that it can't have."""

@@ -73,7 +73,10 @@ def execute_here(
         notebook.write_text(source, encoding="utf-8")
         there = request.folder if request.folder.is_dir() else Path(folder)
         environment = _own_variables(request) | request.environment
-        mine = replace(request, notebook=notebook, output=output, folder=there, environment=environment)
+        near = (str(request.notebook.parent),)
+        mine = replace(
+            request, notebook=notebook, output=output, folder=there, near=near, environment=environment
+        )
         outcome, failure = None, None
         try:
             outcome = workers.execute(mine)
