@@ -1,4 +1,4 @@
-"""Whole notebooks, of the kinds that papermill, nbclient and ploomber-engine test with: run warm and by the stock kernel.
+"""Whole notebooks, of the kinds that papermill, nbclient and ploomber-engine test with, run warm and by a stock kernel.
 
 Both runs go through `papermill.execute_notebook`. They must agree cell by cell, and in what is raised. Where they
 differ, the table says why the difference is for the better; a reason whose difference is gone fails, too.
@@ -75,6 +75,7 @@ def close_engine() -> Iterator[None]:
 @pytest.mark.parametrize("name", list(CASES))
 def test_a_notebook_ends_as_with_the_stock_kernel(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MINE_FOR_THIS_TEST", "yes")
+    monkeypatch.delenv("PYTEST_CURRENT_TEST")  # with it, the stock kernel doesn't look at file descriptors
     stock, warm = (run(name, kind, tmp_path) for kind in (None, "mlops-course"))
     different = {aspect: (stock[aspect], warm[aspect]) for aspect in stock if stock[aspect] != warm[aspect]}
     assert {aspect: pair for aspect, pair in different.items() if aspect not in CASES[name].better} == {}
