@@ -236,7 +236,7 @@ def workspace_error(
 # %% ../nbs/02_environment.ipynb #191693ce
 def write_atomic(
     path: Path,  # where it goes; missing folders are made
-    content: str | bytes,  # text is written as UTF-8
+    content: str | bytes,  # text is written as UTF-8; half a character as JSON has it: \udce9
 ) -> Path:  # the path, as given
     """Write a file so that a reader sees the old content or the new one, never a part. Raises: WorkspaceError."""
     path = Path(path)
@@ -244,7 +244,7 @@ def write_atomic(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with beside.open("xb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            file.write(content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)

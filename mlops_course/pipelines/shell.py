@@ -452,6 +452,7 @@ class Shell(ZMQInteractiveShell):
 
 # %% ../../nbs/internals/09_shell.ipynb #9cc88388
 Shell.__name__ = Shell.__qualname__ = "ZMQInteractiveShell"
+Shell.__module__ = "ipykernel.zmqshell"  # plotly looks at both, or it puts all of its JavaScript into the notebook
 
 # %% ../../nbs/internals/09_shell.ipynb #d9e21e81
 def _without_mine(frames: Any) -> Any:
