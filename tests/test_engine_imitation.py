@@ -40,8 +40,8 @@ class Output:
         self.listen('')
         return getattr(get_ipython(), 'kernel', None) is not None
 """
-# Each with the text that the cell shows under the stock kernel. They are run alone, and warm only: after several of them
-# in one notebook, nbclient waits for ever for the next cell.
+# Each with the text that the cell shows under the stock kernel. They are run alone, and warm only: after several of
+# them in one notebook, nbclient waits for ever for the next cell.
 WIDGETS: dict[str, tuple[str, str]] = {
     "print": ("with Output('out'):\n    print('caught')\nprint('not caught')", "not caught\n"),
     "an error": ("with Output('out'):\n    raise ValueError('swallowed')\nprint('after')", "after\n"),
