@@ -58,7 +58,7 @@ def _copy_error(kind: type[CourseError], arguments: tuple[object, ...]) -> Cours
     error.args = arguments
     return error
 
-
+# %% ../nbs/02_environment.ipynb #dc6e13e5
 class SettingsError(CourseError):
     """A setting has a value that it can't have."""
 

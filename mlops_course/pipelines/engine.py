@@ -144,7 +144,7 @@ def _needs_kernel(
     asked = [option for option in ABOUT_KERNELS if options.get(option)]
     return f"{', '.join(asked)} needs a kernel" if asked else None
 
-
+# %% ../../nbs/internals/09_engine.ipynb #fad59d66
 def _leave_to_papermill(
     notebook: Any, kernel: str | None, output: str | None, options: dict[str, Any], why: str
 ) -> Any:

@@ -431,10 +431,6 @@ class Shell(ZMQInteractiveShell):
         self.traceback_sent = stb
         OUTLET.say("error", content)
 
-    def _get_exc_info(self, exc_tuple: Any = None) -> Any:
-        kind, value, frames = super()._get_exc_info(exc_tuple)
-        return kind, value, _without_mine(frames)
-
     def ask_exit(self) -> None:
         self.exit_asked = not getattr(self, "keepkernel_on_exit", False)
 
@@ -463,6 +459,15 @@ def _without_mine(frames: Any) -> Any:
             last.tb_next = None
         last = last.tb_next
     return frames
+
+
+def _get_exc_info(shell: Shell, exc_tuple: Any = None) -> Any:
+    """What is to be shown of an error."""
+    kind, value, frames = ZMQInteractiveShell._get_exc_info(shell, exc_tuple)
+    return kind, value, _without_mine(frames)
+
+
+Shell._get_exc_info = _get_exc_info  # type: ignore[method-assign, assignment]
 
 # %% ../../nbs/internals/09_shell.ipynb #b1457089
 def _system(shell: Shell, command: str) -> None:
@@ -613,7 +618,7 @@ def begin(
     if "matplotlib" in sys.modules and os.environ["MPLBACKEND"] != FIGURES["MPLBACKEND"]:
         sys.modules["matplotlib"].rcParams["backend"] = os.environ["MPLBACKEND"]
 
-
+# %% ../../nbs/internals/09_shell.ipynb #6d0fcf08
 def _extend_path(near: Iterable[str], paths: Iterable[str]) -> None:
     """The folder where the notebook stands right before the installed packages, as IPython has it; others after all."""
     installed = [number for number, path in enumerate(sys.path) if path.endswith(("site-packages", "dist-packages"))]

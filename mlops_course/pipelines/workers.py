@@ -393,11 +393,9 @@ class Execution:
         self.request, self.on_event, self.masker = request, on_event, Masker(request.secrets)
         self.place = Place(Path(request.notebook), Path(request.output))
         self.cancelled: str | None = None  # why
-        self.cells = 0
         self.deadline = None if request.timeout is None else time.monotonic() + WARM_UP + request.timeout
         self.cell_deadline: float | None = None
-        self.ending = False  # the last cell has run
-        self.work: list[str] = []  # what goes on after it
+        self.cells, self.ending, self.work = 0, False, list[str]()  # how many; all have run; what still goes on
 
     def tell(self, event: Event) -> None:
         """Tell whoever wants to know."""
@@ -656,7 +654,7 @@ def close_notebook(
     if index is None and failure is not None and execution.place.number:
         index = execution.place.index
     if index is not None:
-        failure = failure or _cell_error(execution, recorder, recorder.nb.cells[index])
+        failure = failure or _cell_error(execution, recorder.nb.cells[index])
         told = isinstance(failure, CellError)
         recording.note_failure(
             recorder.nb, index, *(() if told or not failure else (failure.error_class, failure.message))
@@ -667,13 +665,11 @@ def close_notebook(
         raise failure
 
 # %% ../../nbs/internals/09_workers.ipynb #13d1b0db
-def _cell_error(execution: Execution, recorder: Any, cell: Any) -> CellError:
-    """The error that a cell shows; one that only the reply tells (of a magic, say); and which line raised it."""
-    from mlops_course.pipelines.recording import failing_line, last_error
+def _cell_error(execution: Execution, cell: Any) -> CellError:
+    """The error that a cell shows, and which line raised it, if the error doesn't say a word."""
+    from mlops_course.pipelines.recording import failing_line, last_error, usage_error
 
-    told = recorder.failure
-    said = {"ename": getattr(told, "ename", "CellExecutionError"), "evalue": getattr(told, "evalue", "")}
-    shown = execution.masker(last_error(cell) or {**said, "traceback": []})
+    shown = execution.masker(last_error(cell) or usage_error(cell))
     line = failing_line(shown["traceback"])
     text = shown["evalue"] or (f"(no message), raised by {line}" if line else "")
     error = CellError(execution.place, shown["ename"], text)
@@ -688,8 +684,10 @@ def converse(
     client: Any,  # that runs the cells
 ) -> Outcome:
     """Run a notebook in a worker."""
+    from mlops_course.pipelines.recording import save_if_due, take_late
+
     request = execution.request
-    talk = Conversation(worker, execution, recorder.save_if_due)
+    talk = Conversation(worker, execution, lambda: save_if_due(recorder))
     environment = {**request.environment, COOKIE: worker.cookie}
     place = {"folder": str(request.folder), "paths": list(request.paths), "near": list(request.near)}
     talk.send({"do": "begin", "environment": environment, "arguments": [str(request.notebook)], **place})
@@ -697,24 +695,27 @@ def converse(
         client.run_cells(talk.ask)
         return _bid_farewell(talk, recorder, client)
     except BaseException:
-        part(talk, client.late)
+        part(talk, lambda message: take_late(client, message))
         raise
 
-
+# %% ../../nbs/internals/09_workers.ipynb #7ac20aed
 def _bid_farewell(talk: Conversation, recorder: Any, client: Any) -> Outcome:
     """After the last cell: wait for the work that goes on, unless the notebook has failed already."""
-    from mlops_course.pipelines.recording import end_late, failed_cell
+    from mlops_course.pipelines.recording import end_late, failed_cell, take_late
+
+    def take(message: dict[str, Any]) -> None:
+        take_late(client, message)
 
     try:
         if failed_cell(recorder.nb) is not None:
-            return part(talk, client.late)
+            return part(talk, take)
         if client.last is not None:
             talk.execution.place.index = client.last[1]
-        return finish(talk, client.late)
+        return finish(talk, take)
     except KeyboardInterrupt:  # here, in the process that waits
         talk.execution.cancelled = talk.execution.cancelled or "interrupted"
         with contextlib.suppress(NotebookError):
-            finish(talk, client.late)
+            finish(talk, take)
         raise
     finally:
         end_late(client)
@@ -870,14 +871,19 @@ def run_in_kernel(
 # %% ../../nbs/internals/09_workers.ipynb #558a7f82
 def _run_client(execution: Execution, recorder: Any, options: dict[str, Any]) -> None:
     """Let papermill's client run the cells, and then wait for the work that goes on."""
-    from mlops_course.pipelines.recording import Client
-
-    def begin_end() -> None:
-        start_ending(execution)
-        execution.work = ["a thread or a process"]  # a kernel doesn't say which
+    from mlops_course.pipelines.recording import Client, failed_cell, wait_for_work
 
     client = Client(recorder, on_line=execution.line if execution.on_event else None, **options)
-    client.before_end = begin_end
+    run_cells = client.papermill_execute_cells
+
+    def run_and_wait() -> None:
+        run_cells()
+        if failed_cell(recorder.nb) is None:
+            start_ending(execution)
+            execution.work = ["a thread or a process"]  # a kernel doesn't say which
+            wait_for_work(client)
+
+    client.papermill_execute_cells = run_and_wait
     client.execute()
 
 # %% ../../nbs/internals/09_workers.ipynb #f18c360e
@@ -1068,7 +1074,7 @@ def _forget_in_child() -> None:
             with contextlib.suppress(OSError, ValueError):
                 _drop(source)
 
-
+# %% ../../nbs/internals/09_workers.ipynb #b349a277
 def _drop(source: Any) -> None:
     """Close this process's copies of what it inherited; nobody is told."""
     source.log.close()
