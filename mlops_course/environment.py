@@ -47,7 +47,18 @@ class CourseError(Exception):
         sentences = [" ".join(part.split()) for part in (self.problem, self.remedy)]
         return " ".join(part if part[-1] in ".?!" else f"{part}." for part in sentences if part)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy has the same fields, whatever a subclass takes to make it: so errors can leave another process."""
+        return _copy_error, (type(self), self.args), self.__dict__
 
+
+def _copy_error(kind: type[CourseError], arguments: tuple[object, ...]) -> CourseError:
+    """An error of a class, without making it as that class would."""
+    error = kind.__new__(kind)
+    error.args = arguments
+    return error
+
+# %% ../nbs/02_environment.ipynb #dc6e13e5
 class SettingsError(CourseError):
     """A setting has a value that it can't have."""
 
@@ -232,7 +243,7 @@ def workspace_error(
 # %% ../nbs/02_environment.ipynb #191693ce
 def write_atomic(
     path: Path,  # where it goes; missing folders are made
-    content: str | bytes,  # text is written as UTF-8
+    content: str | bytes,  # text is written as UTF-8; half a character as JSON has it: \udce9
 ) -> Path:  # the path, as given
     """Write a file so that a reader sees the old content or the new one, never a part. Raises: WorkspaceError."""
     path = Path(path)
@@ -240,7 +251,7 @@ def write_atomic(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with beside.open("xb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            file.write(content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)

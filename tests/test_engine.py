@@ -18,7 +18,7 @@ import pytest
 
 from mlops_course.environment import CourseError, WorkspaceError
 from mlops_course.pipelines import engine
-from mlops_course.pipelines.engine import WarmEngine, imports_of, installed
+from mlops_course.pipelines.engine import imports_of, installed
 from mlops_course.pipelines.workers import CellError, Event, Interrupted, Request, TimedOut, Workers
 
 WARM = ["fork", "spawn"] if sys.platform == "linux" else ["spawn"]
@@ -495,12 +495,6 @@ def test_the_command_line_of_papermill(ask: Ask, tmp_path: Path) -> None:
     assert "x is 7" in done.stderr
     cells = json.loads((tmp_path / "out.ipynb").read_text())["cells"]
     assert cells[-1]["outputs"][0]["text"] == ["x is 7\n"]
-
-
-def test_other_languages_are_refused() -> None:
-    notebook = nbformat.from_dict({"metadata": {"kernelspec": {"name": "ir", "language": "R"}}})
-    with pytest.raises(CourseError, match="the notebook is in R"):
-        WarmEngine.nb_language(notebook)
 
 
 def test_the_engines_module_is_light() -> None:

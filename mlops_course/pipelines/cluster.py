@@ -72,8 +72,8 @@ def execute_here(
         notebook, output = Path(folder) / request.notebook.name, Path(folder) / "executed.ipynb"
         notebook.write_text(source, encoding="utf-8")
         there = request.folder if request.folder.is_dir() else Path(folder)
-        environment = _own_variables(request) | request.environment
-        mine = replace(request, notebook=notebook, output=output, folder=there, environment=environment)
+        mine = replace(request, notebook=notebook, output=output, folder=there, environment=_environment(request))
+        mine = replace(mine, near=(str(request.notebook.parent),))  # where the runner has it, if this machine has it
         outcome, failure = None, None
         try:
             outcome = workers.execute(mine)
@@ -85,10 +85,10 @@ def execute_here(
         return Remote(executed, outcome, failure)
 
 # %% ../../nbs/internals/09_cluster.ipynb #95b03b83
-def _own_variables(request: Request) -> dict[str, str]:
-    """This machine's variables, but for settings and secrets, which are the runner's to say."""
+def _environment(request: Request) -> dict[str, str]:
+    """This machine's variables, but for settings and secrets, which are the runner's to say; then the request's."""
     gone = {name for name in os.environ if name in request.hidden or name.startswith("MLOPS_COURSE_")}
-    return {name: value for name, value in os.environ.items() if name not in gone}
+    return {name: value for name, value in os.environ.items() if name not in gone} | request.environment
 
 # %% ../../nbs/internals/09_cluster.ipynb #de4afff1
 def cancel_here(

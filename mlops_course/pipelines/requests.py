@@ -28,6 +28,7 @@ class Request:
     folder: Path  # where the notebook stands while it runs
     environment: dict[str, str]  # all its environment variables
     paths: tuple[str, ...] = ()  # more folders to import from, after all others
+    near: tuple[str, ...] = ()  # and some to import from right after the folder where it stands
     timeout: float | None = None  # seconds for the whole notebook
     secrets: tuple[str, ...] = ()  # values that nobody may see
     cell_timeout: float | None = None  # seconds for each cell
@@ -61,7 +62,7 @@ class Place:
     """Where in a notebook."""
 
     notebook: Path
-    executed: Path
+    executed: Path | str  # a file, or an address such as s3://…
     number: int = 0  # of the code cell, as the executed notebook shows it in brackets; 0: before the first
     source: str = ""  # of the cell
     index: int = 0  # among all cells

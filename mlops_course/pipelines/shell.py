@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DUMPS', 'LOADS', 'NOW', 'BATCH', 'PERIOD', 'PIPE', 'GONE', 'OUTLET', 'TERMINAL', 'FIGURES', 'FOLDERS', 'LIBRARIES',
-           'SEEN', 'encode', 'Channel', 'Pipes', 'make_pipe', 'Outlet', 'Writer', 'ZMQInteractiveShell', 'Shell',
-           'make_shell', 'warm_up', 'run_cell', 'begin', 'project_files', 'serve', 'peak_memory']
+           'SEEN', 'LOOK', 'encode', 'Channel', 'Pipes', 'make_pipe', 'Outlet', 'Writer', 'ZMQInteractiveShell',
+           'Shell', 'make_shell', 'warm_up', 'run_cell', 'begin', 'project_files', 'serve', 'peak_memory', 'unfinished']
 
 # %% ../../nbs/internals/09_shell.ipynb #32b8480f
 import asyncio
@@ -63,10 +63,7 @@ def encode(
         text = DUMPS(message, default=_plain, ensure_ascii=False, allow_nan=False)
     except ValueError:  # not a number, or infinite: Jupyter writes the word
         text = DUMPS(_spell_out(message), default=_plain, ensure_ascii=False)
-    try:
-        return text.encode("utf-8", "surrogateescape")
-    except UnicodeEncodeError:
-        return text.encode("utf-8", "replace")
+    return text.encode("utf-8", "backslashreplace")  # JSON's own way to write half a character
 
 
 def _spell_out(value: Any) -> Any:
@@ -115,7 +112,7 @@ class Channel:
                 return None
             self.read += data
         end = 8 + struct.unpack_from(">Q", self.read)[0]
-        message = LOADS(self.read[8:end].decode("utf-8", "replace"))
+        message = LOADS(self.read[8:end].decode("utf-8"))
         del self.read[:end]
         return message
 
@@ -205,7 +202,7 @@ class Outlet(_Texts):
     def write(self, name: str, text: str) -> None:
         """Text for stdout or stderr."""
         if self.direct:
-            return _write_all(1 if name == "stdout" else 2, text.encode("utf-8", "replace"))
+            return _write_all(1 if name == "stdout" else 2, text.encode("utf-8", "backslashreplace"))
         with self.lock:
             if (now := NOW()) - self.looked > 0.001:  # what C code or a subprocess wrote before this
                 self.looked = now
@@ -451,6 +448,26 @@ class Shell(ZMQInteractiveShell):
 
 # %% ../../nbs/internals/09_shell.ipynb #9cc88388
 Shell.__name__ = Shell.__qualname__ = "ZMQInteractiveShell"
+Shell.__module__ = "ipykernel.zmqshell"  # plotly looks at both, or it puts all of its JavaScript into the notebook
+
+# %% ../../nbs/internals/09_shell.ipynb #d9e21e81
+def _without_mine(frames: Any) -> Any:
+    """A traceback without its end in this file: what interrupts a cell, or refuses `input`, isn't the cell's code."""
+    last = frames
+    while last is not None and (after := last.tb_next) is not None:
+        if after.tb_frame.f_code.co_filename == __file__:
+            last.tb_next = None
+        last = last.tb_next
+    return frames
+
+
+def _get_exc_info(shell: Shell, exc_tuple: Any = None) -> Any:
+    """What is to be shown of an error."""
+    kind, value, frames = ZMQInteractiveShell._get_exc_info(shell, exc_tuple)
+    return kind, value, _without_mine(frames)
+
+
+Shell._get_exc_info = _get_exc_info  # type: ignore[method-assign, assignment]
 
 # %% ../../nbs/internals/09_shell.ipynb #b1457089
 def _system(shell: Shell, command: str) -> None:
@@ -481,6 +498,7 @@ def make_shell() -> Shell:
     config = Config()
     config.IPKernelApp.tqdm = "present"  # tqdm and others look for it to know that this is a notebook
     config.HistoryManager.enabled = False  # no database, no thread
+    config.HistoryManager.hist_file = ":memory:"  # and no name of one, as a notebook runner has it
     os.environ.setdefault("MPLBACKEND", FIGURES["MPLBACKEND"])
     sys.stdout, sys.stderr = Writer(OUTLET, "stdout"), Writer(OUTLET, "stderr")
     builtins.input, getpass.getpass = _refuse("raw_input"), _refuse("getpass")
@@ -584,14 +602,14 @@ def _interrupts(handler: Any) -> Any:
 
 # %% ../../nbs/internals/09_shell.ipynb #11ffadb6
 def begin(
-    order: Mapping[str, Any],  # folder, environment, paths, arguments
+    order: Mapping[str, Any],  # folder, environment, arguments, paths to import from: near and others
 ) -> None:
     """Make the process the notebook's own. Raises: OSError when its folder isn't there."""
     os.environ.clear()
     os.environ.update({**FIGURES, **order["environment"], **TERMINAL})
     os.chdir(order["folder"])
     sys.argv = list(order["arguments"])
-    _extend_path(order["paths"])
+    _extend_path(order.get("near", ()), order["paths"])
     tempfile.tempdir = None
     if hasattr(time, "tzset"):
         time.tzset()
@@ -600,12 +618,15 @@ def begin(
     if "matplotlib" in sys.modules and os.environ["MPLBACKEND"] != FIGURES["MPLBACKEND"]:
         sys.modules["matplotlib"].rcParams["backend"] = os.environ["MPLBACKEND"]
 
-
-def _extend_path(paths: Iterable[str]) -> None:
-    """The notebook's folder right before the installed packages, as IPython has it; others after all."""
+# %% ../../nbs/internals/09_shell.ipynb #6d0fcf08
+def _extend_path(near: Iterable[str], paths: Iterable[str]) -> None:
+    """The folder where the notebook stands right before the installed packages, as IPython has it; others after all."""
     installed = [number for number, path in enumerate(sys.path) if path.endswith(("site-packages", "dist-packages"))]
+    place = installed[0] if installed else len(sys.path)
     if "" not in sys.path:
-        sys.path.insert(installed[0] if installed else len(sys.path), "")
+        sys.path.insert(place, "")
+    after = sys.path.index("") + 1
+    sys.path[after:after] = [path for path in near if path not in sys.path]
     sys.path.extend(path for path in paths if path not in sys.path)
 
 # %% ../../nbs/internals/09_shell.ipynb #9b6f373a
@@ -675,7 +696,7 @@ async def _serve(channel: Channel, shell: Shell, own: int) -> None:
                     stream.flush()  # type: ignore[union-attr]
             OUTLET.say("reply", reply)
         else:
-            _end(channel, shell)
+            _end(shell)
             os._exit(0)
 
 # %% ../../nbs/internals/09_shell.ipynb #c3f1cb9b
@@ -698,13 +719,46 @@ def peak_memory() -> int | None:  # bytes
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
+# %% ../../nbs/internals/09_shell.ipynb #b5bf9714
+LOOK = 0.2  # seconds between two looks at the work that goes on
 
-def _end(channel: Channel, shell: Shell) -> None:
-    """Say which files it used, then goodbye to all who asked to be called; files left open are closed."""
-    _send(channel, "bye", {"modules": project_files(), "peak": peak_memory()})
-    OUTLET.channel = None
-    with contextlib.suppress(BaseException):
-        atexit._run_exitfuncs()
+
+def unfinished() -> list[str]:
+    """What Python waits for before it ends: threads and processes that aren't daemons."""
+    threads = [each for each in threading.enumerate() if not each.daemon and each is not threading.main_thread()]
+    module = sys.modules.get("multiprocessing.process")
+    processes = [each for each in list(getattr(module, "_children", ())) if not each.daemon]
+    return [f"thread {each.name!r}" for each in threads] + [f"process {each.name!r}" for each in processes]
+
+
+def _tell_work(over: threading.Event) -> None:
+    """A thread that says what goes on after the last cell, whenever that changes."""
+    told: list[str] = []
+    while not over.wait(LOOK):
+        if (work := unfinished()) != told:
+            told = work
+            OUTLET.say("work", {"names": work})
+
+# %% ../../nbs/internals/09_shell.ipynb #faef875b
+def _finish_work() -> None:
+    """Let threads, executors and processes end, then do what was registered for the end, in Python's own order."""
+    over = threading.Event()
+    threading.Thread(target=_tell_work, args=[over], daemon=True, name="work after the last cell").start()
+    for wait in (threading._shutdown, atexit._run_exitfuncs):  # type: ignore[attr-defined]
+        try:
+            wait()
+        except BaseException as error:  # Python reports it and goes on, too
+            sys.__excepthook__(type(error), error, error.__traceback__)
+    over.set()
+
+
+def _end(shell: Shell) -> None:
+    """Finish all work, say which files it used, then close files left open."""
+    _finish_work()
+    OUTLET.say("bye", {"modules": project_files(), "peak": peak_memory()})
     with contextlib.suppress(BaseException):
         shell.user_ns.clear()
         gc.collect()
+    with contextlib.suppress(BaseException):
+        _flush_c()
+        OUTLET.flush()
