@@ -20,6 +20,7 @@ from deltalake import DeltaTable, write_deltalake
 from mlops_course.environment import Settings
 from mlops_course.experiments import _make_store, quiet_mlflow
 from mlops_course.pipelines.cache import YOUNG, Cache, Entry, Found, Output, OutputError, Parts, explain
+from mlops_course.pipelines.results import stage_folder
 
 CODE = "from helper import double\nresult = double(rows)"
 
@@ -62,7 +63,8 @@ class Stage:
         outputs = {}
         for name, kind in parts.outputs.items():
             value = results[name]
-            outputs[name] = value if isinstance(value, Output) else self.cache.describe(kind, value, folder)
+            own = stage_folder(folder, "stage")
+            outputs[name] = value if isinstance(value, Output) else self.cache.describe(kind, value, own)
             results[name] = outputs[name].value
         return self.cache.store(parts, "demo", "stage", results, outputs, executed, 1.5, modules)
 
@@ -366,12 +368,14 @@ def test_a_damaged_store_is_a_miss(stage: Stage, run_id: str) -> None:
 # ---------------------------------------------------------------- files
 
 
-@pytest.mark.parametrize("how", ["relative", "in the run's folder", "in the workspace", "outside"])
+@pytest.mark.parametrize("how", ["relative", "in its own folder", "in the run's folder", "in the workspace", "outside"])
 @pytest.mark.parametrize("what", ["file", "folder"])
 @pytest.mark.parametrize("then", ["gone", "changed", "there"])
 def test_files_are_put_back(stage: Stage, tmp_path: Path, how: str, what: str, then: str) -> None:
     first = stage.cache.settings.runs / "run-1"
-    base = {"relative": first, "in the run's folder": first, "in the workspace": stage.cache.settings.home}
+    own = stage_folder(first, "stage")
+    base = {"relative": own, "in its own folder": own, "in the run's folder": first}
+    base["in the workspace"] = stage.cache.settings.home
     path = base.get(how, tmp_path / "outside") / "out" / "report ü.html"
     inner = path / "deep" / "page.html" if what == "folder" else path
     inner.parent.mkdir(parents=True)
@@ -387,8 +391,8 @@ def test_files_are_put_back(stage: Stage, tmp_path: Path, how: str, what: str, t
     assert found.entry is not None, found.reasons
     second = stage.run_folder()
     entry = stage.cache.restore(found.entry, second / "01_stage.ipynb")
-    moved = how in ("relative", "in the run's folder")
-    place = second / "out" / "report ü.html" if moved else path
+    folders = {"in the run's folder": second} | dict.fromkeys(["relative", "in its own folder"], stage_folder(second, "stage"))
+    place = folders[how] / "out" / "report ü.html" if how in folders else path
     assert entry.results["report"] == ("out/report ü.html" if how == "relative" else str(place))
     page = place / "deep" / "page.html" if what == "folder" else place
     assert page.read_text(encoding="utf-8") == "<p>first</p>"

@@ -601,7 +601,7 @@ def test_a_stage_has_this_python_its_own_folder_and_the_settings(
     record = run(pipeline, settings=Settings(home=settings.home, seed=7, threads=None))
     assert record.results["only"] == {
         "python": sys.executable,
-        "folder": str(record.folder),
+        "folder": str(record.folder / "files" / "only"),
         "home": str(settings.home),
         "seed": 7,
         "threads": None,
@@ -687,7 +687,7 @@ def test_a_run_stopped_at_its_very_beginning_has_its_record(
         if kind == "run started":
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def looks_around() -> dict[str, Any]:
+    def looks_around(*clone: Path) -> dict[str, Any]:
         assert not settings.runs.exists() or not list(settings.runs.iterdir()), "no folder before there is a record"
         return {"python": "3"}
 
