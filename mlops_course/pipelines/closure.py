@@ -440,7 +440,8 @@ def _unfollowed_in_cell(source: str) -> list[str]:
     """The same for a cell, with what isn't Python in it."""
     with contextlib.suppress(SyntaxError, ValueError, RecursionError):
         return unfollowed(syntax_tree(source, ast.PyCF_ALLOW_TOP_LEVEL_AWAIT))
-    return sorted({*(match[1] for match in _LINES.finditer(source)), *unfollowed(_parse(source))})
+    said = {"!python" if match[1] == "!" else match[1] for match in _LINES.finditer(source)}
+    return sorted({*said, *unfollowed(_parse(source))})
 
 # %% ../../nbs/internals/09_closure.ipynb #70373d1a
 def _notebook_facts(content: bytes) -> dict[str, Any]:
