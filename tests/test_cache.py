@@ -407,7 +407,8 @@ def test_files_are_put_back(stage: Stage, tmp_path: Path, how: str, what: str, t
     assert found.entry is not None, found.reasons
     second = stage.run_folder()
     entry = stage.cache.restore(found.entry, second / "01_stage.ipynb")
-    folders = {"in the run's folder": second} | dict.fromkeys(["relative", "in its own folder"], stage_folder(second, "stage"))
+    moved = stage_folder(second, "stage")
+    folders = {"in the run's folder": second, "relative": moved, "in its own folder": moved}
     place = folders[how] / "out" / "report ü.html" if how in folders else path
     assert entry.results["report"] == ("out/report ü.html" if how == "relative" else str(place))
     page = place / "deep" / "page.html" if what == "folder" else place
@@ -501,7 +502,7 @@ def test_links_inside_a_folder_are_put_back(stage: Stage, tmp_path: Path) -> Non
     second = stage.run_folder()
     put_back(stage, parts, second)
     out = stage_folder(second, "stage") / "out"
-    assert [os.readlink(out / name) for name in ("latest", "a.txt", "nothing")] == ["v1", "v1/a.txt", "gone"]
+    assert [(out / name).readlink().as_posix() for name in ("latest", "a.txt", "nothing")] == ["v1", "v1/a.txt", "gone"]
     assert (out / "latest" / "a.txt").read_text(encoding="utf-8") == "a"
     assert (out / "shared" / "b.txt").read_text(encoding="utf-8") == "b"
 

@@ -454,9 +454,10 @@ UNSEEN = {
     "!python h.py --fast": "!python",
     "%%time\nexec(text)": "exec",
 }
-SEEN = ["exec('x = 1')", "exec(compile('x = 1', 'here', 'exec'))", "eval(text)", "frame.eval('a + b')", "cursor.exec(sql)"]
+SEEN = ["exec('x = 1')", "exec(compile('x = 1', 'here', 'exec'))", "eval(text)", "frame.eval('a + b')"]
 SEEN += ["%load_ext autoreload", "%matplotlib inline", "!ls *.py", "text = '''\n%run h.py\n'''", "run = load = 1\nrun"]
-SEEN += ["# exec(open('h.py').read())", "%%time\nx = 1", "!pip list", "import importlib\nimportlib.import_module('json')"]
+SEEN += ["# exec(open('h.py').read())", "%%time\nx = 1", "!pip list", "cursor.exec(sql)"]
+SEEN += ["import importlib\nimportlib.import_module('json')"]
 
 
 @pytest.mark.parametrize("cell", [*UNSEEN, *SEEN])

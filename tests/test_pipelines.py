@@ -348,8 +348,8 @@ UNFIT = {
     "{2013: late}": r'which is a dictionary with the key 2013, which isn\'t text.*Write it in quotes: "2013"',
     "{a: {0: b}}": r"x\.a = .* a dictionary with the key 0,",
     "{null: b}": "a dictionary with the key None",
-    r'"half \ud800"': r"x = 'half \\ud800', which is text with half of a character in it",
-    r'{"\ud800": 1}': "text with half of a character",
+    r'"half \ud800"': r"x = 'half \\ud800', which is text with half of a character in it|no proper YAML",
+    r'{"\ud800": 1}': "text with half of a character|no proper YAML",
     "0x" + 5000 * "f": "x = a number, which is a whole number with too many digits",
     5000 * "9": "no proper YAML",
     "2013-13-45": "no proper YAML: month must be in 1..12",
@@ -377,7 +377,7 @@ def test_values_from_python_are_held_against_the_same_rule(tmp_path: Path) -> No
     write_notebook(tmp_path / "only.ipynb", "x = None", "x")
     circle: list[Any] = [1]
     circle.append(circle)
-    for value in ((1, 2), tmp_path, {1}, object(), np.int64(3), circle, {"a": circle}):
+    for value in ((1, 2), tmp_path, {1}, object(), "\ud800", {"\ud800": 1}, np.int64(3), circle, {"a": circle}):
         with pytest.raises(PipelineError, match=r"pipeline odd: stage only passes x.* a notebook can't get that"):
             Pipeline("odd", (Stage("only", tmp_path / "only.ipynb", {"x": value}),))
     shared = [1, 2]  # twice the same list is no circle

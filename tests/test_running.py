@@ -209,7 +209,7 @@ def test_whatever_the_supplier_changes_in_a_folder_is_seen(tmp_path: Path, setti
     for path in (first, inner, linked):
         path.write_text("old")
     (source / "current").symlink_to(behind, target_is_directory=True)
-    times = os.stat(first)
+    times = first.stat()
 
     def correct(path: Path) -> None:
         path.write_text("new")
@@ -243,7 +243,7 @@ def test_a_folder_that_leads_around_itself_is_read_each_time(tmp_path: Path, set
         (tmp_path / "beside.txt").write_text(text)
         record = run(tmp_path / "p.yaml", {"source": tmp_path / "source"}, settings)
         assert record.results["read"] == {"text": text}
-    expected = "source has a link (up) to a folder in which it lies itself, and I can't follow that"
+    expected = "source has a link (up) to a folder in which it lies, and I can't follow that"
     assert record.stages[0].reasons == [expected]
 
 
@@ -276,7 +276,8 @@ def test_code_that_is_read_from_a_file_is_never_stale(tmp_path: Path, settings: 
     helper = tmp_path / "helper.py"
     cell = textwrap.dedent(READ_CODE[way]).format(str(helper))
     write_notebook(tmp_path / "use.ipynb", "", cell, RECORD + "record_result(value=value)")
-    (tmp_path / "use.yaml").write_text("name: use\nstages: [{name: use, notebook: use.ipynb, outputs: {value: value}}]\n")
+    stage = "{name: use, notebook: use.ipynb, outputs: {value: value}}"
+    (tmp_path / "use.yaml").write_text(f"name: use\nstages: [{stage}]\n")
     for value in (1, 2):
         helper.write_text(f"value = {value}\n")
         record = run(tmp_path / "use.yaml", settings=settings)

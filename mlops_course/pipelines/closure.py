@@ -297,7 +297,7 @@ def _described(name: str, path: Path | str, memo: Memo) -> tuple[str, int, str]:
 def loops(
     path: Path,  # a file or a folder
 ) -> list[str]:  # names of links
-    """The links that lead to a folder around this one, so that nobody can say what lies behind them. Raises: OSError."""
+    """The links that lead to a folder around this one: nobody can say what lies behind them. Raises: OSError."""
     return [each.name for each in walk(path) if each.text.startswith(LOOP)] if path.is_dir() else []
 
 
@@ -305,9 +305,9 @@ def written_since(
     path: Path,  # a file or a folder
     since: int,  # nanoseconds
 ) -> bool:
-    """Whether anything below a path, also behind links, was written since then, even if it was put back. Raises: OSError."""
-    places = [each.path for each in walk(path)] if path.is_dir() else [os.fspath(path)]
-    looks = [os.lstat(place) for place in places] + [os.stat(place) for place in places if os.path.exists(place)]  # noqa: PTH116, PTH110
+    """Whether anything there, also behind links, was written since, even if it was put back. Raises: OSError."""
+    places = [Path(each.path) for each in walk(path)] if path.is_dir() else [path]
+    looks = [place.lstat() for place in places] + [place.stat() for place in places if place.exists()]
     return any(max(look.st_ctime_ns, look.st_mtime_ns) >= since for look in looks)
 
 # %% ../../nbs/internals/09_closure.ipynb #ec1edd13
@@ -679,10 +679,11 @@ def reach(
     except SourceError as error:
         raise SourceError(f"can't read {notebook}: {error.problem}", error.remedy) from error
     modules, others = _follow(_Search(folders), memo, facts["imports"])
-    ordered = dict(sorted(modules.items()))
-    files, hashes, witnesses, unseen = ({name: part[at] for name, part in ordered.items()} for at in range(4))
+    hashes, files, witnesses = {}, {}, {}
     told = [f"its notebook says {what}" for what in facts["unfollowed"]]
-    told += [f"{name} says {what}" for name, found in unseen.items() for what in found]
+    for name, (file, content, seen, unseen) in sorted(modules.items()):
+        hashes[name], files[name], witnesses[name] = content, file, seen
+        told += [f"{name} says {what}" for what in unseen]
     sentences = tuple(f"{each}, and I can't follow that" for each in told)
     code = (notebook, folders, facts["own"], files, witnesses, sentences)
     return Reach(facts["cells"], hashes, tuple(sorted(others)), *code)

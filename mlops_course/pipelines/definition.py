@@ -343,8 +343,10 @@ def _unfit(value: object) -> tuple[str, str] | None:
     if isinstance(value, float) and not math.isfinite(value):
         return "no finite number", "Pass null, or leave it out"
     if isinstance(value, Mapping):
-        keys = [key for key in value if not isinstance(key, str)]
-        return (f"a dictionary with the key {keys[0]}, which isn't text", f'Write it in quotes: "{keys[0]}"') if keys else None
+        for key in value:
+            if not isinstance(key, str):
+                return f"a dictionary with the key {key}, which isn't text", f'Write it in quotes: "{key}"'
+        return None
     try:
         _ = value.encode() if isinstance(value, str) else str(value) if isinstance(value, int) else ""
     except UnicodeEncodeError:

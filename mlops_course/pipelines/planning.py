@@ -163,7 +163,7 @@ def _unknown(context: Context, stage: Stage) -> list[str]:
         if "://" in str(context.values[name]):
             found.append(f"{name} is an address: what lies there can change unseen")
         elif around := loops(Path(str(context.values[name]))):
-            found.append(f"{name} has a link ({around[0]}) to a folder in which it lies itself, and I can't follow that")
+            found.append(f"{name} has a link ({around[0]}) to a folder in which it lies, and I can't follow that")
     return found
 
 
