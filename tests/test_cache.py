@@ -19,7 +19,7 @@ from deltalake import DeltaTable, write_deltalake
 
 from mlops_course.environment import Settings
 from mlops_course.experiments import _make_store, quiet_mlflow
-from mlops_course.pipelines.cache import YOUNG, Cache, Entry, Found, Output, OutputError, Parts, explain
+from mlops_course.pipelines.cache import YOUNG, Cache, Entry, Found, Output, OutputError, Parts, explain, refuse
 from mlops_course.pipelines.results import stage_folder
 
 CODE = "from helper import double\nresult = double(rows)"
@@ -938,7 +938,7 @@ def test_a_result_that_was_not_kept_is_explained(stage: Stage) -> None:
     assert stage.lookup(stage.parts())
     other = stage.parts(parameters={"rows": 1})
     assert stage.lookup(other).reasons == ["parameter rows changed (nothing -> 1)"]
-    stage.cache.refuse(other, "demo", "stage", ["source changed while it ran"])
+    refuse(stage.cache, other, "demo", "stage", ["source changed while it ran"])
     assert stage.lookup(other).reasons == ["its last result was not kept: source changed while it ran"]
     third = stage.parts(parameters={"rows": 2})
     assert stage.lookup(third).reasons == ["parameter rows changed (nothing -> 2)"]

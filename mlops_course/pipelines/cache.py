@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'KINDS', 'USUAL', 'RECENT', 'YOUNG', 'OutputError', 'Output', 'portable', 'here', 'describe', 'Parts',
-           'read_parts', 'hash_variable', 'explain', 'Entry', 'Found', 'Damaged', 'Room', 'movable', 'Pruned', 'Cache']
+           'read_parts', 'hash_variable', 'explain', 'Entry', 'Found', 'Damaged', 'Room', 'movable', 'refuse', 'forget',
+           'Pruned', 'Cache']
 
 # %% ../../nbs/internals/09_cache.ipynb #9aa6b701
 import contextlib
@@ -208,7 +209,7 @@ def _kept_value(settings: Settings, value: Any, run: Path, stage: str) -> str:
             return f"{kind}:{inside.as_posix()}"
     return portable(settings, path)
 
-
+# %% ../../nbs/internals/09_cache.ipynb #7ee902e7
 def _file_here(settings: Settings, kept: str, run: Path, stage: str) -> tuple[Path, str]:
     """Where a kept file is in this workspace and run, and what is recorded for it."""
     kind, _, rest = kept.partition(":")
@@ -814,6 +815,37 @@ def _try_to_store(room: Room, entry: Entry, notebook: Path, modules: Iterable[st
         reason = str(error) or repr(error)
     return Found(None, [f"it can't be kept: {reason}"])
 
+# %% ../../nbs/internals/09_cache.ipynb #df224461
+def refuse(
+    room: Room,
+    parts: Parts,  # of the run
+    pipeline: str,  # names
+    stage: str,
+    reasons: Iterable[str],  # why its result isn't kept
+) -> None:
+    """Remember why a result wasn't kept. Never fails: only explanations depend on it."""
+    with contextlib.suppress(CourseError):
+        write_atomic(_refusal_file(room, pipeline, stage), json.dumps([parts.key, list(reasons)]))
+
+
+def _remember(room: Room, found: Found, parts: Parts, pipeline: str, stage: str) -> None:
+    """What is needed to explain the next miss."""
+    if not found:
+        refuse(room, parts, pipeline, stage, found.reasons)
+        return
+    _note(room, parts, pipeline, stage)
+    with contextlib.suppress(OSError):
+        _refusal_file(room, pipeline, stage).unlink(missing_ok=True)
+
+# %% ../../nbs/internals/09_cache.ipynb #1919c027
+def forget(
+    room: Room,
+    key: str,  # of an entry that turned out to be wrong
+) -> None:
+    """Delete an entry; its copies go when the cache is pruned. Never fails."""
+    with contextlib.suppress(OSError):
+        room.entry_file(key).unlink(missing_ok=True)
+
 # %% ../../nbs/internals/09_cache.ipynb #58e6fa8a
 class _Store(_Lookup):
     """Keeping results."""
@@ -834,32 +866,8 @@ class _Store(_Lookup):
         what = (parts.key, pipeline, stage, parts, results, dict(outputs), _NO_NOTEBOOK, round(seconds, 3), now)
         found = _try_to_store(self, Entry(*what), notebook, modules)
         self.memo.save()
-        if found:
-            _note(self, parts, pipeline, stage)
-            with contextlib.suppress(OSError):
-                _refusal_file(self, pipeline, stage).unlink(missing_ok=True)
-        else:
-            self.refuse(parts, pipeline, stage, found.reasons)
+        _remember(self, found, parts, pipeline, stage)
         return found
-
-    def refuse(
-        self,
-        parts: Parts,  # of the run
-        pipeline: str,
-        stage: str,
-        reasons: Iterable[str],  # why its result isn't kept
-    ) -> None:
-        """Remember why a result wasn't kept. Never fails: only explanations depend on it."""
-        with contextlib.suppress(CourseError):
-            write_atomic(_refusal_file(self, pipeline, stage), json.dumps([parts.key, list(reasons)]))
-
-    def forget(
-        self,
-        key: str,  # of an entry that turned out to be wrong
-    ) -> None:
-        """Delete an entry; its copies go when the cache is pruned. Never fails."""
-        with contextlib.suppress(OSError):
-            self.entry_file(key).unlink(missing_ok=True)
 
 # %% ../../nbs/internals/09_cache.ipynb #33f9dddf
 def _put_copy(kept: Path, beside: Path, output: Output) -> None:

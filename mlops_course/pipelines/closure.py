@@ -231,7 +231,7 @@ class Seen:
     kind: str  # file, folder, empty, or link
     text: str = ""  # of a link: where it leads, or that it leads nowhere or into a circle
 
-
+# %% ../../nbs/internals/09_closure.ipynb #fe24c7c2
 def walk(
     top: Path,  # a folder
 ) -> Iterator[Seen]:

@@ -216,7 +216,7 @@ def _load_yaml(path: Path) -> object:
     except OSError as error:
         raise PipelineError(f"can't read the pipeline {path}: {error.strerror}", "Give a pipeline's file") from error
     except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        odd = isinstance(error, LookupError | AttributeError)  # a tag such as !!timestamp before something else
+        odd = isinstance(error, LookupError | AttributeError)  # `!!bool` before something else
         reason = "a value isn't what its tag says" if odd else error
         raise PipelineError(f"{path.name} is no proper YAML: {reason}", f"Correct {path}") from error
 
@@ -419,18 +419,24 @@ def check_pipeline(
     used = []
     for stage in pipeline.stages:
         where = f"{pipeline.where}: stage {stage.name}"
-        for name, value in stage.parameters.items():
-            _check_value(value, name, where)
-        for name in references(dict(stage.parameters)):
-            used.append(name)
-            if name not in parameters:
-                remedy = "Results flow through `inputs`" if "." in name else suggest(name, parameters)
-                raise PipelineError(f"{where} refers to ${{{name}}}, which is no parameter of the pipeline", remedy)
+        used += _check_passed(stage, parameters, where)
         _check_notebook(pipeline, stage, where)
     for name in parameters:
         if name not in used:
             problem = f"{pipeline.where}: no stage uses the parameter {name!r}"
             raise PipelineError(problem, f"Pass ${{{name}}} to a stage, or remove it")
+
+# %% ../../nbs/internals/09_definition.ipynb #102fa0fd
+def _check_passed(stage: Stage, parameters: Sequence[str], where: str) -> list[str]:
+    """What a stage passes can be written into a notebook, and refers to parameters that there are; returns those."""
+    for name, value in stage.parameters.items():
+        _check_value(value, name, where)
+    found = references(dict(stage.parameters))
+    for name in found:
+        if name not in parameters:
+            remedy = "Results flow through `inputs`" if "." in name else suggest(name, parameters)
+            raise PipelineError(f"{where} refers to ${{{name}}}, which is no parameter of the pipeline", remedy)
+    return found
 
 # %% ../../nbs/internals/09_definition.ipynb #18720c51
 def _check_outputs(pipeline: Pipeline) -> None:

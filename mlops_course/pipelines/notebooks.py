@@ -54,7 +54,7 @@ def code_cells(
     except (OSError, KeyError, TypeError) as error:
         raise PipelineError(f"{notebook} can't be read as a notebook: {error!r}", "Open and save it again") from error
 
-
+# %% ../../nbs/internals/09_notebooks.ipynb #58a6c4ec
 def syntax(
     source: str,  # of a code cell
 ) -> ast.Module | None:  # None when it isn't Python

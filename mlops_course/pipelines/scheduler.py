@@ -25,10 +25,10 @@ from typing import Any, Protocol
 
 # %% ../../nbs/internals/09_scheduler.ipynb #23b23ee2
 from ..environment import CourseError, Settings, WorkspaceError, cores, workspace_error
-from .cache import Output
+from .cache import Output, forget, refuse
 from .closure import imported_at_once, reach, written_since
 from .definition import Pipeline, Stage
-from .files import Ledger
+from .files import Ledger, claim, require_unchanged
 from .notebooks import ParameterError, PipelineError
 from .planning import Context, Decision, decide, look_up, path_parameters
 from .results import ResultError, read_result, stage_folder
@@ -380,7 +380,7 @@ def _take(session: Session, decision: Decision, stage_run: StageRun) -> Mapping[
         decision.reasons = [f"its kept result could not be used: {error.problem}"]
         return None
     stage_run.status, stage_run.key, stage_run.results = "cached", entry.key, entry.results
-    session.ledger.claim(decision.stage.name, entry.outputs, _given(session, decision.stage))
+    claim(session.ledger, decision.stage.name, entry.outputs, _given(session, decision.stage))
     return entry.outputs
 
 # %% ../../nbs/internals/09_scheduler.ipynb #ee055d79
@@ -391,15 +391,15 @@ def _make(session: Session, decision: Decision, stage_run: StageRun) -> Mapping[
     session.save()
     session.tell("stage started", stage_run)
     memo, name = session.context.cache.memo, stage.name
-    session.ledger.require_unchanged(memo, f"before stage {name} could begin", set(stage.inputs.values()))  # type: ignore[union-attr]
+    require_unchanged(session.ledger, memo, f"before stage {name} could begin", set(stage.inputs.values()))  # type: ignore[union-attr]
     get_ready(session)
     begin = time.perf_counter()
     outcome = _try(session, decision, stage_run)
     stage_run.peak_memory = outcome.peak_memory
     stage_run.results = read_result(stage_run.notebook)
     outputs = {each: _output(session, stage_run, each, kind) for each, kind in stage.outputs.items()}
-    session.ledger.require_unchanged(memo, f"while stage {name} ran{_beside(session, stage)}")
-    session.ledger.claim(name, outputs, _given(session, stage))
+    require_unchanged(session.ledger, memo, f"while stage {name} ran{_beside(session, stage)}")
+    claim(session.ledger, name, outputs, _given(session, stage))
     _keep(session, decision, stage_run, (outputs, outcome.modules, time.perf_counter() - begin))
     _forget_disputed(session)
     stage_run.status = "done"
@@ -422,7 +422,7 @@ def _forget_disputed(session: Session) -> None:
     for name in set(session.ledger.disputed):
         key = session.record.stage(name).key
         if key is not None:
-            session.context.cache.forget(key)
+            forget(session.context.cache, key)
 
 # %% ../../nbs/internals/09_scheduler.ipynb #8b612007
 def _keep(session: Session, decision: Decision, stage_run: StageRun, made: tuple[Any, ...]) -> None:
@@ -435,7 +435,7 @@ def _keep(session: Session, decision: Decision, stage_run: StageRun, made: tuple
     doubts += [] if modules is not None else ["this engine can't tell which modules it loaded"]
     if doubts:
         stage_run.reasons += [f"not kept: {doubt}" for doubt in doubts]
-        session.context.cache.refuse(decision.parts, *names, doubts)
+        refuse(session.context.cache, decision.parts, *names, doubts)
         return
     what: tuple[Any, ...] = (stage_run.results, outputs, stage_run.notebook, seconds, modules)
     stored = session.context.cache.store(decision.parts, *names, *what)
