@@ -293,21 +293,27 @@ def _described(name: str, path: Path | str, memo: Memo) -> tuple[str, int, str]:
     mark = EXECUTABLE if found.st_mode & stat.S_IXUSR and os.name != "nt" else ""
     return name, found.st_size, memo.hash(path) + mark
 
-
+# %% ../../nbs/internals/09_closure.ipynb #197a4ec0
 def loops(
     path: Path,  # a file or a folder
 ) -> list[str]:  # names of links
-    """The links that lead to a folder around this one: nobody can say what lies behind them. Raises: OSError."""
-    return [each.name for each in walk(path) if each.text.startswith(LOOP)] if path.is_dir() else []
+    """The links that lead to a folder around this one: nobody can say what lies behind them. Raises: SourceError."""
+    try:
+        return [each.name for each in walk(path) if each.text.startswith(LOOP)] if path.is_dir() else []
+    except OSError as error:
+        raise SourceError(f"can't read {path}: {error.strerror or error}", "Look at that path") from error
 
 
 def written_since(
     path: Path,  # a file or a folder
     since: int,  # nanoseconds
 ) -> bool:
-    """Whether anything there, also behind links, was written since, even if it was put back. Raises: OSError."""
-    places = [Path(each.path) for each in walk(path)] if path.is_dir() else [path]
-    looks = [place.lstat() for place in places] + [place.stat() for place in places if place.exists()]
+    """Whether anything there, also behind links, was written since, even if it was put back, or can't be read now."""
+    try:
+        places = [Path(each.path) for each in walk(path)] if path.is_dir() else [path]
+        looks = [place.lstat() for place in places] + [place.stat() for place in places if place.exists()]
+    except OSError:
+        return True
     return any(max(look.st_ctime_ns, look.st_mtime_ns) >= since for look in looks)
 
 # %% ../../nbs/internals/09_closure.ipynb #ec1edd13
