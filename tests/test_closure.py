@@ -445,6 +445,8 @@ UNSEEN = {
     "from importlib.util import spec_from_file_location as find": "spec_from_file_location",
     "from importlib.machinery import SourceFileLoader\nSourceFileLoader('h', path).load_module()": "SourceFileLoader",
     "import runpy\nvalues = runpy.run_path('h.py')": "run_path",
+    "import runpy as other\nvalues = other.run_path('h.py')": "run_path",
+    "import runpy\nrun = runpy.run_path\nrun('h.py')": "run_path",
     "x = 1\n%run h.py": "%run",
     "%time %run h.ipynb": "%run",
     "%load h.py": "%load",
@@ -456,7 +458,7 @@ UNSEEN = {
 }
 SEEN = ["exec('x = 1')", "exec(compile('x = 1', 'here', 'exec'))", "eval(text)", "frame.eval('a + b')"]
 SEEN += ["%load_ext autoreload", "%matplotlib inline", "!ls *.py", "text = '''\n%run h.py\n'''", "run = load = 1\nrun"]
-SEEN += ["# exec(open('h.py').read())", "%%time\nx = 1", "!pip list", "cursor.exec(sql)"]
+SEEN += ["# exec(open('h.py').read())", "%%time\nx = 1", "!pip list", "cursor.exec(sql)", "self.run_path = 1"]
 SEEN += ["import importlib\nimportlib.import_module('json')"]
 
 

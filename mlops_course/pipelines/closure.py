@@ -420,10 +420,13 @@ def unfollowed(
     found = set()
     for node in ast.walk(tree):
         names = [alias.name for alias in node.names] if isinstance(node, ast.ImportFrom) else []
-        names += [getattr(node, "attr", getattr(node, "id", ""))] if isinstance(node, ast.Attribute | ast.Name) else []
+        if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") in ("runpy", "imp", "util", "machinery"):
+            names.append(node.attr)
+        if isinstance(node, ast.Call):
+            called = str(getattr(node.func, "attr", getattr(node.func, "id", "")))
+            names.append(called)
+            found |= {called} if _executes_unseen(node) else set()
         found |= _LOADERS & set(names)
-        if isinstance(node, ast.Call) and _executes_unseen(node):
-            found.add(str(getattr(node.func, "attr", getattr(node.func, "id", ""))))
     return sorted(found)
 
 # %% ../../nbs/internals/09_closure.ipynb #6a00618e
