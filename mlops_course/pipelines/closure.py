@@ -222,7 +222,7 @@ def hash_files(
 LOOP = "loop to "  # begins the entry of a link that can't be followed
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Seen:
     """Something below a folder."""
 
@@ -239,16 +239,17 @@ def walk(
     followed, waiting = {os.path.realpath(top): ""}, [(os.fspath(top), "")]
     while waiting:
         folder, name = waiting.pop()
-        names = sorted(os.listdir(folder))  # noqa: PTH208 (thousands of them)
-        yield Seen(f"{name or '.'}/", folder, "folder" if names else "empty")
-        for each in names:
-            path, inner = os.path.join(folder, each), f"{name}/{each}" if name else each  # noqa: PTH118
-            text = _leads_to(path, inner, followed) if os.path.islink(path) else ""  # noqa: PTH114
-            if not text and os.path.isdir(path):  # noqa: PTH112
-                waiting.append((path, inner))
-                followed.update({os.path.realpath(path): inner} if os.path.islink(path) else {})  # noqa: PTH114
+        with os.scandir(folder) as entries:
+            inside = sorted(entries, key=lambda entry: entry.name)
+        yield Seen(f"{name or '.'}/", folder, "folder" if inside else "empty")
+        for each in inside:
+            inner = f"{name}/{each.name}" if name else each.name
+            text = _leads_to(each.path, inner, followed) if each.is_symlink() else ""
+            if not text and each.is_dir():
+                waiting.append((each.path, inner))
+                followed.update({os.path.realpath(each.path): inner} if each.is_symlink() else {})
             else:
-                yield Seen(inner, path, "link" if text else "file", text)
+                yield Seen(inner, each.path, "link" if text else "file", text)
 
 # %% ../../nbs/internals/09_closure.ipynb #ede4b4c3
 def _leads_to(path: str, name: str, followed: Mapping[str, str]) -> str:
