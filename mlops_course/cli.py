@@ -466,7 +466,8 @@ def show_run(
         print_json(found)
         return
     heads = ("id", "status", "started", "seconds", "parameters", "error", "folder")
-    code = {key: found.get("fingerprint", {}).get(key) for key in ("commit", "dirty", "python")}
+    known = {key: found.get("fingerprint", {}).get(key) for key in ("commit", "dirty", "python")}
+    code = {"commit": "none"} | {key: value for key, value in known.items() if value is not None}
     print_all(table("run, ", [[key, found.get(key)] for key in heads] + [["code", code]]))
     columns = ("name", "status", "seconds", "parameters", "outputs", "error")
     shown = [[_brief(stage.get(key)) for key in columns] for stage in found.get("stages", [])]

@@ -19,9 +19,12 @@ from deltalake import DeltaTable, write_deltalake
 
 from mlops_course.environment import Settings
 from mlops_course.experiments import _make_store, quiet_mlflow
-from mlops_course.pipelines.cache import YOUNG, Cache, Entry, Found, Output, OutputError, Parts, explain
+from mlops_course.pipelines.cache import YOUNG, Cache, Entry, Found, Output, OutputError, Parts, explain, refuse
+from mlops_course.pipelines.results import stage_folder
 
 CODE = "from helper import double\nresult = double(rows)"
+
+posix_only = pytest.mark.skipif(os.name == "nt", reason="permissions of POSIX")
 
 
 def notebook_text(*cells: str, failed: bool = False) -> str:
@@ -62,7 +65,8 @@ class Stage:
         outputs = {}
         for name, kind in parts.outputs.items():
             value = results[name]
-            outputs[name] = value if isinstance(value, Output) else self.cache.describe(kind, value, folder)
+            own = stage_folder(folder, "stage")
+            outputs[name] = value if isinstance(value, Output) else self.cache.describe(kind, value, own)
             results[name] = outputs[name].value
         return self.cache.store(parts, "demo", "stage", results, outputs, executed, 1.5, modules)
 
@@ -257,14 +261,28 @@ def test_a_table_with_a_checkpoint_and_a_tidied_log_is_described(settings: Setti
     assert any("checkpoint" in name for name, *_ in after.files)
 
 
+def test_a_table_can_lie_below_the_name_of_its_use_case(settings: Settings) -> None:
+    cache = Cache(settings)
+    write_table(settings, "features", {"x": [1]})
+    reference = write_table(settings, "flight-delay/features", {"x": [2]})
+    found = cache.describe("table", {"all": [reference]})
+    assert found.content != cache.describe("table", {"all": ["features@0"]}).content
+    assert all(name.startswith("home:data/flight-delay/features/") for name, _, _ in found.files)
+
+
 def test_strange_partition_names_are_found(settings: Settings) -> None:
     reference = write_table(settings, "t", {"p": ["a/b c%20", "ü=1"], "x": [1, 2]}, partition_by=["p"])
     assert len(Cache(settings).describe("table", reference).files) == 3
 
 
-@pytest.mark.parametrize("value", ["t@7", "nothing@0", "t", "t@latest", "../t@0", None, 3, ["t@9"], "t@-1"])
+NO_VERSIONS = ["t@7", "nothing@0", "t", "t@latest", "../t@0", None, 3, ["t@9"], "t@-1"]
+NO_VERSIONS += ["a/../t@0", "a/../../data/t@0", "/t@0", "a//t@0", "a/@0", "./t@0", "a\\t@0", "a/t@0@1"]
+
+
+@pytest.mark.parametrize("value", NO_VERSIONS)
 def test_what_is_no_version_is_refused(settings: Settings, value: Any) -> None:
     write_table(settings, "t", {"x": [1]})
+    write_table(settings, "a/t", {"x": [1]})
     with pytest.raises(OutputError):
         Cache(settings).describe("table", value)
 
@@ -366,12 +384,14 @@ def test_a_damaged_store_is_a_miss(stage: Stage, run_id: str) -> None:
 # ---------------------------------------------------------------- files
 
 
-@pytest.mark.parametrize("how", ["relative", "in the run's folder", "in the workspace", "outside"])
+@pytest.mark.parametrize("how", ["relative", "in its own folder", "in the run's folder", "in the workspace", "outside"])
 @pytest.mark.parametrize("what", ["file", "folder"])
 @pytest.mark.parametrize("then", ["gone", "changed", "there"])
 def test_files_are_put_back(stage: Stage, tmp_path: Path, how: str, what: str, then: str) -> None:
     first = stage.cache.settings.runs / "run-1"
-    base = {"relative": first, "in the run's folder": first, "in the workspace": stage.cache.settings.home}
+    own = stage_folder(first, "stage")
+    base = {"relative": own, "in its own folder": own, "in the run's folder": first}
+    base["in the workspace"] = stage.cache.settings.home
     path = base.get(how, tmp_path / "outside") / "out" / "report ü.html"
     inner = path / "deep" / "page.html" if what == "folder" else path
     inner.parent.mkdir(parents=True)
@@ -387,14 +407,125 @@ def test_files_are_put_back(stage: Stage, tmp_path: Path, how: str, what: str, t
     assert found.entry is not None, found.reasons
     second = stage.run_folder()
     entry = stage.cache.restore(found.entry, second / "01_stage.ipynb")
-    moved = how in ("relative", "in the run's folder")
-    place = second / "out" / "report ü.html" if moved else path
+    moved = stage_folder(second, "stage")
+    folders = {"in the run's folder": second, "relative": moved, "in its own folder": moved}
+    place = folders[how] / "out" / "report ü.html" if how in folders else path
     assert entry.results["report"] == ("out/report ü.html" if how == "relative" else str(place))
     page = place / "deep" / "page.html" if what == "folder" else place
     assert page.read_text(encoding="utf-8") == "<p>first</p>"
     page.write_text("it can be written", encoding="utf-8")
     assert stage.lookup(parts), "and that does not touch the copy"
     assert (second / "01_stage.ipynb").read_bytes() == (first / "01_stage.ipynb").read_bytes()
+
+
+def put_back(stage: Stage, parts: Parts, run: Path) -> Entry:
+    """The entry as another process finds it, put into a run's folder."""
+    found = stage.lookup(parts)
+    assert found.entry is not None, found.reasons
+    return stage.cache.restore(found.entry, run / "01_stage.ipynb")
+
+
+@posix_only
+@pytest.mark.parametrize("mode", [0o755, 0o700, 0o600, 0o444, 0o664, 0o640])
+@pytest.mark.parametrize("what", ["file", "folder"])
+def test_permissions_are_put_back(stage: Stage, mode: int, what: str) -> None:
+    own = stage_folder(stage.cache.settings.runs / "run-1", "stage")
+    inner = own / "out" / "tool" if what == "folder" else own / "out"
+    inner.parent.mkdir(parents=True)
+    inner.write_text("#!/bin/sh\necho ran\n", encoding="utf-8")
+    inner.chmod(mode)
+    parts = stage.parts(outputs={"out": "file"})
+    assert stage.store(parts, out="out")
+    second = stage.run_folder()
+    entry = put_back(stage, parts, second)
+    restored = second / inner.relative_to(own.parent.parent)
+    assert restored.stat().st_mode & 0o777 == mode
+    if mode & 0o100:
+        assert subprocess.run([restored], capture_output=True, text=True, check=True).stdout == "ran\n"
+    assert stage.cache.verify() == []
+    assert stage.cache.describe("file", "out", stage_folder(second, "stage")).content == entry.outputs["out"].content
+
+
+@posix_only
+def test_an_executable_file_is_another_content_and_other_permissions_are_not(stage: Stage, tmp_path: Path) -> None:
+    tool = tmp_path / "tool"
+    tool.touch()
+    contents = {}
+    for mode in (0o644, 0o600, 0o664, 0o755, 0o700):
+        tool.chmod(mode)
+        contents[mode] = stage.cache.describe("file", str(tool)).content
+    assert contents[0o644] == contents[0o600] == contents[0o664] != contents[0o755] == contents[0o700]
+
+
+@pytest.mark.parametrize("what", ["file", "folder"])
+@pytest.mark.parametrize("where", ["beside it", "absolute, beside it", "elsewhere"])
+def test_a_linked_output_is_put_back(stage: Stage, tmp_path: Path, what: str, where: str) -> None:
+    own = stage_folder(stage.cache.settings.runs / "run-1", "stage")
+    target = (tmp_path if where == "elsewhere" else own) / "models" / "v7"
+    inner = target / "model.txt" if what == "folder" else target
+    inner.parent.mkdir(parents=True)
+    inner.write_text("seven", encoding="utf-8")
+    own.mkdir(parents=True, exist_ok=True)
+    (own / "latest").symlink_to("models/v7" if where == "beside it" else target, target_is_directory=what == "folder")
+    parts = stage.parts(outputs={"model": "file"})
+    assert stage.store(parts, model="latest")
+    shutil.rmtree(own)
+    shutil.rmtree(tmp_path / "models", ignore_errors=True)
+    second = stage.run_folder()
+    entry = put_back(stage, parts, second)
+    latest = stage_folder(second, "stage") / "latest"
+    assert Path(entry.outputs["model"].blob) == latest
+    assert (latest / "model.txt" if what == "folder" else latest).read_text(encoding="utf-8") == "seven"
+    assert latest.is_symlink() == (where != "elsewhere")
+    if latest.is_symlink():
+        assert latest.resolve() == (stage_folder(second, "stage") / "models" / "v7").resolve()
+    put_back(stage, parts, second)  # once more, over what is there
+    shutil.rmtree(stage_folder(second, "stage") / "models", ignore_errors=True)  # now the link leads nowhere
+    put_back(stage, parts, second)
+    assert (latest / "model.txt" if what == "folder" else latest).read_text(encoding="utf-8") == "seven"
+
+
+def test_links_inside_a_folder_are_put_back(stage: Stage, tmp_path: Path) -> None:
+    own = stage_folder(stage.cache.settings.runs / "run-1", "stage")
+    (own / "out" / "v1").mkdir(parents=True)
+    (own / "out" / "v1" / "a.txt").write_text("a", encoding="utf-8")
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared" / "b.txt").write_text("b", encoding="utf-8")
+    (own / "out" / "latest").symlink_to(own / "out" / "v1", target_is_directory=True)
+    (own / "out" / "a.txt").symlink_to("v1/a.txt")
+    (own / "out" / "shared").symlink_to(tmp_path / "shared", target_is_directory=True)
+    (own / "out" / "nothing").symlink_to("gone")
+    parts = stage.parts(outputs={"out": "file"})
+    assert stage.store(parts, out="out")
+    shutil.rmtree(own)
+    shutil.rmtree(tmp_path / "shared")
+    second = stage.run_folder()
+    put_back(stage, parts, second)
+    out = stage_folder(second, "stage") / "out"
+    assert [(out / name).readlink().as_posix() for name in ("latest", "a.txt", "nothing")] == ["v1", "v1/a.txt", "gone"]
+    assert (out / "latest" / "a.txt").read_text(encoding="utf-8") == "a"
+    assert (out / "shared" / "b.txt").read_text(encoding="utf-8") == "b"
+
+
+def test_a_folder_with_a_link_around_itself_is_refused(stage: Stage, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "up").symlink_to("..", target_is_directory=True)
+    with pytest.raises(OutputError, match="has a link 'up' to a folder in which it lies itself"):
+        stage.cache.describe("file", str(tmp_path / "out"))
+
+
+def test_a_workspace_behind_a_link_moves_as_well(settings: Settings, tmp_path: Path) -> None:
+    """A stage asks where it stands, and gets another name of the same folder."""
+    settings.home.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "link").symlink_to(settings.home, target_is_directory=True)
+    stage = Stage(Settings(home=tmp_path / "link", tracking_uri=None), tmp_path / "project")
+    real = stage_folder(settings.home / "runs" / "run-1", "stage") / "a.txt"
+    real.parent.mkdir(parents=True)
+    real.write_text("a", encoding="utf-8")
+    parts = stage.parts(outputs={"a": "file"})
+    assert stage.store(parts, a=str(real))
+    second = stage.run_folder()
+    assert put_back(stage, parts, second).results["a"] == str(stage_folder(second, "stage") / "a.txt")
 
 
 def test_copies_are_read_only_and_keep_their_names(stage: Stage, tmp_path: Path) -> None:
@@ -794,6 +925,23 @@ def test_pruning_leaves_a_young_copy_alone(stage: Stage) -> None:
     assert stage.cache.prune().copies == 0, "it was used again just now"
     age(stage.cache.folder)
     assert stage.cache.prune().copies == 1
+
+
+def test_a_result_that_was_not_kept_is_explained(stage: Stage) -> None:
+    parts = stage.parts()
+    text = stage.helper.read_text(encoding="utf-8")
+    stage.helper.write_text("double = abs", encoding="utf-8")
+    stage.helper.write_text(text, encoding="utf-8")
+    assert not stage.store(parts)
+    assert stage.lookup(stage.parts()).reasons == ["its last result was not kept: helper changed while it ran"]
+    assert stage.store(stage.parts())
+    assert stage.lookup(stage.parts())
+    other = stage.parts(parameters={"rows": 1})
+    assert stage.lookup(other).reasons == ["parameter rows changed (nothing -> 1)"]
+    refuse(stage.cache, other, "demo", "stage", ["source changed while it ran"])
+    assert stage.lookup(other).reasons == ["its last result was not kept: source changed while it ran"]
+    third = stage.parts(parameters={"rows": 2})
+    assert stage.lookup(third).reasons == ["parameter rows changed (nothing -> 2)"]
 
 
 def test_a_pruned_result_is_explained(stage: Stage) -> None:

@@ -367,6 +367,7 @@ def test_runs_can_be_shown_and_compared(greet: Path) -> None:
     shown = json.loads(course("runs", "show", "--json").stdout)
     assert (shown["id"], shown["parameters"]["month"]) == (ids[0], "2013-11")
     assert ids[1] in course("runs", "show", ids[1]).stdout
+    assert "commit none" in course("runs", "show", ids[1]).stdout, "the pipeline lies in no repository"
     different = json.loads(course("runs", "diff", ids[1], "--json").stdout)
     assert different["parameters.month"] == ["2013-10", "2013-11"]
     assert "2013-11" in course("runs", "diff", ids[1], ids[0]).stdout

@@ -26,11 +26,15 @@ from mlops_course.pipelines.closure import (
     find_module_file,
     hash_files,
     installed_packages,
+    list_files,
+    loops,
     own_cells,
     portable_name,
     reach,
     unseen,
 )
+
+posix_only = pytest.mark.skipif(os.name == "nt", reason="permissions and pipes of POSIX")
 
 
 def write_notebook(path: Path, *cells: str, tags: Iterable[str] = (), **extra: object) -> Path:
@@ -123,8 +127,8 @@ def test_a_value_that_json_gave_back_has_the_same_key(value: object) -> None:
 
 
 @given(st.dictionaries(st.text(), st.integers(), min_size=2))
-def test_the_order_of_keys_does_not_count(value: dict[str, int]) -> None:
-    assert canonical(dict(reversed(value.items()))) == canonical(value)
+def test_the_order_of_keys_counts(value: dict[str, int]) -> None:
+    assert canonical(dict(reversed(value.items()))) != canonical(value)
 
 
 def test_a_value_without_a_plain_form_is_refused_by_name() -> None:
@@ -169,6 +173,106 @@ def test_whatever_changes_a_folder_is_seen(tmp_path: Path, change: str) -> None:
     else:
         (folder / "link").symlink_to(tmp_path, target_is_directory=True)
     assert content_of(folder) != before
+
+
+LINKED = ["changed", "added", "removed", "other target", "same size and time"]
+
+
+@pytest.mark.parametrize("change", LINKED)
+@pytest.mark.parametrize("depth", ["a link", "a link behind a link"])
+def test_what_lies_behind_a_linked_folder_counts(tmp_path: Path, change: str, depth: str) -> None:
+    real, folder = tmp_path / "real", tmp_path / "source"
+    file = write(real / "inner" / "d.csv", "old")
+    write(tmp_path / "other" / "inner" / "d.csv", "new")
+    write(folder / "k.csv", "k")
+    between = tmp_path / "between"
+    between.mkdir()
+    (between / "down").symlink_to(real, target_is_directory=True)
+    target = real if depth == "a link" else between
+    (folder / "current").symlink_to(os.path.relpath(target, folder), target_is_directory=True)
+    memo = Memo()
+    settle(file)
+    before, times = canonical(folder, memo), file.stat()
+    assert canonical(folder, memo) == before
+    if change == "changed":
+        file.write_text("something else", encoding="utf-8")
+    elif change == "added":
+        write(real / "e.csv", "")
+    elif change == "removed":
+        file.unlink()
+    elif change == "other target":
+        link = folder / "current" if depth == "a link" else between / "down"
+        link.unlink()
+        link.symlink_to(tmp_path / "other", target_is_directory=True)
+    else:
+        file.write_text("new", encoding="utf-8")
+        os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert canonical(folder, memo) != before
+
+
+def test_links_inside_and_outside_are_the_same_content_as_a_copy_of_them(tmp_path: Path) -> None:
+    """What a listing describes can be copied, and the copy has the same listing."""
+    write(tmp_path / "real" / "deep" / "a.csv", "a")
+    (tmp_path / "real" / "to_deep").symlink_to("deep", target_is_directory=True)
+    folder = tmp_path / "source"
+    write(folder / "v1" / "b.csv", "b")
+    (folder / "latest").symlink_to(folder / "v1", target_is_directory=True)  # absolute, and inside all the same
+    (folder / "b.csv").symlink_to("v1/b.csv")
+    (folder / "a.csv").symlink_to(tmp_path / "real" / "deep" / "a.csv")
+    (folder / "outside").symlink_to(tmp_path / "real", target_is_directory=True)
+    copy = tmp_path / "elsewhere" / "source"
+    write(copy / "v1" / "b.csv", "b")
+    (copy / "latest").symlink_to("v1", target_is_directory=True)
+    (copy / "b.csv").symlink_to("v1/b.csv")
+    write(copy / "a.csv", "a")
+    write(copy / "outside" / "deep" / "a.csv", "a")
+    (copy / "outside" / "to_deep").symlink_to("deep", target_is_directory=True)
+    assert list_files(folder) == list_files(copy)
+
+
+def test_links_that_lead_in_a_circle_come_to_an_end(tmp_path: Path) -> None:
+    folder = tmp_path / "project" / "source"
+    write(folder / "a.csv", "a")
+    (folder / "self").symlink_to(".", target_is_directory=True)
+    for one, other in (("left", "right"), ("right", "left")):
+        write(tmp_path / one / f"{one}.csv", one)
+        (tmp_path / one / "over").symlink_to(tmp_path / other, target_is_directory=True)
+    (folder / "left").symlink_to(tmp_path / "left", target_is_directory=True)
+    names = [name for name, _, _ in list_files(folder)]
+    assert names == ["a.csv", "left/left.csv", "left/over/over", "left/over/right.csv", "self"]
+    for level in range(12):  # each level is reached in two ways: 2 to the power of 12 paths
+        write(tmp_path / f"level{level}" / "file", "")
+        for way in ("one", "two"):
+            (tmp_path / f"level{level}" / way).symlink_to(tmp_path / f"level{level + 1}", target_is_directory=True)
+    (folder / "levels").symlink_to(tmp_path / "level0", target_is_directory=True)
+    assert len(list_files(folder)) < 60
+    assert loops(folder) == []
+    (folder / "up").symlink_to("../..", target_is_directory=True)
+    assert loops(folder) == ["up"]
+    assert ("up", 0, "loop to ../..") in list_files(folder)
+
+
+def test_a_link_to_nothing_counts_by_its_target(tmp_path: Path) -> None:
+    write(tmp_path / "folder" / "a", "")
+    (tmp_path / "folder" / "gone").symlink_to("../nothing")
+    before = content_of(tmp_path / "folder")
+    write(tmp_path / "nothing", "")
+    assert content_of(tmp_path / "folder") != before
+
+
+@posix_only
+def test_what_may_be_executed_counts_and_a_pipe_is_no_file(tmp_path: Path) -> None:
+    tool = write(tmp_path / "tools" / "run.sh", "#!/bin/sh\n")
+    one, all_of_them = content_of(tool), content_of(tmp_path / "tools")
+    tool.chmod(0o664)
+    assert (content_of(tool), content_of(tmp_path / "tools")) == (one, all_of_them)
+    tool.chmod(0o755)
+    assert content_of(tool) != one
+    assert content_of(tmp_path / "tools") != all_of_them
+    os.mkfifo(tmp_path / "tools" / "pipe")
+    for path in (tmp_path / "tools", tmp_path / "tools" / "pipe"):
+        with pytest.raises(SourceError, match="pipe is no file"):
+            content_of(path)
 
 
 def remembered(memo: Memo, path: Path) -> bool:
@@ -329,6 +433,55 @@ def test_each_way_to_import_is_seen(tmp_path: Path, cell: str) -> None:
     write(tmp_path / "pkg" / "__init__.py")
     write(tmp_path / "pkg" / "one.py")
     assert set(reached(tmp_path, cell).modules) == {"pkg", "pkg.one"}
+
+
+UNSEEN = {
+    "exec(open('h.py').read())": "exec",
+    "exec(Path(name).read_text(), {})": "exec",
+    "exec(compile(open(path).read(), path, 'exec'))": "exec",
+    "import builtins\nbuiltins.exec(code)": "exec",
+    "x = eval(open('h.py').read())": "eval",
+    "import importlib.util as u\nspec = u.spec_from_file_location('h', path)": "spec_from_file_location",
+    "from importlib.util import spec_from_file_location as find": "spec_from_file_location",
+    "from importlib.machinery import SourceFileLoader\nSourceFileLoader('h', path).load_module()": "SourceFileLoader",
+    "import runpy\nvalues = runpy.run_path('h.py')": "run_path",
+    "import runpy as other\nvalues = other.run_path('h.py')": "run_path",
+    "import runpy\nrun = runpy.run_path\nrun('h.py')": "run_path",
+    "x = 1\n%run h.py": "%run",
+    "%time %run h.ipynb": "%run",
+    "%load h.py": "%load",
+    "run h.py": "run",
+    "get_ipython().run_line_magic('run', 'h.py')": "run_line_magic",
+    "get_ipython().magic('run h.py')": "magic",
+    "!python h.py --fast": "!python",
+    "%%time\nexec(text)": "exec",
+}
+SEEN = ["exec('x = 1')", "exec(compile('x = 1', 'here', 'exec'))", "eval(text)", "frame.eval('a + b')"]
+SEEN += ["%load_ext autoreload", "%matplotlib inline", "!ls *.py", "text = '''\n%run h.py\n'''", "run = load = 1\nrun"]
+SEEN += ["# exec(open('h.py').read())", "%%time\nx = 1", "!pip list", "cursor.exec(sql)", "self.run_path = 1"]
+SEEN += ["import importlib\nimportlib.import_module('json')"]
+
+
+@pytest.mark.parametrize("cell", [*UNSEEN, *SEEN])
+def test_code_that_is_read_from_a_file_is_told(tmp_path: Path, cell: str) -> None:
+    notebook = write_notebook(tmp_path / "n.ipynb", cell)
+    what = UNSEEN.get(cell)
+    expected = (f"its notebook says {what}, and I can't follow that",) if what else ()
+    assert reach(notebook).unfollowed == expected
+
+
+def test_a_module_that_reads_code_from_a_file_is_told_by_name(tmp_path: Path) -> None:
+    write(tmp_path / "helper.py", "import plugins\n")
+    write(tmp_path / "plugins.py", "def load(path):\n    exec(open(path).read())\n")
+    notebook = write_notebook(tmp_path / "n.ipynb", "import helper\nfrom mlops_course.course import running")
+    assert reach(notebook, [tmp_path]).unfollowed == ("plugins says exec, and I can't follow that",)
+
+
+def test_a_module_run_by_its_name_is_followed(tmp_path: Path) -> None:
+    write(tmp_path / "helper.py", "x = 1\n")
+    notebook = write_notebook(tmp_path / "n.ipynb", "import runpy\nrunpy.run_module('helper')")
+    found = reach(notebook, [tmp_path])
+    assert ("helper" in found.modules, found.unfollowed) == (True, ())
 
 
 def test_a_cell_in_another_language_imports_nothing(tmp_path: Path) -> None:

@@ -369,8 +369,8 @@ def test_a_stage_reads_what_the_stages_before_it_recorded(
     assert "hidden" not in saved and "the token is ***" in saved
     assert sorted(path.name for path in folder.iterdir()) == [
         "end.ipynb",
+        "files",
         "left.ipynb",
-        "note.txt",
         "right_one.ipynb",
         "start.ipynb",
     ]
@@ -399,7 +399,7 @@ def test_a_stage_is_tried_again_when_asked(demo: Pipeline, tmp_path: Path, monke
     with pytest.raises(CourseError, match="AssertionError"):
         run_stage(replace(demo, stages=stages), "start", tmp_path / "once", {"month": "2013-10"})
     found = run_stage(replace(demo, stages=stages), "start", tmp_path / "run", {"month": "2013-10"}, retry=True)
-    assert found["letters"] == 18 and (tmp_path / "run" / "tries").read_text() == "xx"
+    assert found["letters"] == 18 and (tmp_path / "run" / "files" / "start" / "tries").read_text() == "xx"
 
 
 def test_the_program_takes_parameters_from_the_environment(

@@ -9,10 +9,12 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import nbformat
+import numpy as np
 import psutil
 import pytest
 
@@ -32,12 +34,14 @@ from mlops_course.pipelines import (
     find_pipeline,
     list_pipelines,
     list_runs,
+    plan,
     read_result,
     record_result,
     run,
 )
 from mlops_course.pipelines.definition import TYPES, fill, references
 from mlops_course.pipelines.notebooks import Taken, notebook_parameters, recorded_names
+from mlops_course.pipelines.runs import repository
 from mlops_course.pipelines.scheduler import stage_environment
 from mlops_course.pipelines.workers import GRACE
 
@@ -332,6 +336,92 @@ def test_a_mistake_in_the_file_is_named(demo: Path, old: str, new: str, message:
     assert "\n" not in str(caught.value)
 
 
+UNFIT = {
+    "2013-01-01": r'x = 2013-01-01, which is a date: .* Write it as text, in quotes: "2013-01-01"',
+    "2013-01-01 10:00:00": r"x = 2013-01-01 10:00:00, which is a datetime",
+    "{days: [2013-01-01]}": r"x\.days\[0\] = 2013-01-01, which is a date",
+    "!!binary aGk=": "x = b'hi', which is of type bytes",
+    "!!set {a, b}": "x = {'.', '.'}, which is of type set",
+    "!!omap [a: 1]": r"x\[0\] = \('a', 1\), which is of type tuple",
+    ".nan": "x = nan, which is no finite number",
+    "[1, -.inf]": r"x\[1\] = -inf, which is no finite number",
+    "{2013: late}": r'which is a dictionary with the key 2013, which isn\'t text.*Write it in quotes: "2013"',
+    "{a: {0: b}}": r"x\.a = .* a dictionary with the key 0,",
+    "{null: b}": "a dictionary with the key None",
+    r'"half \ud800"': r"x = 'half \\ud800', which is text with half of a character in it|no proper YAML",
+    r'{"\ud800": 1}': "text with half of a character|no proper YAML",
+    "0x" + 5000 * "f": "x = a number, which is a whole number with too many digits",
+    5000 * "9": "no proper YAML",
+    "2013-13-45": "no proper YAML: month must be in 1..12",
+    "!!timestamp soon": "no proper YAML: a value isn't what its tag says",
+    "!!bool perhaps": "no proper YAML: a value isn't what its tag says",
+    "!!int many": "no proper YAML: invalid literal",
+    1500 * "[" + 1500 * "]": "no proper YAML|recursion",
+}
+
+
+@pytest.mark.parametrize("value", UNFIT)
+def test_a_value_that_no_notebook_can_get_is_refused_before_anything_runs(
+    tmp_path: Path, settings: Settings, value: str
+) -> None:
+    write_notebook(tmp_path / "only.ipynb", "x = None", "x")
+    text = f"name: odd\nstages:\n  - name: only\n    notebook: only.ipynb\n    parameters:\n      x: {value}\n"
+    (tmp_path / "odd.yaml").write_text(text, encoding="utf-8")
+    for attempt in (plan, run):
+        with pytest.raises(PipelineError, match=UNFIT[value]):
+            attempt(tmp_path / "odd.yaml", settings=settings)
+    assert not list(settings.runs.glob("*"))
+
+
+def test_values_from_python_are_held_against_the_same_rule(tmp_path: Path) -> None:
+    write_notebook(tmp_path / "only.ipynb", "x = None", "x")
+    circle: list[Any] = [1]
+    circle.append(circle)
+    for value in ((1, 2), tmp_path, {1}, object(), "\ud800", {"\ud800": 1}, np.int64(3), circle, {"a": circle}):
+        with pytest.raises(PipelineError, match=r"pipeline odd: stage only passes x.* a notebook can't get that"):
+            Pipeline("odd", (Stage("only", tmp_path / "only.ipynb", {"x": value}),))
+    shared = [1, 2]  # twice the same list is no circle
+    for value in (2**70, -1.5, True, None, "ü", [], {}, {"a": [shared, shared, {"b": None}]}):
+        Pipeline("odd", (Stage("only", tmp_path / "only.ipynb", {"x": value}),))
+
+
+def test_text_that_cannot_be_written_is_refused() -> None:
+    for kind in ("text", "path"):
+        with pytest.raises(ParameterError, match=r"parameter x is 'a\\udce4', but should be"):
+            Parameter("x", kind, required=True).convert("a\udce4")
+
+
+def test_a_stage_whose_notebook_is_a_module_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text("print(1)\n")
+    pipeline = write_pipeline(tmp_path, "name: one\nstages: [{name: train, notebook: train.py}]\n")
+    with pytest.raises(PipelineError, match=r"train\.py can't be read as a notebook: it isn't JSON\. Name a notebook"):
+        Pipeline.read(pipeline)
+
+
+def test_a_run_names_the_commit_of_its_pipelines_repository(
+    tmp_path: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    clone = tmp_path / "clone"
+    (clone / "pipelines").mkdir(parents=True)
+    pipeline = one_stage(clone / "pipelines", "1")
+    (tmp_path / "alone").mkdir()
+    alone = one_stage(tmp_path / "alone", "1")
+    git = ["git", "-C", str(clone), "-c", "user.name=me", "-c", "user.email=me@example.org"]
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *command], check=True)
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    placed = replace(pipeline, path=clone / "pipelines" / "p.yaml")
+    code = run(placed, settings=settings).fingerprint
+    assert (code["commit"], code["dirty"]) == (commit, False)
+    (clone / "new").touch()
+    assert run(placed, settings=settings).fingerprint["dirty"]
+    code = run(replace(alone, path=tmp_path / "alone" / "p.yaml"), settings=settings).fingerprint
+    assert (code["commit"], code["dirty"]) == (None, None)
+    assert repository(find_pipeline("training").folder) is None, "the course's own: its clone, or what its wheel says"
+
+
 def test_stages_that_wait_for_each_other_are_named(tmp_path: Path) -> None:
     for name, needed, made in [("one", "c", "a"), ("two", "a", "b"), ("three", "b", "c")]:
         write_notebook(tmp_path / f"{name}.ipynb", f"{needed}: int = None", f"record_result({made}=1)")
@@ -601,7 +691,7 @@ def test_a_stage_has_this_python_its_own_folder_and_the_settings(
     record = run(pipeline, settings=Settings(home=settings.home, seed=7, threads=None))
     assert record.results["only"] == {
         "python": sys.executable,
-        "folder": str(record.folder),
+        "folder": str(record.folder / "files" / "only"),
         "home": str(settings.home),
         "seed": 7,
         "threads": None,
@@ -687,7 +777,7 @@ def test_a_run_stopped_at_its_very_beginning_has_its_record(
         if kind == "run started":
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def looks_around() -> dict[str, Any]:
+    def looks_around(*clone: Path) -> dict[str, Any]:
         assert not settings.runs.exists() or not list(settings.runs.iterdir()), "no folder before there is a record"
         return {"python": "3"}
 

@@ -185,6 +185,146 @@ def test_files_at_a_path_count_by_their_content(tmp_path: Path, settings: Settin
     assert statuses(run(pipeline, {"source": data}, settings)) == {"read": "cached"}
 
 
+def test_whatever_the_supplier_changes_in_a_folder_is_seen(tmp_path: Path, settings: Settings) -> None:
+    read = "from pathlib import Path\nnames = sorted(Path(source).rglob('*.csv'))\n"
+    read += "names += Path(source, 'current').glob('*.csv')\n"
+    write_notebook(
+        tmp_path / "ingest.ipynb",
+        "source: str = None",
+        RECORD + read + "record_result(periods={path.name: path.read_text() for path in names})",
+    )
+    pipeline = write_pipeline(
+        tmp_path,
+        """
+        name: months
+        parameters: {source: {type: path}}
+        stages:
+          - {name: ingest, notebook: ingest.ipynb, parameters: {source: "${source}"}, outputs: {periods: value}}
+        """,
+    )
+    source, behind = tmp_path / "source", tmp_path / "behind"
+    for path in (source / "inner", behind):
+        path.mkdir(parents=True)
+    first, inner, linked = source / "2013-01.csv", source / "inner" / "2013-02.csv", behind / "2013-03.csv"
+    for path in (first, inner, linked):
+        path.write_text("old")
+    (source / "current").symlink_to(behind, target_is_directory=True)
+    times = first.stat()
+
+    def correct(path: Path) -> None:
+        path.write_text("new")
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+    def replace(path: Path) -> None:
+        (tmp_path / "other").write_text("neu")
+        (tmp_path / "other").replace(path)
+
+    changes = [lambda: correct(first), lambda: replace(inner), lambda: correct(linked), inner.unlink]
+    changes += [lambda: (source / "2013-04.csv").write_text("April"), lambda: (behind / "2013-05.csv").touch()]
+    for change in changes:
+        before = run(pipeline, {"source": source}, settings).results["ingest"]
+        assert statuses(run(pipeline, {"source": source}, settings)) == {"ingest": "cached"}
+        change()
+        record = run(pipeline, {"source": source}, settings)
+        assert statuses(record) == {"ingest": "done"}
+        (reason,) = record.stages[0].reasons
+        assert reason.startswith("parameter source changed (content ")
+        assert record.results["ingest"] != before
+
+
+def test_a_folder_that_leads_around_itself_is_read_each_time(tmp_path: Path, settings: Settings) -> None:
+    read = RECORD + "from pathlib import Path\nrecord_result(text=Path(source, 'up', 'beside.txt').read_text())"
+    write_notebook(tmp_path / "read.ipynb", "source: str = None", read)
+    stage = '{name: read, notebook: read.ipynb, parameters: {source: "${source}"}, outputs: {text: value}}'
+    (tmp_path / "p.yaml").write_text(f"name: reader\nparameters: {{source: {{type: path}}}}\nstages: [{stage}]\n")
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "up").symlink_to("..", target_is_directory=True)
+    for text in ("one", "two"):
+        (tmp_path / "beside.txt").write_text(text)
+        record = run(tmp_path / "p.yaml", {"source": tmp_path / "source"}, settings)
+        assert record.results["read"] == {"text": text}
+    expected = "source has a link (up) to a folder in which it lies, and I can't follow that"
+    assert record.stages[0].reasons == [expected]
+
+
+def test_the_order_of_a_mapping_is_part_of_the_key(tmp_path: Path, settings: Settings) -> None:
+    write_notebook(tmp_path / "first.ipynb", "x: dict = None", RECORD + "record_result(first=list(x)[0])")
+    for mapping, first in {"{q: 2, p: 1}": "q", "{p: 1, q: 2}": "p"}.items():
+        stage = f"{{name: first, notebook: first.ipynb, outputs: {{first: value}}, parameters: {{x: {mapping}}}}}"
+        (tmp_path / "p.yaml").write_text(f"name: order\nstages: [{stage}]\n")
+        record = run(tmp_path / "p.yaml", settings=settings)
+        assert (record.results["first"], statuses(record)) == ({"first": first}, {"first": "done"})
+    assert record.stages[0].reasons == ["parameter x changed ({q: 2, p: 1} -> {p: 1, q: 2})"]
+
+
+READ_CODE = {
+    "spec_from_file_location": """
+        import importlib.util as u
+        spec = u.spec_from_file_location('helper', {0!r})
+        helper = u.module_from_spec(spec)
+        spec.loader.exec_module(helper)
+        value = helper.value
+        """,
+    "exec": "exec(open({0!r}).read())",
+    "run_path": "import runpy\nvalue = runpy.run_path({0!r})['value']",
+    "%run": "%run {0}",
+}
+
+
+@pytest.mark.parametrize("way", READ_CODE)
+def test_code_that_is_read_from_a_file_is_never_stale(tmp_path: Path, settings: Settings, way: str) -> None:
+    helper = tmp_path / "helper.py"
+    cell = textwrap.dedent(READ_CODE[way]).format(str(helper))
+    write_notebook(tmp_path / "use.ipynb", "", cell, RECORD + "record_result(value=value)")
+    stage = "{name: use, notebook: use.ipynb, outputs: {value: value}}"
+    (tmp_path / "use.yaml").write_text(f"name: use\nstages: [{stage}]\n")
+    for value in (1, 2):
+        helper.write_text(f"value = {value}\n")
+        record = run(tmp_path / "use.yaml", settings=settings)
+        assert record.results["use"] == {"value": value}
+        assert record.stages[0].reasons == [f"its notebook says {way}, and I can't follow that"]
+    (planned,) = plan(tmp_path / "use.yaml", settings=settings)
+    assert (planned.action, planned.reasons) == ("run", record.stages[0].reasons)
+
+
+def test_a_result_that_is_never_kept_says_why(tmp_path: Path, settings: Settings) -> None:
+    """A stage that writes into the folder that it reads: each run is the first that could be kept, and never is."""
+    (tmp_path / "source").mkdir()
+    note = "from pathlib import Path\nPath(source, 'log').open('a').write('x')\n" + RECORD + "record_result(v=1)"
+    write_notebook(tmp_path / "note.ipynb", "source: str = None", note)
+    stage = '{name: note, notebook: note.ipynb, parameters: {source: "${source}"}, outputs: {v: value}}'
+    (tmp_path / "p.yaml").write_text(f"name: noting\nparameters: {{source: {{type: path}}}}\nstages: [{stage}]\n")
+    given = {"source": tmp_path / "source"}
+    assert run(tmp_path / "p.yaml", given, settings).stages[0].reasons == [
+        "never run before",
+        "not kept: source changed while it ran",
+    ]
+    expected = ["its last result was not kept: source changed while it ran"]
+    assert [each.reasons for each in plan(tmp_path / "p.yaml", given, settings)] == [expected]
+
+
+@posix_only
+def test_a_cached_tool_can_still_be_run(tmp_path: Path, settings: Settings) -> None:
+    make = "from pathlib import Path\nPath('tool').write_text('#!/bin/sh\\necho works')\nPath('tool').chmod(0o755)\n"
+    write_notebook(tmp_path / "make.ipynb", "", make + RECORD + "record_result(tool='tool')")
+    use = "import subprocess\n" + RECORD + "record_result(said=subprocess.check_output([tool], text=True))"
+    write_notebook(tmp_path / "use.ipynb", "tool: str = None\nround: int = 0", use)
+    pipeline = write_pipeline(
+        tmp_path,
+        """
+        name: tools
+        parameters: {round: {type: integer, default: 0}}
+        stages:
+          - {name: make, notebook: make.ipynb, outputs: {tool: file}}
+          - {name: use, notebook: use.ipynb, parameters: {round: "${round}"}, inputs: [tool], outputs: {said: value}}
+        """,
+    )
+    for number, status in enumerate(["done", "cached"]):
+        record = run(pipeline, {"round": number}, settings)
+        assert record.results["use"] == {"said": "works\n"}
+        assert statuses(record) == {"make": status, "use": "done"}
+
+
 def test_a_made_file_that_is_gone_or_changed_comes_back(tmp_path: Path, settings: Settings) -> None:
     made = tmp_path / "made.txt"
     make = f"open({str(made)!r}, 'w').write('precious')\n" + RECORD + f"record_result(report={str(made)!r})"

@@ -13,6 +13,7 @@ import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import date, time
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ def _number(value: object) -> float:
 def _text(value: object) -> str:
     if not isinstance(value, str):
         raise ValueError(value)
+    value.encode()  # half of a character can't be written into any notebook
     return value
 
 # %% ../../nbs/internals/09_definition.ipynb #11ada69a
@@ -52,6 +54,7 @@ def _boolean(value: object) -> bool:
 
 
 def _path(value: object) -> str:
+    str(value).encode()
     path = Path(str(value)).expanduser().absolute()
     if "://" not in str(value) and not path.exists():
         raise ValueError(value)
@@ -212,8 +215,10 @@ def _load_yaml(path: Path) -> object:
         return yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
     except OSError as error:
         raise PipelineError(f"can't read the pipeline {path}: {error.strerror}", "Give a pipeline's file") from error
-    except (yaml.YAMLError, UnicodeDecodeError, TypeError) as error:
-        raise PipelineError(f"{path.name} is no proper YAML: {error}", f"Correct {path}") from error
+    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        odd = isinstance(error, LookupError | AttributeError)  # `!!bool` before something else
+        reason = "a value isn't what its tag says" if odd else error
+        raise PipelineError(f"{path.name} is no proper YAML: {reason}", f"Correct {path}") from error
 
 # %% ../../nbs/internals/09_definition.ipynb #d8bc7c91
 def _entries(part: object, where: str, needed: str, optional: str = "") -> dict[str, Any]:
@@ -330,6 +335,44 @@ def _read_pipeline(path: Path) -> Pipeline:
         preload=_names(entries.get("preload"), f"{where}: preload"),
     )
 
+# %% ../../nbs/internals/09_definition.ipynb #0a6abf9d
+def _unfit(value: object) -> tuple[str, str] | None:
+    """What a value is that can't be a notebook's parameter, and what to do instead; None: it can be one."""
+    if isinstance(value, date | time):
+        return f"a {type(value).__name__}", f'Write it as text, in quotes: "{value}"'
+    if isinstance(value, float) and not math.isfinite(value):
+        return "no finite number", "Pass null, or leave it out"
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str):
+                return f"a dictionary with the key {key}, which isn't text", f'Write it in quotes: "{key}"'
+        return None
+    try:
+        _ = value.encode() if isinstance(value, str) else str(value) if isinstance(value, int) else ""
+    except UnicodeEncodeError:
+        return "text with half of a character in it", "Write the whole character"
+    except ValueError:
+        return "a whole number with too many digits", "Write it as text, in quotes"
+    if value is None or isinstance(value, str | bool | int | float | list):
+        return None
+    return f"of type {type(value).__name__}", "Pass text, numbers, true, false, null, lists or dictionaries"
+
+# %% ../../nbs/internals/09_definition.ipynb #dfaccf7f
+def _check_value(value: Any, name: str, where: str, around: tuple[int, ...] = ()) -> None:
+    """A stage's parameter can be written into its notebook. Raises: PipelineError naming it."""
+    unfit = _unfit(value)
+    if id(value) in around:
+        unfit = "a value that holds itself", "Write it out"
+    if unfit:
+        is_number = isinstance(value, int)  # it may be too long to be shown
+        shown = "a number" if is_number else str(value) if isinstance(value, date | time) else ascii(value)
+        problem = f"{where} passes {name} = {shown:.60}, which is {unfit[0]}: a notebook can't get that"
+        raise PipelineError(problem, unfit[1])
+    parts = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in parts:
+        _check_value(key, name, where)
+        _check_value(part, f"{name}.{key}" if isinstance(key, str) else f"{name}[{key}]", where, (*around, id(value)))
+
 # %% ../../nbs/internals/09_definition.ipynb #06bdc61e
 REFERENCE = re.compile(r"\$\{([^{}]*)\}")
 
@@ -376,16 +419,24 @@ def check_pipeline(
     used = []
     for stage in pipeline.stages:
         where = f"{pipeline.where}: stage {stage.name}"
-        for name in references(dict(stage.parameters)):
-            used.append(name)
-            if name not in parameters:
-                remedy = "Results flow through `inputs`" if "." in name else suggest(name, parameters)
-                raise PipelineError(f"{where} refers to ${{{name}}}, which is no parameter of the pipeline", remedy)
+        used += _check_passed(stage, parameters, where)
         _check_notebook(pipeline, stage, where)
     for name in parameters:
         if name not in used:
             problem = f"{pipeline.where}: no stage uses the parameter {name!r}"
             raise PipelineError(problem, f"Pass ${{{name}}} to a stage, or remove it")
+
+# %% ../../nbs/internals/09_definition.ipynb #102fa0fd
+def _check_passed(stage: Stage, parameters: Sequence[str], where: str) -> list[str]:
+    """What a stage passes can be written into a notebook, and refers to parameters that there are; returns those."""
+    for name, value in stage.parameters.items():
+        _check_value(value, name, where)
+    found = references(dict(stage.parameters))
+    for name in found:
+        if name not in parameters:
+            remedy = "Results flow through `inputs`" if "." in name else suggest(name, parameters)
+            raise PipelineError(f"{where} refers to ${{{name}}}, which is no parameter of the pipeline", remedy)
+    return found
 
 # %% ../../nbs/internals/09_definition.ipynb #18720c51
 def _check_outputs(pipeline: Pipeline) -> None:

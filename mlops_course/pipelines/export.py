@@ -35,7 +35,7 @@ from mlops_course.pipelines.definition import (
     list_pipelines,
 )
 from .notebooks import ParameterError, PipelineError, suggest
-from .results import ResultError, read_result
+from .results import ResultError, read_result, stage_folder
 
 # %% ../../nbs/internals/09_export.ipynb #9b4cb48d
 def stage_values(
@@ -54,7 +54,8 @@ def stage_values(
             problem = f"stage {stage.name} needs {output!r}, which isn't in {folder / maker}.ipynb"
             raise ResultError(problem, f"Run {maker} again: perhaps it failed half-way")
         value = results[output]
-        values[parameter] = str(folder / value) if kinds[output] == "file" and isinstance(value, str) else value
+        is_file = kinds[output] == "file" and isinstance(value, str)
+        values[parameter] = str(stage_folder(folder, maker) / value) if is_file else value
     return values
 
 # %% ../../nbs/internals/09_export.ipynb #89ed3f04
@@ -116,11 +117,13 @@ def _request(pipeline: Pipeline, stage: Stage, values: Mapping[str, Any], output
     from mlops_course.pipelines.workers import Request
 
     environment = stage_environment(settings, pipeline, stage)
+    folder = stage_folder(output.parent, stage.name)
+    folder.mkdir(parents=True, exist_ok=True)
     return Request(
         notebook=pipeline.notebook(stage),
         output=output,
         parameters=dict(values),
-        folder=output.parent,
+        folder=folder,
         environment=environment,
         paths=(str(pipeline.folder), str(Path.cwd())),
         timeout=stage.timeout,
@@ -520,7 +523,8 @@ def inputs(stage, folder):
     found = {}
     for parameter, (maker, output, kind) in stage["inputs"].items():
         value = read_result(folder / f"{maker}.ipynb")[output]
-        found[parameter] = str(folder / value) if kind == "file" and isinstance(value, str) else value
+        is_file = kind == "file" and isinstance(value, str)
+        found[parameter] = str(folder / "files" / maker / value) if is_file else value
     return found
 '''
 
@@ -584,13 +588,14 @@ class StageOperator(PapermillOperator):
     def execute(self, context):
         stage, run = STAGES[self.task_id], re.sub(r"[^A-Za-z0-9._-]", "-", context["run_id"])
         folder = HOME / "runs" / f"airflow-{DAG_ID}-{run}"
-        folder.mkdir(parents=True, exist_ok=True)
+        own = folder / "files" / self.task_id  # where it stands, and what its relative paths mean
+        own.mkdir(parents=True, exist_ok=True)
         output = folder / f"{self.task_id}.ipynb"
         self.input_nb, self.output_nb = literal(FOLDER / stage["notebook"]), literal(output)
         values, hidden = check(dict(context["params"])), secrets(stage)
         self.parameters = {**fill(stage["parameters"], values), **inputs(stage, folder)}
         try:
-            with place(folder, hidden):
+            with place(own, hidden):
                 super().execute(context)
         finally:
             mask(output, hidden.values())

@@ -48,10 +48,13 @@ def code_cells(
     except FileNotFoundError as error:
         there = sorted(path.name for path in notebook.parent.glob("*.ipynb"))
         raise PipelineError(f"there is no notebook {notebook}", suggest(notebook.name, there)) from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except ValueError as error:
+        problem, remedy = f"{notebook} can't be read as a notebook: it isn't JSON", "Name a notebook (.ipynb)"
+        raise PipelineError(problem, f"{remedy}, or open this one in JupyterLab and save it") from error
+    except (OSError, KeyError, TypeError) as error:
         raise PipelineError(f"{notebook} can't be read as a notebook: {error!r}", "Open and save it again") from error
 
-
+# %% ../../nbs/internals/09_notebooks.ipynb #58a6c4ec
 def syntax(
     source: str,  # of a code cell
 ) -> ast.Module | None:  # None when it isn't Python

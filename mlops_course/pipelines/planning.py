@@ -8,7 +8,6 @@ __all__ = ['Options', 'check_options', 'forced_stages', 'Decision', 'Context', '
 
 # %% ../../nbs/internals/09_planning.ipynb #059baf88
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,9 +15,11 @@ from typing import Any
 
 from ..environment import Settings
 from .cache import Cache, Entry, Output, Parts
+from .closure import loops
 from .definition import Pipeline, Stage, fill, references
-from .notebooks import ParameterError, code_cells, notebook_parameters, suggest
+from .notebooks import ParameterError, notebook_parameters, suggest
 from .requests import KINDS
+from .results import handed_on
 
 # %% ../../nbs/internals/09_planning.ipynb #a3880843
 @dataclass(frozen=True)
@@ -124,12 +125,18 @@ def decide(
     inputs: Mapping[str, Output],  # parameter -> what another stage made
 ) -> Decision:
     """Whether a stage must run. Raises: ParameterError when an input has not the type that the notebook declares."""
-    given = {parameter: output.value for parameter, output in inputs.items()}
+    makers = {parameter: context.pipeline.producers[name] for parameter, name in stage.inputs.items()}  # type: ignore[union-attr]
+    given = {
+        parameter: handed_on(output.value, makers[parameter]) if output.kind == "file" else output.value
+        for parameter, output in inputs.items()
+    }
     parameters = {**fill(dict(stage.parameters), context.values), **given}
     _check_types(context.pipeline, stage, given)
     decision = Decision(stage, parameters, reasons=_unknown(context, stage))
     if not decision.reasons:
-        decision.parts = make_parts(context, stage, inputs)
+        parts = make_parts(context, stage, inputs)
+        decision.reasons = list(parts.reach.unfollowed) if parts.reach else []
+        decision.parts = None if decision.reasons else parts
     look_up(context, decision)
     return decision
 
@@ -151,11 +158,13 @@ def look_up(
 # %% ../../nbs/internals/09_planning.ipynb #48ab257f
 def _unknown(context: Context, stage: Stage) -> list[str]:
     """What can't be known about a stage's surroundings, so that nothing can be said about its result."""
-    addresses = [name for name in path_parameters(context, stage) if "://" in str(context.values[name])]
-    seen = [f"{name} is an address: what lies there can change unseen" for name in addresses]
-    cells = [source for source, _ in code_cells(context.pipeline.notebook(stage))]
-    runs = any(re.search(r"^\s*%run\b", source, re.MULTILINE) for source in cells)
-    return seen + (["its notebook says %run, and I can't follow that"] if runs else [])
+    found = []
+    for name in path_parameters(context, stage):
+        if "://" in str(context.values[name]):
+            found.append(f"{name} is an address: what lies there can change unseen")
+        elif around := loops(Path(str(context.values[name]))):
+            found.append(f"{name} has a link ({around[0]}) to a folder in which it lies, and I can't follow that")
+    return found
 
 
 def path_parameters(
@@ -176,12 +185,13 @@ def make_parts(
     """Everything that could change a stage's result."""
     paths = {name: Path(str(context.values[name])) for name in path_parameters(context, stage)}
     parameters = fill(dict(stage.parameters), {**context.values, **paths})
+    # A path that isn't a parameter by itself stands inside a longer text, or a list: it counts by its content as well.
     variables: dict[str, str | None] = {name: os.environ.get(name) for name in stage.environment}
     variables |= {f"{name} (secret)": "given" for name in stage.secrets}  # never its value, not even as a hash
     return context.cache.parts(
         context.pipeline.notebook(stage),
         context.paths,
-        parameters | {f"${{{name}}}": path for name, path in paths.items()},  # also inside a longer text
+        parameters | {f"${{{name}}}": path for name, path in paths.items() if path not in parameters.values()},
         inputs,
         stage.outputs,
         variables,

@@ -24,13 +24,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 # %% ../../nbs/internals/09_scheduler.ipynb #23b23ee2
-from ..environment import CourseError, Settings, WorkspaceError, cores
-from .cache import Output
-from .closure import imported_at_once, reach
+from ..environment import CourseError, Settings, WorkspaceError, cores, workspace_error
+from .cache import Output, forget, refuse
+from .closure import imported_at_once, reach, written_since
 from .definition import Pipeline, Stage
+from .files import Ledger, claim, require_unchanged
 from .notebooks import ParameterError, PipelineError
 from .planning import Context, Decision, decide, look_up, path_parameters
-from .results import ResultError, read_result
+from .results import ResultError, read_result, stage_folder
 from .runs import PipelineRun, StageRun, save_run
 from mlops_course.pipelines.requests import (
     CellError,
@@ -164,7 +165,7 @@ class StageError(CourseError):
 # %% ../../nbs/internals/09_scheduler.ipynb #d7adf7c8
 def _words(error: CourseError) -> str:
     """What a worker's error says, without its class."""
-    return str(getattr(error, "message", None) or error)
+    return str(getattr(error, "message", error))
 
 # %% ../../nbs/internals/09_scheduler.ipynb #a6633d6a
 class Stopped(CourseError):
@@ -189,6 +190,7 @@ class _State:
     workers: Executor
     listener: Callable[[str, PipelineRun, StageRun | None], None] | None = None
     outputs: dict[str, Output] = field(default_factory=dict)  # made so far
+    ledger: Ledger = field(default_factory=Ledger)  # the files among them
     deadline: float | None = None  # of the whole run, by time.monotonic()
     stopped: threading.Event = field(default_factory=threading.Event)
     reason: str = ""  # why it was stopped
@@ -332,6 +334,7 @@ def _run_stage(session: Session, stage: Stage) -> None:
         stage_run.outputs = {name: output.content for name, output in outputs.items()}
         session.outputs.update(outputs)
     except BaseException as error:
+        _forget_disputed(session)
         stage_run.status, stage_run.error = ending(error)
         raise
     finally:
@@ -372,11 +375,12 @@ def _take(session: Session, decision: Decision, stage_run: StageRun) -> Mapping[
     if entry is None:
         return None
     try:
-        entry = session.context.cache.restore(entry, stage_run.notebook)
+        entry = session.context.cache.restore(entry, stage_run.notebook, decision.stage.name)
     except CourseError as error:  # pruned or damaged in this very moment
         decision.reasons = [f"its kept result could not be used: {error.problem}"]
         return None
     stage_run.status, stage_run.key, stage_run.results = "cached", entry.key, entry.results
+    claim(session.ledger, decision.stage.name, entry.outputs, _given(session, decision.stage))
     return entry.outputs
 
 # %% ../../nbs/internals/09_scheduler.ipynb #ee055d79
@@ -386,28 +390,53 @@ def _make(session: Session, decision: Decision, stage_run: StageRun) -> Mapping[
     stage_run.status, stage_run.reasons = "running", decision.reasons
     session.save()
     session.tell("stage started", stage_run)
+    memo, name = session.context.cache.memo, stage.name
+    require_unchanged(session.ledger, memo, f"before stage {name} could begin", set(stage.inputs.values()))  # type: ignore[union-attr]
     get_ready(session)
     begin = time.perf_counter()
     outcome = _try(session, decision, stage_run)
     stage_run.peak_memory = outcome.peak_memory
     stage_run.results = read_result(stage_run.notebook)
-    outputs = {name: _output(session, stage_run, name, kind) for name, kind in stage.outputs.items()}
+    outputs = {each: _output(session, stage_run, each, kind) for each, kind in stage.outputs.items()}
+    require_unchanged(session.ledger, memo, f"while stage {name} ran{_beside(session, stage)}")
+    claim(session.ledger, name, outputs, _given(session, stage))
     _keep(session, decision, stage_run, (outputs, outcome.modules, time.perf_counter() - begin))
+    _forget_disputed(session)
     stage_run.status = "done"
     return outputs
+
+# %% ../../nbs/internals/09_scheduler.ipynb #bbe58003
+def _given(session: Session, stage: Stage) -> list[Output]:
+    """What a stage gets from others."""
+    return [session.outputs[name] for name in stage.inputs.values()]  # type: ignore[union-attr]
+
+
+def _beside(session: Session, stage: Stage) -> str:
+    """Who runs at the same time as a stage, in words: it may have been one of them."""
+    running = [each.name for each in session.record.stages if each.status == "running" and each.name != stage.name]
+    return f", at the same time as {', '.join(running)}" if running else ""
+
+
+def _forget_disputed(session: Session) -> None:
+    """No result stays in the cache whose file is another stage's as well."""
+    for name in set(session.ledger.disputed):
+        key = session.record.stage(name).key
+        if key is not None:
+            forget(session.context.cache, key)
 
 # %% ../../nbs/internals/09_scheduler.ipynb #8b612007
 def _keep(session: Session, decision: Decision, stage_run: StageRun, made: tuple[Any, ...]) -> None:
     """Put what a stage made into the cache, and write down why not if that can't be."""
     outputs, modules, seconds = made
+    names = (session.context.pipeline.name, decision.stage.name)
     if decision.parts is None:
         return
     doubts = _touched(session.context, decision.stage, decision.parts.made)
     doubts += [] if modules is not None else ["this engine can't tell which modules it loaded"]
     if doubts:
         stage_run.reasons += [f"not kept: {doubt}" for doubt in doubts]
+        refuse(session.context.cache, decision.parts, *names, doubts)
         return
-    names = (session.context.pipeline.name, decision.stage.name)
     what: tuple[Any, ...] = (stage_run.results, outputs, stage_run.notebook, seconds, modules)
     stored = session.context.cache.store(decision.parts, *names, *what)
     stage_run.key = stored.entry.key if stored.entry else None
@@ -416,13 +445,8 @@ def _keep(session: Session, decision: Decision, stage_run: StageRun, made: tuple
 # %% ../../nbs/internals/09_scheduler.ipynb #269ec313
 def _touched(context: Context, stage: Stage, since: int) -> list[str]:
     """The paths that a stage was given and in which something was written since then, even if it was put back."""
-    found = []
-    for name in path_parameters(context, stage):
-        top = Path(str(context.values[name]))
-        files = [top, *top.rglob("*")] if top.is_dir() else [top]
-        if any(max(path.lstat().st_ctime_ns, path.lstat().st_mtime_ns) >= since for path in files):
-            found.append(f"{name} changed while it ran")
-    return found
+    paths = {name: Path(str(context.values[name])) for name in path_parameters(context, stage)}
+    return [f"{name} changed while it ran" for name, path in paths.items() if written_since(path, since)]
 
 
 def _output(session: Session, stage_run: StageRun, name: str, kind: str) -> Output:
@@ -430,7 +454,8 @@ def _output(session: Session, stage_run: StageRun, name: str, kind: str) -> Outp
     if name not in stage_run.results:
         remedy = f"Call record_result({name}=…) in its notebook"
         raise ResultError(f"stage {stage_run.name} promises {name!r}, but did not record it", remedy)
-    return session.context.cache.describe(kind, stage_run.results[name], session.record.folder)
+    folder = stage_folder(session.record.folder, stage_run.name)
+    return session.context.cache.describe(kind, stage_run.results[name], folder)
 
 # %% ../../nbs/internals/09_scheduler.ipynb #6e7ca53b
 def _try(session: Session, decision: Decision, stage_run: StageRun) -> Outcome:
@@ -482,7 +507,7 @@ def _request(session: Session, decision: Decision, stage_run: StageRun) -> Reque
         notebook=context.pipeline.notebook(stage),
         output=stage_run.notebook,
         parameters=decision.parameters,
-        folder=session.record.folder,
+        folder=_place(session, stage),
         environment=environment,
         paths=tuple(map(str, context.paths)),
         timeout=min(limits) if limits else None,
@@ -491,6 +516,23 @@ def _request(session: Session, decision: Decision, stage_run: StageRun) -> Reque
         hidden=secret_names(context.pipeline),
         modules=modules_of(context, stage),
     )
+
+# %% ../../nbs/internals/09_scheduler.ipynb #2a590c1b
+def _place(session: Session, stage: Stage) -> Path:
+    """The folder in which a stage runs, made for it. Raises: WorkspaceError."""
+    folder = stage_folder(session.record.folder, stage.name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise workspace_error(error, folder) from error
+    return folder
+
+
+def _remove_empty(run: Path) -> None:
+    """Folders of stages that wrote nothing go at the end of a run."""
+    for folder in [*(run / "files").glob("*"), run / "files"]:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 # %% ../../nbs/internals/09_scheduler.ipynb #df863690
 def _hear(session: Session, stage_run: StageRun, event: Event) -> None:
@@ -553,6 +595,7 @@ def conduct(
     finally:
         for stage_run in record.stages:
             stage_run.status = "not run" if stage_run.status == "waiting" else stage_run.status
+        _remove_empty(record.folder)
         record.seconds = round(time.perf_counter() - begin, 3)
         with contextlib.suppress(WorkspaceError) if record.status != "done" else contextlib.nullcontext():
             session.save()
