@@ -240,10 +240,12 @@ def _read_parameter(name: str, entries: Mapping[str, Any], where: str) -> Parame
     """One entry under `parameters`."""
     default = entries.get("default")
     parameter = Parameter(name, entries["type"], entries.get("help") or "", default, "default" not in entries)
-    if default is not None and parameter.type != "path":
-        parameter.convert(default)
-    if parameter.type == "path" and not isinstance(default, str | None):
-        raise PipelineError(f"{where}: parameter {name} has the default {default!r}, which is no path", "Quote it")
+    try:  # a path needn't exist yet, but it is text
+        _text(default) if parameter.type == "path" and default is not None else parameter.convert(default)
+    except (ParameterError, ValueError) as error:
+        problem = f"parameter {name} is {default!r}, but should be {TYPES[parameter.type][0]}"
+        if default is not None:
+            raise PipelineError(f"{where}: the default of {problem}", "Correct it, or leave it out") from error
     return parameter
 
 
