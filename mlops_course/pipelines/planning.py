@@ -108,7 +108,7 @@ class Context(_Known):
 
     @property
     def wanted(self) -> list[Stage]:
-        """The stages that this run is about: all, or with `only` and `until` the one and those it takes from or needs."""
+        """The stages that this run is about: all, or those up to `until`, or `only` one and its makers."""
         last = self.options.only or self.options.until
         if last is None:
             return list(self.pipeline.stages)
