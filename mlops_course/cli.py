@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['app', 'Debug', 'Home', 'AsJson', 'Version', 'Name', 'Parameters', 'Start', 'Only', 'Until', 'Force', 'Width',
-           'Engine', 'Timeout', 'Scheduler', 'cache_app', 'ENTRY', 'pipelines_app', 'runs_app', 'release_app',
-           'Because', 'EXPLAINED', 'Commands', 'describe_error', 'common', 'asked_for', 'main', 'parse_parameters',
-           'run_pipeline', 'plan_pipeline', 'show_graph', 'backfill_pipeline', 'export_pipeline', 'list_cache',
-           'prune_cache', 'verify_cache', 'show_pipelines', 'show_schema', 'show_runs', 'show_run', 'diff_runs',
-           'show_doctor', 'ui_command', 'without_password', 'open_ui', 'about_service', 'serve_model', 'collect_logged',
-           'publish_bundle', 'release_limits', 'start_release', 'promote_release', 'roll_back_release', 'show_release',
-           'score_inbox']
+           'Engine', 'Timeout', 'Scheduler', 'To', 'Workspace', 'Folder', 'Runner', 'PythonVersion', 'Package',
+           'Requirements', 'Install', 'Image', 'Claim', 'Secret', 'Kernel', 'cache_app', 'ENTRY', 'pipelines_app',
+           'runs_app', 'release_app', 'Because', 'EXPLAINED', 'Commands', 'describe_error', 'common', 'asked_for',
+           'main', 'parse_parameters', 'run_pipeline', 'plan_pipeline', 'show_graph', 'backfill_pipeline',
+           'export_pipeline', 'list_cache', 'prune_cache', 'verify_cache', 'show_pipelines', 'show_schema', 'show_runs',
+           'show_run', 'diff_runs', 'show_doctor', 'ui_command', 'without_password', 'open_ui', 'about_service',
+           'serve_model', 'collect_logged', 'publish_bundle', 'release_limits', 'start_release', 'promote_release',
+           'roll_back_release', 'show_release', 'score_inbox']
 
 # %% ../nbs/cli.ipynb #5db341e0
 import atexit
@@ -346,18 +347,51 @@ def _plain_values(over: str) -> Callable[..., None]:
     return tell
 
 # %% ../nbs/cli.ipynb #8ad102f4
+To = Annotated[str, typer.Option(help="github, airflow or argo.")]
+Workspace = Annotated[str | None, typer.Option(help="A folder there that all stages share.")]
+Folder = Annotated[str | None, typer.Option(help="Argo, Airflow: where the repository is there.")]
+Runner = Annotated[str | None, typer.Option(help="GitHub: which machines. Default: ubuntu-latest.")]
+PythonVersion = Annotated[str | None, typer.Option("--python", help="GitHub: which Python. Default: this one.")]
+Package = Annotated[str | None, typer.Option(help="GitHub: what pip is asked for. Default: this version.")]
+Requirements = Annotated[list[str] | None, typer.Option(help="GitHub: a file of them in the repository; repeatable.")]
+Install = Annotated[str | None, typer.Option(help="GitHub: a script that installs all, instead of pip.")]
+Image = Annotated[str | None, typer.Option(help="Argo, Airflow on Kubernetes: has package and notebooks.")]
+Claim = Annotated[str | None, typer.Option(help="Argo, Airflow on Kubernetes: volume claim of the workspace.")]
+Secret = Annotated[str | None, typer.Option(help="Argo: Kubernetes secret and config map with the variables.")]
+Kernel = Annotated[str | None, typer.Option(help="Airflow: Jupyter kernel that has the package.")]
+
+# %% ../nbs/cli.ipynb #8ad102f5
 @app.command("export")
 def export_pipeline(
     name: Name,
-    to: Annotated[str, typer.Option(help="github, airflow or argo.")],
+    to: To,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="A file to write.")] = None,
+    workspace: Workspace = None,
+    folder: Folder = None,
+    runner: Runner = None,
+    python: PythonVersion = None,
+    package: Package = None,
+    requirements: Requirements = None,
+    install: Install = None,
+    image: Image = None,
+    claim: Claim = None,
+    secret: Secret = None,
+    kernel: Kernel = None,
 ) -> None:
     """Write a pipeline for GitHub Actions, Airflow or Argo."""
+    given: dict[str, Any] = {"workspace": workspace, "folder": folder, "runner": runner, "python": python}
+    given |= {"package": package, "requirements": tuple(requirements or ()), "install": install}
+    given |= {"image": image, "claim": claim, "secret": secret, "kernel": kernel}
+    _export(name, to, output, given)
+
+# %% ../nbs/cli.ipynb #8ad102f6
+def _export(name: str, to: str, output: Path | None, given: dict[str, Any]) -> None:
+    """Write or show the file."""
     from mlops_course.environment import write_atomic
     from mlops_course.pipelines import find_pipeline
-    from mlops_course.pipelines.export import export
+    from mlops_course.pipelines.export import export, place_for
 
-    text = export(find_pipeline(name), to)
+    text = export(find_pipeline(name), to, place_for(to, given))
     typer.echo(text if output is None else write_atomic(output, text))
 
 # %% ../nbs/cli.ipynb #afde58c6

@@ -189,6 +189,8 @@ def place_for(
     given: Mapping[str, Any],  # fields of Place by name; None or empty: not given
 ) -> Place:
     """What the machines look like, as far as it is said. Raises: ParameterError for what another system needs."""
+    if system not in SYSTEMS:
+        raise ParameterError(f"there is no export to {system!r}", suggest(system, SYSTEMS))
     said = {name: value for name, value in given.items() if value not in (None, (), [])}
     for name in said:
         if name not in {field.name for field in fields(Place)}:
