@@ -393,7 +393,8 @@ def _sorted(pipeline: Pipeline) -> list[Stage]:
     except graphlib.CycleError as error:
         circle = " -> ".join(reversed(error.args[1]))
         problem = f"{pipeline.where}: these stages wait for each other: {circle}"
-    raise PipelineError(problem, "Take out one of the inputs, or of the names under `after`, that close the circle")
+    also = ", or of the names under `after`," if any(stage.after for stage in pipeline.stages) else ""
+    raise PipelineError(problem, f"Take out one of the inputs{also} that close the circle")
 
 # %% ../../nbs/internals/09_definition.ipynb #a0559c74
 PYTHON_TYPES = {"month": "2013-01", "integer": 1, "number": 1.0, "text": "", "boolean": True, "path": ""}  # samples
