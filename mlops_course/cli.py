@@ -328,7 +328,7 @@ def _with_months(over: str, first: str | None, last: str | None) -> str:
         raise ParameterError(f"which values of {over or 'a parameter'} to run over isn't said", remedy)
     return f"{over}={','.join(month_range(first, last))}"
 
-
+# %% ../nbs/cli.ipynb #b323e67c
 def _print_filled(over: str, filled: "list[Filled]") -> None:
     """A line for each value."""
     rows: list[list[object]] = [

@@ -182,6 +182,7 @@ class Pipeline(_Graph):
 
     def __post_init__(self) -> None:
         check_pipeline(self)
+        _check_after(self)
         object.__setattr__(self, "stages", tuple(_sorted(self)))
 
     @classmethod
@@ -235,7 +236,7 @@ def _identifier(value: object, where: str) -> str:
         raise PipelineError(f"{where}: {value!r} can't be a name", "Use letters, digits and _, a letter first")
     return value
 
-
+# %% ../../nbs/internals/09_definition.ipynb #4537c4aa
 def _read_parameter(name: str, entries: Mapping[str, Any], where: str) -> Parameter:
     """One entry under `parameters`."""
     default = entries.get("default")
@@ -338,7 +339,6 @@ def check_pipeline(
         if names.count(name) > 1:
             raise PipelineError(f"{pipeline.where} has two stages named {name!r}", "Rename one of them")
     _check_outputs(pipeline)
-    _check_after(pipeline, names)
     used = []
     for stage in pipeline.stages:
         where = f"{pipeline.where}: stage {stage.name}"
@@ -354,8 +354,9 @@ def check_pipeline(
             raise PipelineError(problem, f"Pass ${{{name}}} to a stage, or remove it")
 
 # %% ../../nbs/internals/09_definition.ipynb #7e1f0a52
-def _check_after(pipeline: Pipeline, names: Sequence[str]) -> None:
+def _check_after(pipeline: Pipeline) -> None:
     """A stage comes after other stages of the pipeline."""
+    names = [stage.name for stage in pipeline.stages]
     for stage in pipeline.stages:
         where = f"{pipeline.where}: stage {stage.name}"
         for name in stage.after:

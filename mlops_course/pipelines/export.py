@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['COMMAND', 'PREFIX', 'ONLY', 'GITHUB_INPUTS', 'Step', 'CACHE_KEY', 'IMAGE', 'CLAIM', 'AIRFLOW_HEAD', 'AIRFLOW_VALUES',
-           'AIRFLOW_INPUTS', 'AIRFLOW_SECRETS', 'AIRFLOW_ENVIRONMENT', 'AIRFLOW_OPERATOR', 'AIRFLOW_POD', 'AIRFLOW_DAG',
-           'AIRFLOW_TYPES', 'AIRFLOW_REST', 'SYSTEMS', 'stage_values', 'run_stage', 'find_stage', 'main', 'Place',
-           'place_for', 'export', 'save_export']
+           'AIRFLOW_INPUTS', 'AIRFLOW_RESULTS', 'AIRFLOW_SECRETS', 'AIRFLOW_ENVIRONMENT', 'AIRFLOW_OPERATOR',
+           'AIRFLOW_POD', 'AIRFLOW_DAG', 'AIRFLOW_TYPES', 'AIRFLOW_REST', 'SYSTEMS', 'stage_values', 'run_stage',
+           'find_stage', 'main', 'Place', 'place_for', 'export', 'save_export']
 
 # %% ../../nbs/internals/09_export.ipynb #3e38e867
 import argparse
@@ -382,7 +382,7 @@ def _checked_out(pipeline: Pipeline, place: Place) -> Path | None:
         raise PipelineError(problem, "Call this from the repository's folder, or say where it is there")
     return root
 
-
+# %% ../../nbs/internals/09_export.ipynb #6a0f3d27
 def _github_begin(place: Place, root: Path | None, install: str) -> list[Step]:
     """What each job begins with: the repository, Python, and all that must be installed."""
     known = ("requirements.lock", "requirements.txt", "pyproject.toml")
@@ -541,7 +541,7 @@ def _argo_parameters(pipeline: Pipeline, place: Place) -> list[dict[str, str]]:
         found.append(entry | ({"description": words} if words else {}))
     return found
 
-
+# %% ../../nbs/internals/09_export.ipynb #9156757c
 def _argo_variables(pipeline: Pipeline, stage: Stage, place: Place) -> list[dict[str, Any]]:
     """The environment of a stage's container: secrets by reference only."""
     secrets = {name: {"secretKeyRef": {"name": place.secret, "key": name}} for name in stage.secrets}
@@ -640,7 +640,10 @@ def check(values, root):
         if low is not None and high is not None and not (low < high or (sign == "<=" and low == high)):
             raise AirflowFailException(f"parameter {one} is {low}, but should be {sign} {other}, which is {high}")
     return values
+'''
 
+# %% ../../nbs/internals/09_export.ipynb #bd2e3507
+AIRFLOW_RESULTS = '''
 
 def inputs(stage, folder):
     """What the stages before it recorded."""
@@ -742,6 +745,8 @@ def pod():
     container = models.V1Container(name="base", image=IMAGE, volume_mounts=mounts)
     return {"pod_override": models.V1Pod(spec=models.V1PodSpec(containers=[container], volumes=volumes))}
 '''
+
+# %% ../../nbs/internals/09_export.ipynb #709369ff
 AIRFLOW_DAG = '''
 
 def limits(stage):
@@ -829,8 +834,8 @@ def _airflow(pipeline: Pipeline, place: Place) -> str:
     return "".join([note, AIRFLOW_HEAD, *lines, *AIRFLOW_REST])
 
 
-AIRFLOW_REST = [AIRFLOW_VALUES, AIRFLOW_INPUTS, AIRFLOW_SECRETS, AIRFLOW_ENVIRONMENT, AIRFLOW_OPERATOR]
-AIRFLOW_REST += [AIRFLOW_POD, AIRFLOW_DAG]
+AIRFLOW_REST = [AIRFLOW_VALUES, AIRFLOW_INPUTS, AIRFLOW_RESULTS, AIRFLOW_SECRETS]
+AIRFLOW_REST += [AIRFLOW_ENVIRONMENT, AIRFLOW_OPERATOR, AIRFLOW_POD, AIRFLOW_DAG]
 
 # %% ../../nbs/internals/09_export.ipynb #8709ad79
 SYSTEMS: dict[str, tuple[Callable[[Pipeline, Place], str], str]] = {  # how it is written, and where it usually lies
