@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.resolve()
 STATUS = {"3": "3 - Alpha", "4": "4 - Beta", "5": "5 - Production/Stable"}
 LICENSES = {"apache2": "Apache-2.0"}
 PYTHONS = ("3.11", "3.12", "3.13")
-CARRIED = ("*.ipynb", "pipelines/*.ipynb", "pipelines/*.yaml", "internals/*.ipynb")  # of nbs
+CARRIED = ("*.ipynb", "pipelines/*.ipynb", "pipelines/*.yaml", "pipelines/*.json", "internals/*.ipynb")  # of nbs
 READ = ("Dockerfile", "serving.lock", "kubernetes/**/*.yaml")  # of deploy: what lesson 11 reads
 
 

@@ -32,7 +32,8 @@ LOCK = ROOT / "requirements.lock"
 IMAGE_LOCKS = {"serving": "serving_requirements", "mlflow": "tracking_requirements", "build": "build_requirements"}
 STAMP = VENV / "installed-from"
 LOG = VENV / "install.log"
-GENERATED = ("nbs/**/*.ipynb", "mlops_course/**/*.py", "README.md")
+SCHEMA = "nbs/pipelines/pipeline.schema.json"
+GENERATED = ("nbs/**/*.ipynb", "mlops_course/**/*.py", SCHEMA, "README.md")
 
 
 class Stop(Exception):
@@ -264,6 +265,7 @@ def generate(arguments: list[str]) -> None:
     ensure_installed()
     need(tool("nbdev_clean"))
     need(tool("nbdev_export"))
+    need(tool("mlops-course"), "pipelines", "schema", "--output", ROOT / SCHEMA)
     need(PYTHON, ROOT / "tools" / "readme.py")
 
 

@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['app', 'Debug', 'Home', 'AsJson', 'Version', 'Name', 'Parameters', 'Start', 'Only', 'Until', 'Force', 'Width',
-           'Engine', 'Timeout', 'Scheduler', 'cache_app', 'ENTRY', 'runs_app', 'release_app', 'Because', 'EXPLAINED',
-           'Commands', 'describe_error', 'common', 'asked_for', 'main', 'parse_parameters', 'run_pipeline',
-           'plan_pipeline', 'show_graph', 'backfill_pipeline', 'export_pipeline', 'list_cache', 'prune_cache',
-           'verify_cache', 'show_pipelines', 'show_runs', 'show_run', 'diff_runs', 'show_doctor', 'ui_command',
-           'without_password', 'open_ui', 'about_service', 'serve_model', 'collect_logged', 'publish_bundle',
-           'release_limits', 'start_release', 'promote_release', 'roll_back_release', 'show_release', 'score_inbox']
+           'Engine', 'Timeout', 'Scheduler', 'To', 'Workspace', 'Folder', 'Runner', 'PythonVersion', 'Package',
+           'Requirements', 'Install', 'Image', 'Claim', 'Secret', 'Kernel', 'cache_app', 'ENTRY', 'pipelines_app',
+           'runs_app', 'release_app', 'Because', 'EXPLAINED', 'Commands', 'describe_error', 'common', 'asked_for',
+           'main', 'parse_parameters', 'run_pipeline', 'plan_pipeline', 'show_graph', 'backfill_pipeline',
+           'export_pipeline', 'list_cache', 'prune_cache', 'verify_cache', 'show_pipelines', 'show_schema', 'show_runs',
+           'show_run', 'diff_runs', 'show_doctor', 'ui_command', 'without_password', 'open_ui', 'about_service',
+           'serve_model', 'collect_logged', 'publish_bundle', 'release_limits', 'start_release', 'promote_release',
+           'roll_back_release', 'show_release', 'score_inbox']
 
 # %% ../nbs/cli.ipynb #5db341e0
 import atexit
@@ -290,10 +292,10 @@ def show_graph(
 @app.command("backfill")
 def backfill_pipeline(
     name: Name,
-    first: Annotated[str, typer.Option(help="First month, such as 2013-02.")],
-    last: Annotated[str, typer.Option(help="Last month, included.")],
+    over: Annotated[str, typer.Option(help="name=values: a..b, or a,b,c, or @file with a value a line.")] = "month",
+    first: Annotated[str | None, typer.Option(help="First month, such as 2013-02.")] = None,
+    last: Annotated[str | None, typer.Option(help="Last month, included.")] = None,
     parameter: Parameters = None,
-    over: Annotated[str, typer.Option(help="The parameter that takes the months.")] = "month",
     width: Width = None,
     engine: Engine = "auto",
     force: Force = False,
@@ -301,27 +303,42 @@ def backfill_pipeline(
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
-    """Run a pipeline once for each of many months."""
-    from mlops_course.pipelines import Options, backfill, month_range
+    """Run a pipeline once for each of many values."""
+    from mlops_course.pipelines import Options, backfill, find_pipeline, values_over
 
     options = Options(width=width, engine=engine, force=force, scheduler=scheduler)
-    given, fixed = month_range(first, last), parse_parameters(parameter or [])
-    filled = backfill(name, over, given, fixed, _settings(home), _plain_months(over), options)
-    print_json([vars(each) for each in filled]) if as_json else _print_filled(over, filled)
+    pipeline, fixed = find_pipeline(name), parse_parameters(parameter or [])
+    varied, values = values_over(pipeline, _with_months(over, first, last))
+    filled = backfill(pipeline, varied, values, fixed, _settings(home), _plain_values(varied), options)
+    print_json([vars(each) for each in filled]) if as_json else _print_filled(varied, filled)
     if any(each.status not in ("done", "cached") for each in filled):
         raise typer.Exit(1)
 
 # %% ../nbs/cli.ipynb #b323e67b
+def _with_months(over: str, first: str | None, last: str | None) -> str:
+    """What --over, --first and --last say together, as --over alone would say it."""
+    from mlops_course.pipelines import ParameterError, month_range
+
+    if "=" in over and (first or last):
+        raise ParameterError(f"--over {over} says which values, and --first or --last as well", "Give one of the two")
+    if "=" in over:
+        return over
+    if not (first and last):
+        remedy = "Give --over name=values, or a --first and a --last month"
+        raise ParameterError(f"which values of {over or 'a parameter'} to run over isn't said", remedy)
+    return f"{over}={','.join(month_range(first, last))}"
+
+# %% ../nbs/cli.ipynb #b323e67c
 def _print_filled(over: str, filled: "list[Filled]") -> None:
-    """A line for each month."""
+    """A line for each value."""
     rows: list[list[object]] = [
         [each.value, each.status, f"{each.seconds:.1f}", each.run, each.error] for each in filled
     ]
     print_all(table(f"{over},status,#seconds,run,what went wrong", rows))
 
 
-def _plain_months(over: str) -> Callable[..., None]:
-    """Lines for a backfill: which month is at which stage."""
+def _plain_values(over: str) -> Callable[..., None]:
+    """Lines for a backfill: which value is at which stage."""
 
     def tell(kind: str, run: "PipelineRun", stage: "StageRun | None") -> None:
         if kind in ("stage ended", "retry") and stage is not None:
@@ -330,18 +347,51 @@ def _plain_months(over: str) -> Callable[..., None]:
     return tell
 
 # %% ../nbs/cli.ipynb #8ad102f4
+To = Annotated[str, typer.Option(help="github, airflow or argo.")]
+Workspace = Annotated[str | None, typer.Option(help="A folder there that all stages share.")]
+Folder = Annotated[str | None, typer.Option(help="Argo, Airflow: where the repository is there.")]
+Runner = Annotated[str | None, typer.Option(help="GitHub: which machines. Default: ubuntu-latest.")]
+PythonVersion = Annotated[str | None, typer.Option("--python", help="GitHub: which Python. Default: this one.")]
+Package = Annotated[str | None, typer.Option(help="GitHub: what pip is asked for. Default: this version.")]
+Requirements = Annotated[list[str] | None, typer.Option(help="GitHub: a file of them in the repository; repeatable.")]
+Install = Annotated[str | None, typer.Option(help="GitHub: a script that installs all, instead of pip.")]
+Image = Annotated[str | None, typer.Option(help="Argo, Airflow on Kubernetes: has package and notebooks.")]
+Claim = Annotated[str | None, typer.Option(help="Argo, Airflow on Kubernetes: volume claim of the workspace.")]
+Secret = Annotated[str | None, typer.Option(help="Argo: Kubernetes secret and config map with the variables.")]
+Kernel = Annotated[str | None, typer.Option(help="Airflow: Jupyter kernel that has the package.")]
+
+# %% ../nbs/cli.ipynb #8ad102f5
 @app.command("export")
 def export_pipeline(
     name: Name,
-    to: Annotated[str, typer.Option(help="github, airflow or argo.")],
+    to: To,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="A file to write.")] = None,
+    workspace: Workspace = None,
+    folder: Folder = None,
+    runner: Runner = None,
+    python: PythonVersion = None,
+    package: Package = None,
+    requirements: Requirements = None,
+    install: Install = None,
+    image: Image = None,
+    claim: Claim = None,
+    secret: Secret = None,
+    kernel: Kernel = None,
 ) -> None:
     """Write a pipeline for GitHub Actions, Airflow or Argo."""
+    given: dict[str, Any] = {"workspace": workspace, "folder": folder, "runner": runner, "python": python}
+    given |= {"package": package, "requirements": tuple(requirements or ()), "install": install}
+    given |= {"image": image, "claim": claim, "secret": secret, "kernel": kernel}
+    _export(name, to, output, given)
+
+# %% ../nbs/cli.ipynb #8ad102f6
+def _export(name: str, to: str, output: Path | None, given: dict[str, Any]) -> None:
+    """Write or show the file."""
     from mlops_course.environment import write_atomic
     from mlops_course.pipelines import find_pipeline
-    from mlops_course.pipelines.export import export
+    from mlops_course.pipelines.export import export, place_for
 
-    text = export(find_pipeline(name), to)
+    text = export(find_pipeline(name), to, place_for(to, given))
     typer.echo(text if output is None else write_atomic(output, text))
 
 # %% ../nbs/cli.ipynb #afde58c6
@@ -404,11 +454,17 @@ def verify_cache(home: Home = None, as_json: AsJson = False) -> None:
         raise typer.Exit(1)
 
 # %% ../nbs/cli.ipynb #dfad58eb
-@app.command("pipelines")
-def show_pipelines(as_json: AsJson = False) -> None:
+pipelines_app = typer.Typer(invoke_without_command=True, help="List the pipelines and their parameters.")
+app.add_typer(pipelines_app, name="pipelines")
+
+
+@pipelines_app.callback()
+def show_pipelines(context: typer.Context, as_json: AsJson = False) -> None:
     """List the pipelines and their parameters."""
     from mlops_course.pipelines import find_pipeline, list_pipelines
 
+    if context.invoked_subcommand is not None:
+        return
     found = [find_pipeline(path) for path in list_pipelines()]
     if as_json:
         print_json([asdict(each) for each in found])
@@ -420,6 +476,20 @@ def show_pipelines(as_json: AsJson = False) -> None:
             for one in each.parameters
         ]
         print_all(table("parameter,type,default,meaning", rows))
+
+# %% ../nbs/cli.ipynb #dfad58ec
+@pipelines_app.command("schema")
+def show_schema(
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="A file to write.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The schema is JSON in any case.")] = False,
+) -> None:
+    """Print what a pipeline's file can say, as a JSON Schema for editors."""
+    from mlops_course.pipelines.schema import pipeline_schema, save_schema
+
+    if output is None:
+        print_json(pipeline_schema())
+    else:
+        typer.echo(json.dumps({"schema": str(save_schema(output))}) if as_json else save_schema(output))
 
 # %% ../nbs/cli.ipynb #c2c8b2ff
 runs_app = typer.Typer(invoke_without_command=True, help="Look at what was run in this workspace.")

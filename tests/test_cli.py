@@ -403,6 +403,59 @@ def test_a_backfill_says_which_month_failed_and_why(tmp_path: Path, settings: Se
     assert "2013-02" in course("backfill", failing, *months).stdout
 
 
+def test_a_backfill_runs_over_any_values(tmp_path: Path, settings: Settings) -> None:
+    path = write_pipeline(tmp_path, "print(month)")
+    done = course("backfill", path, "--over", "month=2013-01..2013-02,2013-05", "--json", "--width", 1)
+    assert [(each["value"], each["status"]) for each in json.loads(done.stdout)] == [
+        ("2013-01", "done"),
+        ("2013-02", "done"),
+        ("2013-05", "done"),
+    ]
+    (tmp_path / "months.txt").write_text("2013-01\n2013-05\n")
+    again = course("backfill", path, "--over", f"month=@{tmp_path / 'months.txt'}", "--json")
+    assert [each["status"] for each in json.loads(again.stdout)] == ["cached", "cached"]
+    named = course("backfill", path, "--over", "month", "--first", "2013-01", "--last", "2013-02", "--json")
+    assert [each["value"] for each in json.loads(named.stdout)] == ["2013-01", "2013-02"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--over", "month=2013-01,2013-01"], "month is '2013-01' twice. Give each value once."),
+        (["--over", "month=2013-01,May"], "month is 'May', but should be a month like 2013-01"),
+        (["--over", "mnoth=2013-01"], "no parameter 'mnoth'. Perhaps you meant 'month'"),
+        (["--over", "month=2013-01", "--first", "2013-01"], "--over month=2013-01 says which values, and --first"),
+        (["--first", "2013-01"], "which values of month to run over isn't said. Give --over name=values"),
+        (["--over", "month=2013-01", "-p", "month=2013-02"], "month is given, but it is the one that varies"),
+    ],
+)
+def test_values_that_cannot_be_filled_are_refused(tmp_path: Path, arguments: list[str], message: str) -> None:
+    done = course("backfill", write_pipeline(tmp_path, "print(month)"), *arguments)
+    assert message in one_error_line(done)
+    assert (done.returncode, done.stdout) == (2, "")
+
+
+def test_the_schema_is_printed_or_written(tmp_path: Path) -> None:
+    for option in ([], ["--json"]):
+        found = json.loads(course("pipelines", "schema", *option).stdout)
+        assert found["$defs"]["StageEntry"]["properties"]["retries"]["default"] == 0
+    assert course("pipelines", "schema", "-o", tmp_path / "x.json").stdout.strip() == str(tmp_path / "x.json")
+    assert json.loads((tmp_path / "x.json").read_text(encoding="utf-8")) == found
+    written = json.loads(course("pipelines", "schema", "-o", tmp_path / "y.json", "--json").stdout)
+    assert written == {"schema": str(tmp_path / "y.json")}
+
+
+def test_an_export_is_told_what_is_there(greet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "reqs.txt").write_text("holidays\n")
+    options = ("--runner", "ours", "--python", "3.13", "--requirements", "reqs.txt", "--package", "mlops_course>=0.1")
+    shown = course("export", greet, "--to", "github", *options).stdout
+    assert all(word in shown for word in ("runs-on: ours", "'3.13'", "'mlops_course>=0.1' --requirement reqs.txt"))
+    assert "image: ours:1" not in shown
+    refused = course("export", greet, "--to", "github", "--image", "ours:1")
+    assert "--image is for argo or airflow, not for github" in one_error_line(refused) and refused.returncode == 2
+
+
 def test_a_pipeline_can_be_drawn_and_written_for_others(
     greet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

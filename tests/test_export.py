@@ -10,6 +10,8 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,12 +20,14 @@ import nbformat
 import pytest
 import yaml
 
+from mlops_course import __version__
 from mlops_course.environment import CourseError
 from mlops_course.pipelines.definition import Parameter, Pipeline, find_pipeline
-from mlops_course.pipelines.export import Place, export, main, run_stage, save_export
+from mlops_course.pipelines.export import Place, export, main, place_for, run_stage, save_export
 from mlops_course.pipelines.notebooks import ParameterError, PipelineError
 from mlops_course.pipelines.results import ResultError, read_result
 
+ROOT = Path(__file__).resolve().parent.parent
 SYSTEMS = ("github", "airflow", "argo")
 RECORD = "from mlops_course.pipelines.results import record_result\nimport os\nfrom pathlib import Path\n"
 NASTY = [
@@ -429,10 +433,13 @@ def substitute(text: str, known: dict[str, str]) -> str:
     return re.sub(r"\$?\{\{ *([\w.-]+) *\}\}", lambda found: known[found[1]], text)
 
 
-def step(command: str, variables: dict[str, str], folder: Path) -> None:
-    """Run a script as GitHub does, with our Python."""
+def step(command: str, variables: dict[str, str], folder: Path, machine: dict[str, str] | None = None) -> None:
+    """Run a script as GitHub does: on a machine with these variables, or else with our Python."""
     environment = {name: os.environ[name] for name in ("PATH", "HOME", "PYTHONPATH") if name in os.environ} | variables
-    command = command.replace("python -m", f"'{sys.executable}' -m")
+    if machine is None:
+        command = command.replace("python -m", f"'{sys.executable}' -m")
+    else:
+        environment = machine | variables
     subprocess.run(
         ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", command], env=environment, cwd=folder, check=True
     )
@@ -475,9 +482,14 @@ def test_jobs_on_bare_machines_hand_the_workspace_on(demo: Pipeline, tmp_path: P
 
 
 def run_job(
-    workflow: dict[str, Any], job: dict[str, Any], known: dict[str, str], kept: dict[str, Path], machine: Path
+    workflow: dict[str, Any],
+    job: dict[str, Any],
+    known: dict[str, str],
+    kept: dict[str, Path],
+    machine: Path,
+    variables: dict[str, str] | None = None,
 ) -> None:
-    """The steps of a job; artifacts and caches are files."""
+    """The steps of a job; artifacts and caches are files. With a machine's variables, everything is installed, too."""
     common = {name: substitute(value, known) for name, value in workflow["env"].items()}
     known = known | {"env.RUN": common["RUN"]}
     for each in job["steps"]:
@@ -488,12 +500,9 @@ def run_job(
             shutil.copy(machine / options["path"], kept[options["name"]])
         elif action == "actions/download-artifact":
             shutil.copy(kept[options["name"]], machine / "workspace.tar")
-        elif "run" in each and each["name"] != "Install":
-            step(
-                each["run"],
-                common | {name: substitute(value, known) for name, value in each.get("env", {}).items()},
-                machine,
-            )
+        elif "run" in each and (each["name"] != "Install" or variables):
+            own = {name: substitute(value, known) for name, value in each.get("env", {}).items()}
+            step(each["run"], common | own, machine, variables)
 
 
 @pytest.mark.system
@@ -587,7 +596,7 @@ def test_airflow_loads_and_runs_it(demo: Pipeline, tmp_path: Path) -> None:
     text, python = 'it\'s {{ ds }} ${HOME}\n"#" ü', os.environ["AIRFLOW_PYTHON"]
     strange = tmp_path / "{{ ds }} {x} 'y"
     shutil.copytree(demo.folder, strange)
-    place = Place(workspace=str(tmp_path / "shared {w}"), kernel="project")
+    place = Place(workspace=str(tmp_path / "shared {w}"), kernel="project", folder=str(strange))
     for pipeline in (
         hostile(Pipeline.read(strange / "demo.yaml"), text),
         find_pipeline("training"),
@@ -622,3 +631,252 @@ def test_airflow_loads_and_runs_it(demo: Pipeline, tmp_path: Path) -> None:
     right = {"text": text, "month": "2013-10", "sure": True}
     assert read_result(run / "end.ipynb")["total"] == [2 * len(text) + 1, right]
     assert "hidden" not in (run / "right_one.ipynb").read_text(encoding="utf-8") + done.stdout
+
+
+# ---------------------------------------------------------------- in a stranger's repository
+
+
+def write_repository(folder: Path) -> Path:
+    """Three notebooks, a helper module, data, a requirement of its own, and nothing of this course's layout."""
+    for name in ("steps", "data"):
+        (folder / name).mkdir(parents=True)
+    (folder / "ours.py").write_text("def shout(text):\n    return text.upper() + '!'\n")
+    (folder / "steps" / "beside.py").write_text("def lines(path):\n    return path.read_text().splitlines()\n")
+    (folder / "data" / "words.txt").write_text("one\ntwo\nthree\n")
+    (folder / "requirements.txt").write_text("# what the notebooks want\nletters-of-ours>=1\n")
+    count = "import beside, letters_of_ours\nwords = beside.lines(Path(source))\n"
+    count += "record_result(count=letters_of_ours.count(words))"
+    write(folder / "steps" / "count.ipynb", "source: str = None", RECORD + count)
+    write(folder / "steps" / "sweep.ipynb", "", "print('swept')")
+    report = "import ours\nPath('report.txt').write_text(ours.shout(f'{count} {word}'))\n"
+    report += "record_result(report='report.txt', text=Path('report.txt').read_text())"
+    write(folder / "steps" / "report.ipynb", "count: int = None\nword: str = ''", RECORD + report)
+    (folder / "steps" / "words.yaml").write_text(WORDS, encoding="utf-8")
+    for command in (["init", "-q"], ["add", "."], [*AUTHOR, "commit", "-qm", "All of it"]):
+        subprocess.run(["git", *command], cwd=folder, check=True)
+    return folder
+
+
+AUTHOR = ["-c", "user.name=Somebody", "-c", "user.email=somebody@example.org"]
+WORDS = """
+name: words
+parameters:
+  source: {type: path, default: data/words.txt}
+  word: {type: text, default: letters}
+stages:
+  - {name: sweep, notebook: sweep.ipynb}
+  - {name: count, notebook: count.ipynb, after: [sweep], parameters: {source: "${source}"}, outputs: {count: value}}
+  - name: report
+    notebook: report.ipynb
+    parameters: {word: "${word}"}
+    inputs: [count]
+    outputs: {report: file}
+"""
+
+
+def exported(repository: Path, system: str, *options: str) -> str:
+    """What the command writes, started anywhere."""
+    command = [sys.executable, "-c", "from mlops_course.cli import main; main()", "export"]
+    command += [str(repository / "steps" / "words.yaml"), "--to", system, *options]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=repository.parent)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_no_export_holds_a_path_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    repository = write_repository(tmp_path / "theirs")
+    here = [str(Path.home()), str(tmp_path), str(Path.cwd()), sys.prefix, os.environ["MLOPS_COURSE_HOME"], "/tmp"]
+    for system in SYSTEMS:
+        ours = [export(find_pipeline(name), system) for name in ("training", "scoring")]
+        for text in [exported(repository, system), *ours]:
+            assert [path for path in here if path != "/" and path in text] == []
+    assert "steps/words.yaml" in exported(repository, "github") and "nbs" not in exported(repository, "argo")
+    monkeypatch.chdir(repository)
+    source = Parameter("source", "path", default=str(repository / "data" / "words.txt"))
+    pipeline = Pipeline.read("steps/words.yaml")
+    for system in SYSTEMS:
+        with pytest.raises(PipelineError, match=r"default of source has .*words\.txt, which is a place on this"):
+            export(replace(pipeline, parameters=(source, pipeline.parameters[1])), system)
+    absolute = replace(pipeline.stages[0], notebook=repository / "steps" / "sweep.ipynb")
+    with pytest.raises(PipelineError, match=r"stage sweep has .*a place on this machine"):
+        export(replace(pipeline, stages=(absolute, *pipeline.stages[1:])), "argo")
+
+
+def test_order_without_data_is_in_every_export(tmp_path: Path) -> None:
+    repository = write_repository(tmp_path / "theirs")
+    pipeline = Pipeline.read(repository / "steps" / "words.yaml")
+    assert pipeline.needs["count"] == {"sweep"}
+    for system in SYSTEMS:
+        assert needs(pipeline, system, Place(pipeline="x.yaml", workspace="/srv")) == pipeline.needs
+
+
+@pytest.mark.parametrize(
+    ("files", "place", "expected"),
+    [
+        ({}, Place(), "pip install mlops_course==VERSION"),
+        ({"requirements.txt": "a"}, Place(), "pip install mlops_course==VERSION --requirement requirements.txt"),
+        ({"requirements.txt": "a\nmlops-course[x]>=0"}, Place(), "pip install --requirement requirements.txt"),
+        (
+            {"requirements.txt": "a==1 --hash=sha256:0"},
+            Place(),
+            "pip install --requirement requirements.txt\npython -m pip install mlops_course==VERSION",
+        ),
+        ({"pyproject.toml": "[project]\nname = 'a'"}, Place(), "pip install mlops_course==VERSION ."),
+        ({"pyproject.toml": "[tool.ruff]"}, Place(), "pip install mlops_course==VERSION"),
+        ({"my reqs": "a"}, Place(requirements=("my reqs",)), "mlops_course==VERSION --requirement 'my reqs'"),
+        ({}, Place(package="mlops_course @ git+https://x/y@v1"), "pip install 'mlops_course @ git+https://x/y@v1'"),
+        ({"requirements.txt": "a"}, Place(install="make install"), "make install"),
+    ],
+)
+def test_each_job_installs_what_the_repository_asks_for(
+    tmp_path: Path, files: dict[str, str], place: Place, expected: str
+) -> None:
+    repository = write_repository(tmp_path / "theirs")
+    (repository / "requirements.txt").unlink()
+    for name, text in files.items():
+        (repository / name).write_text(text)
+    workflow = yaml.safe_load(export(Pipeline.read(repository / "steps" / "words.yaml"), "github", place))
+    for job in workflow["jobs"].values():
+        steps = {step.get("name", step.get("uses", "")): step for step in job["steps"]}
+        assert steps["Install"]["run"].endswith(expected.replace("VERSION", __version__))
+        with_python = steps["actions/setup-python@v6"]["with"]
+        assert with_python["python-version"] == ".".join(map(str, sys.version_info[:2]))
+        assert all((repository / with_python["cache-dependency-path"]).is_file() for _ in range("cache" in with_python))
+
+
+def test_what_a_system_has_no_use_for_is_refused() -> None:
+    with pytest.raises(ParameterError, match="--image is for argo or airflow, not for github"):
+        place_for("github", {"image": "x"})
+    with pytest.raises(ParameterError, match="--runner is for github, not for argo"):
+        place_for("argo", {"runner": "x", "image": None})
+    with pytest.raises(ParameterError, match="no 'imgae' to say"):
+        place_for("argo", {"imgae": "x"})
+    assert place_for("argo", {"image": "x", "requirements": ()}) == Place(image="x")
+
+
+def test_requirements_that_are_not_there(tmp_path: Path) -> None:
+    pipeline = Pipeline.read(write_repository(tmp_path / "theirs") / "steps" / "words.yaml")
+    with pytest.raises(ParameterError, match=r"there is no reqs\.txt in the repository"):
+        export(pipeline, "github", Place(requirements=("reqs.txt",)))
+
+
+def test_argo_and_airflow_are_told_where_things_are(tmp_path: Path) -> None:
+    repository = write_repository(tmp_path / "theirs")
+    options = ["--image", "ours:1", "--claim", "disk", "--folder", "/repo", "--workspace", "/shared"]
+    argo = yaml.safe_load(exported(repository, "argo", *options, "--secret", "keys"))["spec"]
+    assert argo["arguments"]["parameters"][0] == {"name": "container-image", "value": "ours:1"}
+    assert argo["volumes"][0]["persistentVolumeClaim"] == {"claimName": "disk"}
+    container = argo["templates"][1]["container"]
+    assert (container["workingDir"], container["args"][0]) == ("/repo", "steps/words.yaml")
+    assert container["volumeMounts"] == [{"name": "workspace", "mountPath": "/shared"}]
+    assert "workingDir" not in yaml.safe_load(exported(repository, "argo"))["spec"]["templates"][1]["container"]
+    airflow = exported(repository, "airflow", *options, "--kernel", "theirs")
+    found = constants(airflow)
+    assert (found["PIPELINE"], found["FOLDER"], found["KERNEL"]) == ("steps/words.yaml", "/repo", "theirs")
+    assert "IMAGE, CLAIM = 'ours:1', 'disk'" in airflow
+    assert "HOME = Path(os.environ.get(\"MLOPS_COURSE_HOME\") or '/shared')" in airflow
+
+
+def build_wheels(folder: Path) -> Path:
+    """Our own wheel, and one that the repository asks for."""
+    source, wheels = folder / "source", folder / "wheels"
+    others = (".*", "_docs", "_proc", "build", "dist", "workspace", "__pycache__", "*.egg-info", "tests")
+    left_out = shutil.ignore_patterns(*others)
+    shutil.copytree(ROOT, source, ignore=left_out, symlinks=True)
+    command = [sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", wheels, source]
+    subprocess.run([str(part) for part in command], check=True, capture_output=True)
+    with zipfile.ZipFile(wheels / "letters_of_ours-1.2-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("letters_of_ours.py", "def count(words):\n    return sum(map(len, words))\n")
+        about = "letters_of_ours-1.2.dist-info"
+        wheel.writestr(f"{about}/METADATA", "Metadata-Version: 2.1\nName: letters-of-ours\nVersion: 1.2\n")
+        wheel.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{about}/RECORD", "")
+    return wheels
+
+
+def link_packages(venv: Path) -> None:
+    """Let an environment have what our package needs, but neither it nor anything of the repository."""
+    inside = Path(sysconfig.get_path("purelib", vars={"base": str(venv)}))
+    for path in Path(sysconfig.get_path("purelib")).iterdir():
+        ours = path.name.startswith(("mlops_course", "__editable__", "_mlops_course")) or path.suffix == ".pth"
+        if not ours and not (inside / path.name).exists():
+            (inside / path.name).symlink_to(path)
+
+
+@pytest.fixture(name="clean", scope="module")
+def _clean(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A machine's variables: a new environment, whose pip finds our wheel and the locked versions.
+
+    To download some hundred packages takes minutes, and that they can be installed is shown elsewhere. So they are
+    there already, unless BARE_MACHINE is set.
+    """
+    folder = tmp_path_factory.mktemp("clean")
+    subprocess.run([sys.executable, "-m", "venv", str(folder / "venv")], check=True)
+    if not os.environ.get("BARE_MACHINE"):
+        link_packages(folder / "venv")
+    script = "import tasks, sys; sys.stdout.write(tasks.constraints())"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, capture_output=True, text=True)
+    (folder / "constraints.txt").write_text(done.stdout)
+    found = {name: value for name, value in os.environ.items() if name.startswith("PIP_") or name == "HOME"}
+    links = " ".join([str(build_wheels(folder)), *os.environ.get("PIP_FIND_LINKS", "").split()])
+    found |= {"PIP_FIND_LINKS": links, "PIP_CONSTRAINT": str(folder / "constraints.txt")}
+    binaries = "Scripts" if os.name == "nt" else "bin"
+    return found | {"PATH": os.pathsep.join([str(folder / "venv" / binaries), "/usr/bin", "/bin"])}
+
+
+@pytest.mark.slow
+@pytest.mark.system
+@pytest.mark.skipif(shutil.which("bash") is None or shutil.which("tar") is None, reason="needs bash and tar")
+def test_a_strangers_workflow_runs_as_it_is(tmp_path: Path, clean: dict[str, str]) -> None:
+    repository = write_repository(tmp_path / "theirs")
+    workflow = yaml.safe_load(exported(repository, "github"))
+    known = {"github.run_id": "7", "github.run_attempt": "1", "inputs.source": "", "inputs.word": "LETTERS"}
+    kept: dict[str, Path] = {}
+    place = tmp_path / "machine"
+    known["github.workspace"] = str(place)
+    for name, job in workflow["jobs"].items():
+        machine = tmp_path / f"machine-{name}"  # each job begins with what was checked out
+        subprocess.run(["git", "clone", "-q", repository, machine], check=True)
+        place.unlink(missing_ok=True)
+        place.symlink_to(machine)
+        run_job(workflow, job, known, kept, machine, clean)
+    assert list(workflow["jobs"]) == ["sweep", "count", "report"]
+    assert read_result(kept["notebook-report"])["text"] == "11 LETTERS!"
+    assert "swept" in kept["notebook-sweep"].read_text(encoding="utf-8")
+
+
+FIND = """
+import json, os, sys
+from airflow.dag_processing.dagbag import DagBag
+bag = DagBag(sys.argv[1])
+assert not bag.import_errors, bag.import_errors
+run = bag.dags["words"].test(run_conf={"word": "letters"})
+print(json.dumps({"state": str(run.state)}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.system
+@pytest.mark.skipif(
+    "AIRFLOW_PYTHON" not in os.environ,
+    reason="AIRFLOW_PYTHON names no Python with Airflow 3 and its Papermill provider",
+)
+def test_a_strangers_dag_finds_its_repository(tmp_path: Path) -> None:
+    repository, python = write_repository(tmp_path / "theirs"), os.environ["AIRFLOW_PYTHON"]
+    (repository / "letters_of_ours.py").write_text("def count(words):\n    return sum(map(len, words))\n")
+    (repository / "dags").mkdir()
+    (repository / "dags" / "words.py").write_text(exported(repository, "airflow", "--kernel", "theirs"))
+    argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    kernel = tmp_path / "jupyter" / "kernels" / "theirs"
+    kernel.mkdir(parents=True)
+    (kernel / "kernel.json").write_text(json.dumps({"argv": argv, "display_name": "x", "language": "python"}))
+    variables = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "AIRFLOW_HOME": str(tmp_path / "airflow")}
+    variables |= {"AIRFLOW__CORE__LOAD_EXAMPLES": "False", "JUPYTER_PATH": str(tmp_path / "jupyter")}
+    variables |= {"AIRFLOW__CORE__DAGS_FOLDER": str(repository / "dags")}
+    subprocess.run([python, "-m", "airflow", "db", "migrate"], env=variables, check=True, capture_output=True)
+    command = [python, "-c", FIND, str(repository / "dags")]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout.strip().splitlines()[-1])["state"] == "success", done.stdout[-3000:]
+    (run,) = (tmp_path / "airflow" / "mlops-course" / "runs").iterdir()
+    assert read_result(run / "report.ipynb")["text"] == "11 LETTERS!"

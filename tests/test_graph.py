@@ -2,13 +2,14 @@
 
 import itertools
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import nbformat
 import pytest
 
 from mlops_course.pipelines.definition import Pipeline, Stage, find_pipeline
-from mlops_course.pipelines.graph import COLOURS, draw, flows, lay_out, mermaid, save_picture
+from mlops_course.pipelines.graph import COLOURS, draw, flows, lay_out, mermaid, orders, save_picture
 from mlops_course.pipelines.notebooks import ParameterError
 
 NASTY = ["end", "class", "graph", "subgraph", "click-me", "x---y", "o_o"]  # words and signs of Mermaid's own
@@ -72,6 +73,37 @@ def test_mermaid_says_who_needs_what_from_whom(wide: Pipeline) -> None:
     assert ("join", "features", "compare") in found
     assert ("fetch_planes", "planes, airlines", "join") in found
     assert "unused" not in mermaid(wide)
+
+
+@pytest.fixture(name="swept", scope="module")
+def _swept(wide: Pipeline) -> Pipeline:
+    """One stage more, before all others though nothing flows; and the last one after one that it takes from, too."""
+    first = Stage("sweep", wide.notebook(wide.stages[0]))
+    late = {"fetch_flights": ("sweep",), "report": ("compare", "train_trees")}
+    return replace(
+        wide, stages=(first, *[replace(stage, after=late.get(stage.name, ())) for stage in wide.stages])
+    )
+
+
+def test_order_without_data_is_a_dashed_line(swept: Pipeline, wide: Pipeline) -> None:
+    expected = {("sweep", "fetch_flights"), ("train_trees", "report")}
+    assert set(orders(swept)) == expected and orders(wide) == []
+    text = mermaid(swept)
+    names = dict(re.findall(r'(stage\d+)\["(.*?)"\]', text))
+    assert {(names[one], names[other]) for one, other in re.findall(r"(stage\d+) -\.-> (stage\d+)", text)} == expected
+    assert edges(text) == edges(mermaid(wide)), "what flows is as before"
+
+
+def test_a_dashed_line_leads_downwards_and_over_nothing(swept: Pipeline) -> None:
+    layout = lay_out(swept, {stage.name: "" for stage in swept.stages})
+    assert [(line[0].stage, line[-1].stage) for line in layout.dashed] == orders(swept)
+    for line in layout.dashed:
+        assert [spot.layer for spot in line] == list(range(line[0].layer, line[-1].layer + 1))
+    for layer in layout.layers:
+        for one, other in itertools.combinations(layer, 2):
+            assert abs(one.x - other.x) >= (one.width + other.width) / 2 + 10
+    styles = [patch.get_linestyle() for patch in draw(swept).patches if type(patch).__name__ == "FancyArrowPatch"]
+    assert styles.count("--") == 2
 
 
 def test_mermaid_gives_each_state_its_colour_and_its_word(wide: Pipeline) -> None:

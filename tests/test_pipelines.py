@@ -442,6 +442,173 @@ def test_stages_are_sorted_by_what_they_need(demo: Path) -> None:
     assert backwards.after({"total"}) == {"total", "last"}
 
 
+# ---------------------------------------------------------------- order without data
+
+
+def write_ordered(folder: Path, early: str = "Path('swept').touch()", second: str = "1") -> Path:
+    """Three stages: early, and late that only comes after it; last takes what late records."""
+    head = RECORD + "from pathlib import Path"
+    write_notebook(folder / "early.ipynb", "", head, early, RECORD + "record_result(swept=1)")
+    write_notebook(folder / "late.ipynb", "", head, second, "assert Path('swept').exists()\nrecord_result(number=7)")
+    write_notebook(folder / "last.ipynb", "number: int = None", "print(number)")
+    text = """
+        name: ordered
+        stages:
+          - {name: last, notebook: last.ipynb, inputs: [number]}
+          - {name: late, notebook: late.ipynb, outputs: {number: value}, after: [early]}
+          - {name: early, notebook: early.ipynb}
+        """
+    return write_pipeline(folder, text, "ordered")
+
+
+def test_after_is_order_and_touches_nothing(tmp_path: Path) -> None:
+    pipeline = Pipeline.read(write_ordered(tmp_path))
+    assert [stage.name for stage in pipeline.stages] == ["early", "late", "last"]
+    assert pipeline.needs == {"early": set(), "late": {"early"}, "last": {"late"}}
+    assert pipeline.takes == {"early": set(), "late": set(), "last": {"late"}}
+    assert pipeline.after({"early"}) == {"early"} and pipeline.after({"late"}) == {"late", "last"}
+
+
+@pytest.mark.parametrize(
+    ("new", "message"),
+    [
+        ("[erly]", "stage late comes after 'erly', which is no stage. Perhaps you meant 'early'"),
+        ("[late]", "stage late comes after itself"),
+        ("[last]", r"these stages wait for each other: \w+ -> \w+ -> \w+\. Take out .* `after`"),
+        ("early", "after is 'early', but should be a list of names"),
+    ],
+)
+def test_a_mistake_in_the_order_of_stages_is_named(tmp_path: Path, new: str, message: str) -> None:
+    path = write_ordered(tmp_path)
+    path.write_text(path.read_text().replace("after: [early]", f"after: {new}"))
+    with pytest.raises(PipelineError, match=message):
+        Pipeline.read(path)
+
+
+def test_a_stage_that_runs_again_does_not_touch_one_that_only_comes_after_it(
+    tmp_path: Path, settings: Settings
+) -> None:
+    path = write_ordered(tmp_path)
+    slow = "import time; time.sleep(1.5); Path('swept').touch()"
+    assert run(write_ordered(tmp_path, slow), settings=settings, options=Options(width=2)).status == "done"
+    write_ordered(tmp_path, f"{slow}; print('anew')")
+    again = {stage.name: stage.status for stage in run(path, settings=settings).stages}
+    assert again == {"early": "done", "late": "cached", "last": "cached"}
+    planned = {each.stage: each.action for each in pipelines.plan(path, None, settings, Options(start="early"))}
+    assert planned == {"early": "run", "late": "cached", "last": "cached"}
+
+
+def test_a_stage_does_not_run_when_the_one_before_it_fails(tmp_path: Path, settings: Settings) -> None:
+    with pytest.raises(StageError, match="no broom"):
+        run(write_ordered(tmp_path, "raise ValueError('no broom')"), settings=settings, options=Options(width=2))
+    (told,) = list_runs(settings)
+    assert {stage["name"]: stage["status"] for stage in told["stages"]} == {
+        "early": "failed",
+        "late": "not run",
+        "last": "not run",
+    }
+
+
+def test_a_part_of_a_pipeline_with_order(tmp_path: Path, settings: Settings) -> None:
+    path = write_ordered(tmp_path)
+    record = run(path, settings=settings, options=Options(until="late"))
+    assert {stage.name: stage.status for stage in record.stages} == {"early": "done", "late": "done", "last": "not run"}
+    write_ordered(tmp_path, "raise ValueError('not asked for')")
+    record = run(path, settings=settings, options=Options(only="last"))
+    assert {stage.name: stage.status for stage in record.stages} == {
+        "early": "not run",
+        "late": "cached",
+        "last": "done",
+    }
+
+
+# ---------------------------------------------------------------- many values
+
+
+def write_varied(folder: Path) -> Path:
+    """A pipeline that takes one value of each type."""
+    kinds = {"month": "month", "region": "text", "n": "integer", "share": "number", "file": "path", "sure": "boolean"}
+    write_notebook(folder / "only.ipynb", "\n".join(f"{name}: 'object' = ''" for name in kinds), "assert n != 2, 'no'")
+    parameters = "".join(f"  {name}: {{type: {kind}, default: null}}\n" for name, kind in kinds.items())
+    passed = ", ".join(f'{name}: "${{{name}}}"' for name in kinds)
+    text = f"name: varied\nparameters:\n{parameters}stages:\n"
+    text += f"  - {{name: only, notebook: only.ipynb, parameters: {{{passed}}}}}\n"
+    return write_pipeline(folder, text, "varied")
+
+
+@pytest.mark.parametrize(
+    ("over", "values"),
+    [
+        ("month=2012-11..2013-02", ["2012-11", "2012-12", "2013-01", "2013-02"]),
+        ("month=2013-01,2013-03..2013-04", ["2013-01", "2013-03", "2013-04"]),
+        ("region=eu, us,apac", ["eu", "us", "apac"]),
+        ("region=a=b", ["a=b"]),
+        ("region=a..b", ["a..b"]),
+        ("n=-1..2,7", ["-1", "0", "1", "2", "7"]),
+        ("n=5..5", ["5"]),
+        ("share=0.1,0.25", ["0.1", "0.25"]),
+        ("sure=true,false", ["true", "false"]),
+        ("file=..,.", ["..", "."]),
+        ("region=@regions.txt", ["eu", "us, all of it", "apac"]),
+        ("month=@months.txt", ["2013-01", "2013-02", "2013-05"]),
+    ],
+)
+def test_what_a_backfill_can_run_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, over: str, values: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "regions.txt").write_text("eu\r\nus, all of it\n\n  apac\n", encoding="utf-8")
+    (tmp_path / "months.txt").write_text("2013-01..2013-02\n2013-05")
+    assert pipelines.values_over(Pipeline.read(write_varied(tmp_path)), over) == (over.partition("=")[0], values)
+
+
+@pytest.mark.parametrize(
+    ("over", "message"),
+    [
+        ("month", "--over 'month' has no values. Write --over name="),
+        ("mnoth=2013-01", "no parameter 'mnoth'. Perhaps you meant 'month'"),
+        ("month=2013-01,October", "month is 'October', but should be a month like"),
+        ("month=2013-01..", "month is '', but should be a month"),
+        ("month=2013-06..2013-01", "month=2013-06..2013-01 ends before it begins"),
+        ("month=0001-01..9999-12", "month has 119,988 values. Give at most 10,000"),
+        ("n=5..1", "n=5..1 ends before it begins"),
+        ("n=1..99999999999", "n=1..99999999999 has 99,999,999,999 values"),
+        ("n=1.5", "n is '1.5', but should be a whole number"),
+        ("n=1,2,01", r"n is 1 twice \(as '1' and '01'\)"),
+        ("n=1..3,2", "n is 2 twice. Give each value once"),
+        ("share=0.1..0.5", "numbers without end"),
+        ("region=eu,us,eu", "region is 'eu' twice"),
+        ("region=eu,,us", "a value of region is empty"),
+        ("region=", "there is no value of region"),
+        ("region=@nowhere.txt", "region can't be read from nowhere.txt"),
+        ("region=@empty.txt", "there is no value of region"),
+        ("file=nowhere", "file is 'nowhere', but should be a file or folder that exists"),
+    ],
+)
+def test_what_a_backfill_cannot_run_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, over: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").write_text("\n \n")
+    with pytest.raises(ParameterError, match=message):
+        pipelines.values_over(Pipeline.read(write_varied(tmp_path)), over)
+
+
+def test_a_backfill_takes_values_of_the_parameters_type(tmp_path: Path, settings: Settings) -> None:
+    path = write_varied(tmp_path)
+    filled = pipelines.backfill(path, "n", [1, "2", 3], settings=settings)
+    assert [(each.value, each.status) for each in filled] == [("1", "done"), ("2", "failed"), ("3", "done")]
+    assert sorted(each["parameters"]["n"] for each in list_runs(settings)) == [1, 2, 3]
+    for values, message in {(1, "1"): "n is 1 twice", (): "no value of n", ("x",): "n is 'x'"}.items():
+        with pytest.raises(ParameterError, match=message):
+            pipelines.backfill(path, "n", values, settings=settings)
+    with pytest.raises(ParameterError, match="no parameter 'm'"):
+        pipelines.backfill(path, "m", [1], settings=settings)
+
+
+# ---------------------------------------------------------------- more about the file
+
+
 @pytest.mark.parametrize("text", ["", "[]", "just words", "name: x\nstages: {}", "name: x\nstages: [5]", "? [a]\n: b"])
 def test_a_file_that_is_no_pipeline_is_refused(tmp_path: Path, text: str) -> None:
     with pytest.raises(PipelineError):

@@ -382,6 +382,7 @@ def test_a_build_says_which_code_it_is(tmp_path: Path) -> None:
     lock = hashlib.sha256((ROOT / "requirements.lock").read_bytes()).hexdigest()
     assert written.keys() == {"commit", "dirty", "lock"}
     assert written["lock"] == lock
-    assert (tmp_path / "lib" / "mlops_course" / "_notebooks" / "pipelines" / "training.yaml").is_file()
+    for name in ("training.yaml", "pipeline.schema.json"):
+        assert (tmp_path / "lib" / "mlops_course" / "_notebooks" / "pipelines" / name).is_file()
     assert (tmp_path / "lib" / "mlops_course" / "deploy" / "kubernetes" / "base" / "service.yaml").is_file()
     assert not (ROOT / "mlops_course" / "_build.json").exists(), "never in the clone itself"

@@ -6,7 +6,7 @@
 __all__ = ['Listener', 'prepare', 'plan', 'run', 'save_pages', 'Filled', 'backfill', 'Parameter', 'Pipeline', 'Stage', 'Options',
            'Planned', 'PipelineRun', 'StageRun', 'CourseError', 'ParameterError', 'PipelineError', 'ResultError',
            'RunError', 'StageError', 'check_parameters', 'find_pipeline', 'list_pipelines', 'month_range',
-           'record_result', 'read_result', 'compare_runs', 'find_run', 'list_runs']
+           'values_over', 'record_result', 'read_result', 'compare_runs', 'find_run', 'list_runs']
 
 # %% ../../nbs/09_pipelines.ipynb #db07042b
 import contextlib
@@ -25,9 +25,12 @@ from mlops_course.pipelines.definition import (
     Pipeline,
     Stage,
     check_parameters,
+    distinct_values,
+    find_parameter,
     find_pipeline,
     list_pipelines,
     month_range,
+    values_over,
 )
 from .notebooks import ParameterError, PipelineError
 from .planning import Context, Options, Planned, plan_stages
@@ -50,8 +53,8 @@ from mlops_course.pipelines.scheduler import (
 
 _all_ = ["Parameter", "Pipeline", "Stage", "Options", "Planned", "PipelineRun", "StageRun"]
 _all_ += ["CourseError", "ParameterError", "PipelineError", "ResultError", "RunError", "StageError"]
-_all_ += ["check_parameters", "find_pipeline", "list_pipelines", "month_range", "record_result", "read_result"]
-_all_ += ["compare_runs", "find_run", "list_runs"]
+_all_ += ["check_parameters", "find_pipeline", "list_pipelines", "month_range", "values_over"]
+_all_ += ["record_result", "read_result", "compare_runs", "find_run", "list_runs"]
 
 # %% ../../nbs/09_pipelines.ipynb #54ab14d7
 def prepare(
@@ -152,7 +155,7 @@ class Filled:
 def backfill(
     pipeline: Pipeline | str | Path,  # a pipeline, its name, or the path of its file
     parameter: str,  # the one that varies, such as "month"
-    values: Sequence[str],  # one run for each
+    values: Sequence[object],  # one run for each; text is converted
     parameters: Mapping[str, object] | None = None,  # all others, by name
     settings: Settings | None = None,  # None: from MLOPS_COURSE_* variables
     on_event: Listener | None = None,  # told what happens in each run
@@ -163,18 +166,19 @@ def backfill(
     Raises: PipelineError and ParameterError before anything has run; KeyboardInterrupt.
     """
     fixed = dict(parameters or {})
+    pipeline = pipeline if isinstance(pipeline, Pipeline) else find_pipeline(pipeline)
     if parameter in fixed:
         raise ParameterError(f"the parameter {parameter} is given, but it is the one that varies", "Leave it out")
-    contexts = {value: prepare(pipeline, {**fixed, parameter: value}, settings, options) for value in values}
-    if not contexts:
-        raise ParameterError(f"there is no {parameter} to fill", "Give at least one")
-    return _fill_all(contexts, on_event)
+    texts = [str(value) for value in distinct_values(find_parameter(pipeline, parameter), values)]
+    contexts = [prepare(pipeline, {**fixed, parameter: value}, settings, options) for value in values]
+    return _fill_all(dict(zip(texts, contexts, strict=True)), on_event)
 
 # %% ../../nbs/09_pipelines.ipynb #9ad6c24e
 def _fill_all(contexts: Mapping[str, Context], on_event: Listener | None) -> list[Filled]:
     """All runs of a backfill, so many at a time, on workers that they share."""
     first, sessions = next(iter(contexts.values())), list[Session]()
-    require_secrets(first)
+    for context in contexts.values():
+        require_secrets(context)
     first.settings.prepare()
     width = first.options.width or min(cores(), len(contexts))
     threads = first.settings.threads or max(1, cores() // width)

@@ -109,13 +109,13 @@ class Context(_Known):
 
     @property
     def wanted(self) -> list[Stage]:
-        """The stages that this run is about: all, or with `only` and `until` the one and those before it."""
+        """The stages that this run is about: all, or those up to `until`, or `only` one and its makers."""
         last = self.options.only or self.options.until
         if last is None:
             return list(self.pipeline.stages)
-        found = {last}
+        found, before = {last}, self.pipeline.takes if self.options.only else self.pipeline.needs
         for stage in reversed(self.pipeline.stages):
-            found |= self.pipeline.needs[stage.name] if stage.name in found else set()
+            found |= before[stage.name] if stage.name in found else set()
         return [stage for stage in self.pipeline.stages if stage.name in found]
 
 # %% ../../nbs/internals/09_planning.ipynb #7c47bc91

@@ -287,7 +287,7 @@ def run_stages(
 ) -> None:
     """Run all stages of a run. Raises: the first stage's error."""
     stages = {stage.name: stage for stage in session.context.wanted}
-    sorter = graphlib.TopologicalSorter({name: session.context.pipeline.needs[name] for name in stages})
+    sorter = graphlib.TopologicalSorter({name: session.context.pipeline.needs[name] & stages.keys() for name in stages})
     sorter.prepare()
     ready: list[str] = []
     running: dict[Future[None], str] = {}
