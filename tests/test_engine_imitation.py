@@ -1,6 +1,6 @@
 """Where notebooks touch the kernel itself: what they find in a warm process is what they find in the stock kernel.
 
-The libraries themselves (ipywidgets, plotly, bokeh) aren't needed: the cells do what these do. What isn't imitated yet
+The libraries themselves (widgets, plotly, bokeh) aren't needed: the cells do what these do. What isn't imitated yet
 is marked as expected to fail; whoever mends it takes the mark away.
 """
 
@@ -18,7 +18,7 @@ from mlops_course.pipelines.workers import Workers
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="one warm kind is enough")
 
-# What ipywidgets.Output does: it asks for the message that runs the cell, and has the frontend take its outputs.
+# What the widget for outputs does: it asks for the message that runs the cell, and has the frontend take its outputs.
 OUTPUT_WIDGET = """
 from comm import create_comm
 class Output:
@@ -79,7 +79,7 @@ CELLS: dict[str, str] = {
     "magics of the kernel": "sorted({'autosave', 'clear', 'connect_info', 'edit', 'less', 'man', 'more', 'qtconsole'} "
     "& set(shell.magics_manager.magics['line']))",
     "less": "open('text.txt', 'w').write('some text')\n%less text.txt",
-    # comms
+    # what widgets talk through
     "comm of the kernel": "from ipykernel.comm import Comm\nComm(target_name='nobody').comm_id != ''",
     "comm target": "from comm import get_comm_manager\n"
     "get_comm_manager().register_target('target', lambda comm, message: None)\n"
