@@ -180,10 +180,15 @@ def _verdict(shortfalls: object) -> "list[Text]":
 # %% ../nbs/internals/cli_console.ipynb #80682be1
 def _where(run: "PipelineRun", home: Path | None) -> list[tuple[str, str]]:
     """What there is to look at after a run, and where."""
+    from mlops_course.pipelines.results import stage_folder
+
     ui = "mlops-course ui" + (f" --home {home}" if home else "")
     where = [("executed notebooks", str(run.folder)), ("runs and models in the browser", ui)]
-    reports = {stage.name: stage.results["report"] for stage in run.stages if "report" in stage.results}
-    return [*where, *((f"report of {name}", str(report)) for name, report in reports.items())]
+    reports = {stage.name: str(stage.results["report"]) for stage in run.stages if "report" in stage.results}
+    for name, report in reports.items():
+        path = stage_folder(run.folder, name) / report
+        where.append((f"report of {name}", str(path) if path.exists() else report))
+    return where
 
 
 def places(
