@@ -445,11 +445,11 @@ def test_stages_are_sorted_by_what_they_need(demo: Path) -> None:
 # ---------------------------------------------------------------- order without data
 
 
-def write_ordered(folder: Path, early: str = "Path('swept').touch()", second: str = "1") -> Path:
+def write_ordered(folder: Path, early: str = "swept.touch()", second: str = "1") -> Path:
     """Three stages: early, and late that only comes after it; last takes what late records."""
-    head = RECORD + "from pathlib import Path"
+    head = RECORD + f"from pathlib import Path\nswept = Path({str(folder / 'swept')!r})"
     write_notebook(folder / "early.ipynb", "", head, early, RECORD + "record_result(swept=1)")
-    write_notebook(folder / "late.ipynb", "", head, second, "assert Path('swept').exists()\nrecord_result(number=7)")
+    write_notebook(folder / "late.ipynb", "", head, second, "assert swept.exists()\nrecord_result(number=7)")
     write_notebook(folder / "last.ipynb", "number: int = None", "print(number)")
     text = """
         name: ordered
@@ -489,7 +489,7 @@ def test_a_stage_that_runs_again_does_not_touch_one_that_only_comes_after_it(
     tmp_path: Path, settings: Settings
 ) -> None:
     path = write_ordered(tmp_path)
-    slow = "import time; time.sleep(1.5); Path('swept').touch()"
+    slow = "import time; time.sleep(1.5); swept.touch()"
     assert run(write_ordered(tmp_path, slow), settings=settings, options=Options(width=2)).status == "done"
     write_ordered(tmp_path, f"{slow}; print('anew')")
     again = {stage.name: stage.status for stage in run(path, settings=settings).stages}
