@@ -14,7 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow
 import pytest
+from deltalake import DeltaTable
 
 from mlops_course.data import (
     DataError,
@@ -35,6 +37,7 @@ from mlops_course.data import (
     split_rows,
     table_version,
     validate,
+    widen_column,
 )
 from mlops_course.environment import CourseError, Settings, WorkspaceError
 from mlops_course.project import SourceError, find_file, flight_delay, late_label, read_delivery, supplier_folder
@@ -668,6 +671,137 @@ def test_text_where_numbers_were_is_refused(settings: Settings) -> None:
         replace_months(settings, "table", rows_of(FEBRUARY, value="nine"))
     assert one_line(caught.value)
     assert f"table@{table_version(settings, 'table')}" == reference
+
+
+INSTANTS = pd.to_datetime(["2013-01-01T10:00:00Z", "2013-01-01T11:30:00Z"])
+TYPES: dict[str, tuple[object, object]] = {  # what the table holds, and what comes
+    "a fraction where whole numbers were": ([1, 2], [1.5, 2.0]),
+    "whole numbers where fractions were": ([1.5, 2.0], [1, 2]),
+    "whole numbers written as floats": ([1, 2], [1.0, 2.0]),
+    "two precisions": (np.float32([0.5, 1]), [0.1, 1.0]),
+    "more bits": (np.int8([1, 2]), [1, 2]),
+    "a number where True and False were": ([True, False], [2, 0]),
+    "numbers where text was": (["1", "2"], [1, 2]),
+    "text where numbers were": ([1, 2], ["1", "2"]),
+    "times without a zone": (INSTANTS, INSTANTS.tz_localize(None)),
+    "times with a zone": (INSTANTS.tz_localize(None), INSTANTS),
+    "nanoseconds": (INSTANTS, INSTANTS.as_unit("ns") + pd.Timedelta(1, unit="ns")),
+    "too large a number": ([1, 2], np.uint64([2**63 + 1, 2])),
+    "two kinds in one column": ([1, 2], pd.Series(["1", 2], dtype="object")),
+    "numbers where categories were": (pd.Categorical(["a", "b"]), [1, 2]),
+}
+
+
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("month", [JANUARY, FEBRUARY])
+def test_a_type_never_changes_in_silence(settings: Settings, kind: str, month: str) -> None:
+    before, after = TYPES[kind]
+    reference, _ = replace_months(settings, "table", rows_of(JANUARY, 2, value=before))
+    kept = read_table(settings, reference)
+    with pytest.raises(DataError, match="column value of the table table (holds|cannot be kept as it is)") as caught:
+        replace_months(settings, "table", rows_of(month, 2, value=after))
+    assert one_line(caught.value)
+    assert table_version(settings, "table") == split_reference(reference)[1]
+    pd.testing.assert_frame_equal(read_table(settings, reference), kept)
+
+
+def test_the_refusal_names_column_types_and_remedy(settings: Settings) -> None:
+    replace_months(settings, "table", rows_of(JANUARY, 2, value=[1, 2]))
+    said = (
+        r"the column value of the table table holds int64, and the new rows hold double\. Nothing was changed; "
+        r"convert the rows to int64, or, .* call widen_column\(settings, 'table', 'value', 'double'\)"
+    )
+    with pytest.raises(DataError, match=said):
+        replace_months(settings, "table", rows_of(JANUARY, 2, value=[1.5, 2.0]))
+
+
+SAME: dict[str, tuple[object, object]] = {  # the same values, as another program writes them
+    "another zone": (INSTANTS, INSTANTS.tz_convert("America/New_York")),
+    "another unit": (INSTANTS, INSTANTS.as_unit("ns")),
+    "categories": (["a", "b"], pd.Categorical(["a", "b"])),
+    "objects": (["a", None], pd.Series(["a", None], dtype="object")),
+    "numbers that may be missing": ([1, 2], pd.array([1, 2], dtype="Int64")),
+}
+
+
+@pytest.mark.parametrize("kind", SAME)
+def test_the_same_values_in_other_clothes_change_nothing(settings: Settings, kind: str) -> None:
+    before, after = SAME[kind]
+    reference, _ = replace_months(settings, "table", rows_of(JANUARY, 2, value=before))
+    again = rows_of(JANUARY, 2, value=after)
+    assert replace_months(settings, "table", again[["value", "period"]]) == (reference, [])
+    replace_months(settings, "table", rows_of(FEBRUARY, 2, value=after))
+    second = table_version(settings, "table")
+    replace_months(settings, "table", rows_of(FEBRUARY, 2, value=after))
+    assert table_version(settings, "table") == second
+
+
+@pytest.mark.parametrize("gaps", [[None, None], [np.nan, np.nan]], ids=["None", "NaN"])
+@pytest.mark.parametrize("value", [[1, 2], ["a", "b"], INSTANTS, [0.5, 1.0]], ids=["int", "text", "time", "float"])
+def test_a_month_without_any_value_fits_every_type(settings: Settings, gaps: list[object], value: object) -> None:
+    replace_months(settings, "table", rows_of(JANUARY, 2, value=value))
+    empty = rows_of(FEBRUARY, 2, value=pd.Series(gaps, dtype="object"))
+    reference, changed = replace_months(settings, "table", empty)
+    assert changed == [FEBRUARY] and replace_months(settings, "table", empty) == (reference, [])
+    assert read_table(settings, reference, [FEBRUARY])["value"].isna().all()
+    replace_months(settings, "table", rows_of(FEBRUARY, 2, value=value))
+
+
+def test_a_table_that_can_be_made_again_takes_the_new_type_as_a_whole(settings: Settings) -> None:
+    both = pd.concat([rows_of(JANUARY, 2, value=[1, 2]), rows_of(FEBRUARY, 2, value=[3, 4])])
+    replace_months(settings, "table", both, derived=True)
+    halves = rows_of(FEBRUARY, 2, value=[3.5, 4.0])
+    reference, changed = replace_months(settings, "table", halves, derived=True)
+    assert changed == [FEBRUARY]
+    pd.testing.assert_frame_equal(read_table(settings, reference)[halves.columns], halves, check_dtype=True)
+    assert replace_months(settings, "table", halves, derived=True) == (reference, [])
+
+
+def test_a_column_is_widened_once_and_exactly(settings: Settings) -> None:
+    reference, _ = replace_months(settings, "table", rows_of(JANUARY, 3, value=[1, -(2**53), 7]))
+    widened = widen_column(settings, "table", "value", "double")
+    assert widened != reference
+    assert widen_column(settings, "table", "value", "double") == widened
+    assert read_table(settings, widened)["value"].tolist() == [1.0, -float(2**53), 7.0]
+    assert read_table(settings, reference)["value"].dtype == "int64", "the old version stays what it was"
+    assert replace_months(settings, "table", rows_of(FEBRUARY, 1, value=[0.5]))[1] == [FEBRUARY]
+    assert replace_months(settings, "table", rows_of(JANUARY, 3, value=[1.0, -(2.0**53), 7.0]))[1] == []
+
+
+@pytest.mark.parametrize(
+    ("column", "kind", "message"),
+    [
+        ("value", "double", "not every value of table.value is exact as double"),
+        ("value", "int32", "int32 does not hold all values of int64"),
+        ("value", "string", "string does not hold all values of int64"),
+        ("price", "double", "the table table has no column price"),
+    ],
+)
+def test_a_column_is_not_widened_at_a_loss(settings: Settings, column: str, kind: str, message: str) -> None:
+    reference, _ = replace_months(settings, "table", rows_of(JANUARY, 1, value=[2**53 + 1]))
+    with pytest.raises(DataError, match=message) as caught:
+        widen_column(settings, "table", column, kind)
+    assert one_line(caught.value)
+    assert f"table@{table_version(settings, 'table')}" == reference
+
+
+def test_a_column_that_must_have_values_is_named(settings: Settings) -> None:
+    """Such a table is made by another program: ours allow gaps."""
+    fields = [pyarrow.field("period", pyarrow.string(), nullable=False), pyarrow.field("value", pyarrow.float64(), False)]
+    DeltaTable.create(str(settings.data / "table"), pyarrow.schema(fields), partition_by=["period"])
+    replace_months(settings, "table", rows_of(JANUARY, 2))
+    with pytest.raises(DataError, match="the column value of the table table must have a value in each row.*the 1 that"):
+        replace_months(settings, "table", rows_of(FEBRUARY, 2, value=[1.0, np.nan]))
+
+
+def test_a_month_is_emptied_in_the_same_step(settings: Settings) -> None:
+    replace_months(settings, "table", pd.concat([rows_of(JANUARY, 2), rows_of(FEBRUARY, 2)]))
+    old = table_version(settings, "table")
+    reference, changed = replace_months(settings, "table", rows_of(MARCH, 3), gone=[JANUARY, "2012-12"])
+    assert (reference, changed) == (f"table@{old + 1}", [JANUARY, MARCH])
+    assert read_table(settings, reference)["period"].value_counts().to_dict() == {FEBRUARY: 2, MARCH: 3}
+    assert replace_months(settings, "table", rows_of(MARCH, 3), gone=[JANUARY]) == (reference, [])
+    assert replace_months(settings, "table", rows_of(MARCH, 0), gone=[MARCH])[1] == [MARCH]
 
 
 def test_a_file_in_the_way_of_a_table_is_named(settings: Settings) -> None:

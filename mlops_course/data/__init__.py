@@ -22,10 +22,10 @@ from ..project import UseCase, load_object
 # %% auto #0
 __all__ = ['Delivery', 'ingest', 'Validation', 'validate', 'build_features', 'labelled_features', 'feature_names', 'DataError',
            'parse_month', 'months', 'month_after', 'table_version', 'newest_reference', 'split_reference', 'read_table',
-           'replace_months', 'conform', 'check_rows', 'split_rows', 'keep_quarantine', 'flight_features',
-           'arrival_features', 'departure_features', 'overdue_features', 'previous_leg', 'weather_features',
-           'schedule_features', 'Timeline', 'timeline', 'block_minutes', 'EventLog', 'Group', 'group_by', 'pack',
-           'window_means']
+           'replace_months', 'widen_column', 'conform', 'check_rows', 'split_rows', 'keep_quarantine',
+           'flight_features', 'arrival_features', 'departure_features', 'overdue_features', 'previous_leg',
+           'weather_features', 'schedule_features', 'Timeline', 'timeline', 'block_minutes', 'EventLog', 'Group',
+           'group_by', 'pack', 'window_means']
 
 # %% ../../nbs/05_data.ipynb #773723f1
 @dataclass(frozen=True)
@@ -167,12 +167,12 @@ from mlops_course.data.features import (
     weather_features,
 )
 from .rules import check_rows
-from .tables import month_after, newest_reference, split_reference
+from .tables import month_after, newest_reference, split_reference, widen_column
 from .windows import EventLog, Group, Timeline, block_minutes, group_by, pack, window_means
 
 _all_ = (
     DataError, parse_month, months, month_after, table_version, newest_reference, split_reference, read_table,
-    replace_months, conform, check_rows, split_rows, keep_quarantine, flight_features, arrival_features,
+    replace_months, widen_column, conform, check_rows, split_rows, keep_quarantine, flight_features, arrival_features,
     departure_features, overdue_features, previous_leg, weather_features, schedule_features, Timeline, timeline,
     block_minutes, EventLog, Group, group_by, pack, window_means,
 )
