@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pandera.pandas as pandera
 import pyarrow
 import pytest
 from deltalake import DeltaTable
@@ -40,7 +41,7 @@ from mlops_course.data import (
     widen_column,
 )
 from mlops_course.environment import CourseError, Settings, WorkspaceError
-from mlops_course.project import SourceError, find_file, flight_delay, late_label, read_delivery, supplier_folder
+from mlops_course.project import SourceError, Table, find_file, flight_delay, late_label, read_delivery, supplier_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore:Series.values returning:DeprecationWarning")  # inside pyarrow
 
@@ -142,6 +143,12 @@ def change(tables: Tables, name: str, **columns: object) -> Tables:
     return tables | {name: tables[name].assign(**columns)}
 
 
+def arriving(flights: pd.DataFrame, delay: pd.Series) -> pd.DataFrame:
+    """The same flights with another delay at arrival, and with the clock time that goes with it."""
+    clock = flights["sched_arr_time"] // 100 * 60 + flights["sched_arr_time"] % 100 + delay
+    return flights.assign(arr_delay=delay, arr_time=clock % 1440 // 60 * 100 + clock % 60)
+
+
 def one_line(error: CourseError) -> bool:
     """A message that a person can read: one line, not a page."""
     return "\n" not in str(error) and 20 < len(str(error)) < 700
@@ -223,7 +230,7 @@ def test_a_corrected_month_replaces_only_itself(full_desk: Desk, delivered: dict
     old, january = full_desk.versions(), full_desk.read("flights", JANUARY)
     february = full_desk.read("flights", FEBRUARY)
     flights = delivered[FEBRUARY]["flights"]
-    corrected = flights.assign(arr_delay=flights["arr_delay"] + 1).iloc[1:]
+    corrected = arriving(flights, flights["arr_delay"] + 1).iloc[1:]
     delivery = full_desk.take(FEBRUARY, delivered[FEBRUARY] | {"flights": corrected})
     assert delivery.changed == {"flights": True, "weather": False, "planes": False, "airports": False}
     assert delivery.periods == [FEBRUARY]
@@ -262,7 +269,7 @@ def test_late_rows_land_in_the_month_they_are_about(desk: Desk, delivered: dict[
 def test_the_newest_delivery_of_a_row_wins(full_desk: Desk, delivered: dict[str, Tables]) -> None:
     flights = delivered[JANUARY]["flights"]
     wrong = flights[flights["arr_delay"].notna()].iloc[[10]]
-    right = wrong.assign(arr_delay=77.0)
+    right = arriving(wrong, pd.Series(77.0, wrong.index))
     march = delivered[MARCH]
     delivery = full_desk.take(MARCH, march | {"flights": pd.concat([march["flights"], right])})
     checked = full_desk.check(*delivery.periods)
@@ -307,13 +314,8 @@ def test_the_list_of_the_newest_month_counts_whenever_it_comes(
 
 
 def test_features_are_not_built_over_a_gap(full_desk: Desk, delivered: dict[str, Tables]) -> None:
-    april = delivered[MARCH]["flights"].assign(month=4)
-    april["time_hour"] = april["time_hour"].str.replace("-03-", "-04-")
-    weather = delivered[MARCH]["weather"].assign(month=4)
-    weather["time_hour"] = weather["time_hour"].str.replace("-03-", "-04-")
-    tables = delivered[MARCH] | {"flights": april, "weather": weather}
-    keep = {name: frame[frame["day"].between(14, 29)] if "day" in frame else frame for name, frame in tables.items()}
-    full_desk.take("2013-04", keep)
+    april = read_delivery("2013-04")
+    full_desk.take("2013-04", april | {"flights": april["flights"].iloc[::30]})
     clean = full_desk.check("2013-04").tables
     with pytest.raises(DataError, match=r"need flights of 2013-03, which are not there"):
         build_features(full_desk.settings, flight_delay, clean, "2013-04", "2013-04")
@@ -406,6 +408,140 @@ def test_good_rows_break_no_promise(delivered: dict[str, Tables]) -> None:
         assert found.empty and list(found.columns) == ["column", "check", "value", "index"]
 
 
+@pytest.mark.parametrize("word", ["", "  ", "UNKNOWN", "nan", "None", "NULL", "N/A"])
+@pytest.mark.parametrize("number", [1, 40])
+def test_a_key_that_names_nothing_is_refused(
+    full_desk: Desk, delivered: dict[str, Tables], word: str, number: int
+) -> None:
+    flights = delivered[JANUARY]["flights"]
+    blank = flights.assign(tailnum=flights["tailnum"].where(np.arange(len(flights)) >= number, word))
+    full_desk.take(JANUARY, delivered[JANUARY] | {"flights": blank})
+    if number == 1:
+        report = full_desk.check(JANUARY).report
+        assert report[["table", "column", "value"]].to_numpy().tolist() == [["flights", "tailnum", word]]
+        assert word not in set(full_desk.read("flights", JANUARY)["tailnum"])
+    else:
+        with pytest.raises(DataError, match="40 of .* rows of flights in 2013-01 are bad, most often tailnum"):
+            full_desk.check(JANUARY)
+
+
+def test_a_key_of_any_table_names_something() -> None:
+    """Whatever the contract of somebody else's table says."""
+    contract = pandera.DataFrameSchema({"shop": pandera.Column("str"), "sold": pandera.Column("int64")}, name="sales")
+    table = Table("sales", lambda: contract, key=("shop",))
+    rows = pd.DataFrame({"shop": [f"shop {number}" for number in range(200)], "sold": 1})
+    rows.loc[7, "shop"] = " Unknown "
+    good, report = split_rows(rows.assign(period=JANUARY, delivery=JANUARY), table, JANUARY)
+    assert len(good) == 199
+    assert report[["column", "check", "value"]].to_numpy().tolist() == [
+        ["shop", "no blank and no placeholder in a key", " Unknown "]
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whole months, and a few rows of one
+
+DECEMBER = "2012-12"
+
+
+def of_december(flights: pd.DataFrame, number: int, **columns: object) -> pd.DataFrame:
+    """Flights of New Year's Eve: real rows that say consistently that they are a year and some hours older."""
+    rows = flights[flights["day"] == 31].head(number)
+    before = pd.to_datetime(rows["time_hour"]) - pd.Timedelta(days=31)
+    return rows.assign(year=2012, month=12, time_hour=before.dt.strftime("%Y-%m-%dT%H:%M:%SZ"), **columns)
+
+
+HALVES: dict[str, tuple[str, Callable[[pd.DataFrame], pd.DataFrame], str]] = {
+    "its first week": ("flights", lambda rows: rows[rows["day"] < 8], "it has rows on 7 of its 28 days"),
+    "its first half": ("flights", lambda rows: rows[rows["day"] < 15], r"on 14 of its days \(15, 16, 17, 18, 19 …\)"),
+    "weather of its first half": ("weather", lambda rows: rows[rows["day"] < 15], r"on 14 of its days \(15, 16"),
+    "every second row": ("flights", lambda rows: rows.iloc[::2], "it has .* a day, other months have"),
+    "without an airport": ("flights", lambda rows: rows[rows["origin"] != "LGA"], "of LGA a day, other months have"),
+    "without a day": ("flights", lambda rows: rows[rows["day"] != 9], r"rows of EWR are missing on 1 of its days \(9\)"),
+    "without a day at one airport": (
+        "flights", lambda rows: rows[(rows["day"] != 9) | (rows["origin"] != "JFK")], r"of JFK are missing on 1 of"
+    ),
+    "three days without weather": (
+        "weather", lambda rows: rows[(rows["day"] < 26) | (rows["hour"] < 4)], r"rows of EWR .* \(26, 27, 28\)"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("half", HALVES)
+def test_half_a_month_is_refused_until_the_rest_has_come(
+    full_desk: Desk, delivered: dict[str, Tables], half: str
+) -> None:
+    name, cut, message = HALVES[half]
+    before = {table: full_desk.read(table) for table in ("flights", "weather")}
+    february = delivered[FEBRUARY]
+    full_desk.take(FEBRUARY, february | {name: cut(february[name])})
+    with pytest.raises(DataError, match=rf"{name} of {FEBRUARY} is not whole: .*{message}.*Ask the supplier for the") as caught:
+        full_desk.check(JANUARY, FEBRUARY)
+    assert one_line(caught.value)
+    for table, rows in before.items():
+        pd.testing.assert_frame_equal(full_desk.read(table), rows)
+    full_desk.take(FEBRUARY, february)
+    assert full_desk.check(FEBRUARY).changed == []
+
+
+def test_every_real_month_is_whole_beside_the_others(settings: Settings) -> None:
+    """The thinnest day, the shortest month and the stormiest one are no reason to call a person."""
+    year = months("2013-01", "2013-12")
+    raw = [ingest(settings, flight_delay, month) for month in year][-1].tables
+    checked = validate(settings, flight_delay, raw, year)
+    assert checked.partial == {} and checked.rows["flights"] == 336_776
+    assert validate(settings, flight_delay, raw, ["2013-11"]).changed == []
+
+
+def test_a_late_row_of_a_month_that_nobody_delivered_stops_nothing(desk: Desk, delivered: dict[str, Tables]) -> None:
+    """One row has no typical distance, no thirty days, and no other rows of which it would be two per cent."""
+    january = delivered[JANUARY]
+    late = of_december(read_delivery(JANUARY)["flights"], 3)
+    late = late.assign(distance=[5000, 4900, 3])  # a median far from usual, and one bad row of three
+    desk.take(JANUARY, january | {"flights": pd.concat([late, january["flights"]])})
+    checked = desk.check(DECEMBER, JANUARY)
+    assert checked.rows["flights"] == len(january["flights"]) + 2
+    assert checked.partial == {DECEMBER: "flights: it has rows on 1 of its 31 days"}
+    assert checked.report[["period", "column", "value"]].to_numpy().tolist() == [[DECEMBER, "distance", "3"]]
+    tables = checked.tables
+    assert len(read_table(desk.settings, build_features(desk.settings, flight_delay, tables, JANUARY, JANUARY)))
+
+
+def test_a_withdrawn_month_is_emptied_and_the_others_go_on(desk: Desk, delivered: dict[str, Tables]) -> None:
+    """A refused delivery, a corrected one, and whoever goes on naming the old months: all of that ends well."""
+    january, february = delivered[JANUARY], delivered[FEBRUARY]
+    late = of_december(read_delivery(JANUARY)["flights"], 2)
+    broken = pd.concat([late, january["flights"].assign(dest="nowhere")])
+    named = desk.take(JANUARY, january | {"flights": broken}).periods
+    assert named == [DECEMBER, JANUARY]
+    with pytest.raises(DataError, match="rows of flights in 2013-01 are bad, most often dest"):
+        desk.check(*named)
+    corrected = desk.take(JANUARY, january)
+    assert corrected.periods == [DECEMBER, JANUARY], "December may differ from before: it is gone"
+    for _ in range(2):  # and again, as when the months come out of a cache
+        checked = desk.check(*named)
+        assert checked.rows["flights"] == len(january["flights"])
+        assert set(desk.read("flights")["period"]) == {JANUARY}
+    desk.take(FEBRUARY, february | {"flights": pd.concat([late, february["flights"]])})
+    assert desk.check(DECEMBER, FEBRUARY).changed == [DECEMBER, FEBRUARY]
+    assert len(desk.read("flights", DECEMBER)) == 2
+    assert desk.check(*desk.take(FEBRUARY, february).periods).changed == [DECEMBER]
+    assert set(desk.read("flights")["period"]) == {JANUARY, FEBRUARY}
+    assert desk.check(DECEMBER, JANUARY, FEBRUARY).changed == []
+    with pytest.raises(DataError, match=r"flights has no rows of 2012-11.*Ingest those months first"):
+        desk.check("2012-11", JANUARY)
+
+
+def test_a_row_of_long_ago_is_no_beginning_of_the_history(desk: Desk, delivered: dict[str, Tables]) -> None:
+    """The features of January need December only when the data really begin before it."""
+    january = delivered[JANUARY]
+    late = of_december(read_delivery(JANUARY)["flights"], 1)
+    long_ago = late.assign(month=10, time_hour=late["time_hour"].str.replace("2012-12", "2012-10"))
+    desk.take(JANUARY, january | {"flights": pd.concat([long_ago, january["flights"]])})
+    tables = desk.check("2012-10", JANUARY).tables
+    build_features(desk.settings, flight_delay, tables, JANUARY, JANUARY)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Another shape, another meaning
 
@@ -487,12 +623,12 @@ MEANINGS: dict[str, tuple[str, Callable[[pd.DataFrame], pd.DataFrame], str]] = {
             time_hour=pd.to_datetime(frame["time_hour"])
             .dt.tz_convert("America/New_York").dt.tz_localize(None).dt.strftime("%Y-%m-%dT%H:%M:%SZ")
         ),
-        r"flights in 2013-03 are bad, most often \(row\): time_hour \(UTC\) and hour \(New York\) agree",
+        r"flights in 2013-03 are bad, most often \(row\): time_hour \(UTC\) and year, month, day, hour \(New York\) agree",
     ),
     "minutes of the day for clock times": (
         "flights",
         lambda frame: frame.assign(sched_dep_time=frame["sched_dep_time"] // 100 * 60 + frame["sched_dep_time"] % 100),
-        "sched_dep_time: a clock time HHMM",
+        r"\(row\): sched_dep_time and hour, minute agree",
     ),
     "hours for minutes of delay": (
         "flights",

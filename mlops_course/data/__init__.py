@@ -13,7 +13,7 @@ import pandas as pd
 
 from .deliveries import conform, land, months_about
 from .features import flight_features
-from .rules import check_months, keep_quarantine, split_rows
+from .rules import check_months, keep_quarantine, refuse_absent, split_rows
 from .tables import DataError, months, parse_month, read_table, replace_months, table_version
 from .windows import timeline
 from ..environment import Settings
@@ -76,6 +76,7 @@ class Validation:
     duplicates: dict[str, int]  # rows that a newer delivery of the same row replaced
     report: pd.DataFrame  # one line for each bad value: table, period, column, check, value, row
     changed: list[str]  # months of any table that are different now
+    partial: dict[str, str]  # months of which there are only late rows, and what they lack
 
 # %% ../../nbs/05_data.ipynb #aca03178
 def validate(
@@ -84,22 +85,24 @@ def validate(
     raw: Mapping[str, str],  # references to the raw tables, by table name
     periods: Iterable[str],  # months to check
 ) -> Validation:  # what came of it
-    """Check months of the raw tables and move their good rows to the clean tables.
+    """Check months of the raw tables and move their good rows to the clean tables; withdrawn months are emptied.
 
     Raises:
-        DataError: a month breaks the contract as a whole; then no table has changed.
+        DataError: a month breaks the contract as a whole, or is not whole; then no table has changed.
     """
     periods = sorted(set(periods))
     parts = {table.name: check_months(settings, table, raw[table.name], periods) for table in use_case.tables}
-    report = pd.concat([report for _, _, report in parts.values()], ignore_index=True).astype("str")
-    written = {name: replace_months(settings, name, good) for name, (good, _, _) in parts.items()}
+    refuse_absent(settings, raw, parts)
+    report = pd.concat([part.report for part in parts.values()], ignore_index=True).astype("str")
+    written = {name: replace_months(settings, name, part.good, gone=part.absent) for name, part in parts.items()}
     keep_quarantine(settings, report, periods)
     return Validation(
         tables={name: reference for name, (reference, _) in written.items()},
-        rows={name: len(good) for name, (good, _, _) in parts.items()},
-        duplicates={name: replaced for name, (_, replaced, _) in parts.items()},
+        rows={name: len(part.good) for name, part in parts.items()},
+        duplicates={name: part.replaced for name, part in parts.items()},
         report=report,
         changed=sorted({month for _, changed in written.values() for month in changed} - {"all"}),
+        partial={month: lack for part in parts.values() for month, lack in part.partial.items()},
     )
 
 # %% ../../nbs/05_data.ipynb #2f504e39

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['WIDER', 'ATTEMPTS', 'DataError', 'parse_month', 'months', 'month_after', 'one_line', 'table_version',
-           'newest_reference', 'split_reference', 'read_table', 'as_rows', 'fit_rows', 'replace_months', 'widen_column']
+           'newest_reference', 'split_reference', 'read_table', 'partition_rows', 'as_rows', 'fit_rows',
+           'replace_months', 'widen_column']
 
 # %% ../../nbs/internals/05_tables.ipynb #82433cf7
 class DataError(CourseError):
@@ -146,6 +147,29 @@ def read_table(
         return DeltaTable(str(settings.data / name), version=version).to_pandas(columns=columns, filters=filters)
     except (DeltaError, OSError) as error:
         raise DataError(f"cannot read {reference}: {one_line(error)}", "Its files are gone or damaged") from error
+
+# %% ../../nbs/internals/05_tables.ipynb #3d0a322a
+def partition_rows(
+    settings: Settings,  # where the workspace is
+    reference: str,  # such as `raw_flights@3`
+    by: str = "period",  # column by which the table is divided
+) -> dict[str, int]:  # rows of each month, in the order of time
+    """Count the rows of each month; the log knows them, so no file is opened.
+
+    Raises:
+        DataError: there is no such table or version.
+    """
+    from deltalake import DeltaTable
+    from deltalake.exceptions import DeltaError
+
+    name, version = split_reference(reference)
+    try:
+        files = DeltaTable(str(settings.data / name), version=version).get_add_actions(flatten=True)
+    except (DeltaError, OSError) as error:
+        raise DataError(f"cannot read {reference}: {one_line(error)}", "Its files are gone or damaged") from error
+    months, rows = (files.column(column).to_pylist() for column in (f"partition.{by}", "num_records"))
+    counts = pd.Series(rows, index=pd.Index(months, dtype="str")).groupby(level=0).sum()
+    return {str(month): int(number) for month, number in counts.items()}
 
 # %% ../../nbs/internals/05_tables.ipynb #33a872b3
 def as_rows(
