@@ -121,7 +121,7 @@ TWICE: dict[str, tuple[str, Damage, str]] = {  # what a row says twice: each val
     "not a full hour": (
         "flights", lambda rows: rows.assign(time_hour=rows["time_hour"] + pd.Timedelta(minutes=20)), "time_hour"
     ),
-    "another minute": ("flights", lambda rows: rows.assign(minute=(rows["minute"] + 7) % 60), "sched_dep_time and hour"),
+    "another minute": ("flights", lambda rows: rows.assign(minute=(rows["minute"] + 7) % 60), "sched_dep_time and"),
     "another schedule": (
         "flights",
         lambda rows: rows.assign(**{name: (rows[name] + 100) % 2400 for name in ("sched_dep_time", "dep_time")}),
