@@ -28,24 +28,35 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 # %% auto #0
-__all__ = ['ALARM', 'STYLE', 'MonitoringError', 'bin_edges', 'bin_codes', 'stability_index', 'column_codes', 'column_drift',
-           'drift', 'plot_drift', 'join_outcomes', 'performance', 'plot_performance', 'MonthReport', 'monitor_month',
-           'write_report']
+__all__ = ['SHARED', 'ALARM', 'CHANCE', 'STYLE', 'MonitoringError', 'bin_edges', 'bin_codes', 'stability_index', 'column_codes',
+           'column_drift', 'index_by_chance', 'noise_floor', 'drift', 'plot_drift', 'join_outcomes', 'performance',
+           'plot_performance', 'MonthReport', 'monitor_month', 'write_report']
 
 # %% ../nbs/12_monitoring.ipynb #d511645f
 class MonitoringError(CourseError):
     "There is nothing to compare with, or nothing to compare."
 
 
+SHARED = 1 / 20  # share of the rows from which on one value gets a bin of its own
+
+
 def bin_edges(
     reference: np.ndarray,  # (n,) float32, the column then; NaN is missing
     bins: int = 10,  # quantile bins
 ) -> np.ndarray:  # (k,) float32, where one bin ends and the next begins
-    "Cut a column at the quantiles of those of its past values that are there and are not zero."
-    present = reference[~np.isnan(reference) & (reference != 0)]
-    return np.unique(np.quantile(present, np.linspace(0, 1, bins + 1)[1:-1])) if len(present) else np.empty(0)
+    "Cut a column at the quantiles of those of its past values that are there and are not zero, and around spikes."
+    present = reference[~np.isnan(reference) & (reference != 0)].astype(np.float32)
+    if not len(present):
+        return np.empty(0, np.float32)
+    fine = round(2 / SHARED)
+    cuts = np.quantile(present, np.linspace(0, 1, fine + 1), method="inverted_cdf")
+    values, times = np.unique(cuts, return_counts=True)
+    spikes = values[times > fine * SHARED]
+    above = np.nextafter(spikes, np.float32(np.inf))
+    inner = np.quantile(present, np.linspace(0, 1, bins + 1)[1:-1])
+    return np.unique(np.concatenate([inner, spikes, above]).astype(np.float32))
 
-
+# %% ../nbs/12_monitoring.ipynb #e378a133
 def bin_codes(
     values: np.ndarray,  # (n,) float32
     edges: np.ndarray,  # (k,) from `bin_edges`
@@ -89,17 +100,50 @@ def column_drift(
 
 # %% ../nbs/12_monitoring.ipynb #15deb994
 ALARM = 0.25  # PSI below this is never an alarm
+CHANCE = 3.72  # standard deviations: what chance exceeds once in ten thousand columns
 
 
-def _drift_and_floor(reference: pd.Series, current: pd.Series, period: np.ndarray) -> tuple[float, float]:
-    """PSI of a column, and the largest PSI of one past month against the other past months."""
+def index_by_chance(
+    then: np.ndarray,  # (k,) rows in each bin of the reference
+    now: np.ndarray,  # (k,) rows in each bin today
+) -> float:  # PSI that an unchanged column hardly ever exceeds
+    "Say how large the PSI may become by chance: it is nearly a chi-square variable, divided by the number of rows."
+    freedom = max(int((then > 0).sum()) - 1, 1)
+    spread = 2 / (9 * freedom)
+    quantile = freedom * (1 - spread + CHANCE * spread**0.5) ** 3  # Wilson and Hilferty, 1931
+    return float(quantile * (1 / max(then.sum(), 1) + 1 / max(now.sum(), 1)))
+
+
+def noise_floor(
+    by_month: np.ndarray,  # (m, k) rows in each bin, by month of the past
+) -> float:  # the largest PSI of a month against the others; 0 for one month
+    "Ask the past how far its months lie apart. Of three and more the one that differs most does not count."
+    apart = [stability_index(by_month.sum(axis=0) - month, month) for month in by_month]
+    if len(apart) > 2:
+        by_month = np.delete(by_month, int(np.argmax(apart)), axis=0)
+        apart = [stability_index(by_month.sum(axis=0) - month, month) for month in by_month]
+    return max(apart) if len(apart) > 1 else 0.0
+
+# %% ../nbs/12_monitoring.ipynb #374d5171
+def _compare(by_month: np.ndarray, now: np.ndarray) -> tuple[float, float, bool]:
+    """PSI, noise floor, and whether there are rows enough to judge it."""
+    then = by_month.sum(axis=0)
+    return stability_index(then, now), noise_floor(by_month), index_by_chance(then, now) <= ALARM
+
+
+def _judge(reference: pd.Series, current: pd.Series, period: np.ndarray) -> dict[str, float | bool]:
+    """PSI of a column as a whole, and of those of its values that are there and are not zero."""
     then, now, bins = column_codes(reference, current)
     by_month = np.bincount(period * bins + then, minlength=(period.max() + 1) * bins).reshape(-1, bins)
-    total = by_month.sum(axis=0)
-    floor = (
-        max((stability_index(total - month, month) for month in by_month), default=0.0) if len(by_month) > 1 else 0.0
-    )
-    return stability_index(total, np.bincount(now, minlength=bins)), floor
+    today = np.bincount(now, minlength=bins)
+    psi, floor, judged = _compare(by_month, today)
+    found = {"psi": psi, "floor": floor, "psi_values": psi, "floor_values": floor}
+    alarm = judged and psi > max(ALARM, floor)
+    if pd.api.types.is_numeric_dtype(reference) and (by_month[:, -2:].any() or today[-2:].any()):
+        values, floor, enough = _compare(by_month[:, :-2], today[:-2])
+        found |= {"psi_values": values if enough else np.nan, "floor_values": floor if enough else np.nan}
+        alarm |= enough and values > max(ALARM, floor)
+    return found | {"alarm": bool(alarm), "judged": bool(judged)}
 
 # %% ../nbs/12_monitoring.ipynb #987ea2d5
 def _require_comparable(reference: pd.DataFrame, current: pd.DataFrame, names: list[str]) -> None:
@@ -116,7 +160,7 @@ def drift(
     reference: pd.DataFrame,  # features of the training, with `period`
     current: pd.DataFrame,  # features of the month to look at
     names: Iterable[str],  # columns to look at
-) -> pd.DataFrame:  # a row a column, the largest drift first: psi, floor, alarm, missing_then, missing_now
+) -> pd.DataFrame:  # a row a column, the largest drift first: psi, floor, the same of values, alarm, judged, missing
     """Compare the features of a month with those of the training.
 
     Raises:
@@ -124,9 +168,8 @@ def drift(
     """
     names, period = list(names), pd.factorize(reference["period"])[0]
     _require_comparable(reference, current, names)
-    found = {name: _drift_and_floor(reference[name], current[name], period) for name in names}
-    table = pd.DataFrame.from_dict(found, orient="index", columns=["psi", "floor"])
-    table["alarm"] = (table["psi"] > ALARM) & (table["psi"] > table["floor"])
+    found = {name: _judge(reference[name], current[name], period) for name in names}
+    table = pd.DataFrame.from_dict(found, orient="index")
     table["missing_then"], table["missing_now"] = reference[names].isna().mean(), current[names].isna().mean()
     return table.sort_values("psi", ascending=False, kind="stable")
 
@@ -141,10 +184,10 @@ def plot_drift(
 
     axes = axes if axes is not None else plt.subplots(figsize=(7, 0.28 * rows + 1))[1]
     top = table.head(rows).iloc[::-1]
-    axes.barh(top.index, top["psi"], color=np.where(top["alarm"], "#cc3311", "#4477aa"))
+    axes.barh(top.index, top["psi"], color=np.select([top["alarm"], ~top["judged"]], ["#cc3311", "#bbbbbb"], "#4477aa"))
     axes.scatter(top["floor"], top.index, marker="|", s=120, color="#000000", label="normal before")
     axes.axvline(ALARM, color="#888888", linewidth=1)
-    axes.set(xlabel="PSI", title="Drift against the training; red: an alarm")
+    axes.set(xlabel="PSI", title="Drift against the training; red: an alarm, grey: too few rows")
     axes.legend()
     return axes
 
@@ -269,6 +312,14 @@ def _picture(axes: Axes) -> str:
     plt.close(axes.figure)  # type: ignore[arg-type]
     return f'<img alt="" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
 
+# %% ../nbs/12_monitoring.ipynb #0861cf51
+def _verdict(report: MonthReport) -> str:
+    """How many features raise an alarm, how many can't be judged, and how far the scores have moved."""
+    table, unjudged = report.drift, int((~report.drift["judged"]).sum())
+    few = f" {unjudged} cannot be judged: the month has too few rows." if unjudged else ""
+    alarms = f"{int(table['alarm'].sum())} of {len(table)} features raise an alarm.{few}"
+    return f"{alarms} PSI of the scores against the test: {report.score_drift:.3f}."
+
 # %% ../nbs/12_monitoring.ipynb #0ae2a614
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
@@ -285,8 +336,7 @@ def write_report(
 ) -> Path:  # the same path
     "Write a month's report as one HTML file without links to anywhere."
     title = html.escape(f"{report.model} in {report.month}")
-    alarms = f"{int(report.drift['alarm'].sum())} of {len(report.drift)} features raise an alarm."
-    parts = [f"<h1>{title}</h1>", f"<p>{alarms} PSI of the scores against the test: {report.score_drift:.3f}.</p>"]
+    parts = [f"<h1>{title}</h1>", f"<p>{_verdict(report)}</p>"]
     parts += ["<h2>What moved</h2>", _picture(plot_drift(report.drift)), report.drift.head(20).round(3).to_html()]
     if len(report.performance):
         total = report.performance.loc[["all"]].round(4).to_html()

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from difflib import get_close_matches
-from functools import cache, lru_cache
+from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,14 +21,16 @@ from .environment import CourseError
 from .framing import Costs
 
 if TYPE_CHECKING:
+    import numpy as np
     import pandas as pd
     import pandera.pandas as pandera
 
 # %% auto #0
-__all__ = ['LATE_AFTER', 'FORMATS', 'NEW_YORK', 'ORIGINS', 'FLIGHT_GROUPS', 'flight_delay', 'late_label', 'SuccessMetrics',
+__all__ = ['LATE_AFTER', 'FORMATS', 'PLACEHOLDERS', 'NO_CLOCK', 'NEW_YORK', 'DELAYS', 'SAME_TIME', 'AGREEMENTS', 'ENOUGH',
+           'ORIGINS', 'TAIL_NUMBER', 'FLIGHT_GROUPS', 'FLIGHT_KEY', 'flight_delay', 'late_label', 'SuccessMetrics',
            'SourceError', 'find_file', 'supplier_folder', 'read_file', 'read_delivery', 'calendar_month', 'of_month',
-           'flights_contract', 'weather_contract', 'planes_contract', 'airports_contract', 'Table', 'UseCase',
-           'local_day', 'load_object', 'find_use_case']
+           'is_placeholder', 'minutes_of_clock', 'flights_contract', 'weather_contract', 'planes_contract',
+           'airports_contract', 'Table', 'UseCase', 'local_day', 'load_object', 'find_use_case']
 
 # %% ../nbs/04_project.ipynb #d6b32946
 LATE_AFTER = 15  # minutes; the definition of the US Department of Transportation
@@ -136,7 +138,7 @@ def read_delivery(
         state = path.stat()
         frame = _remembered(path, state.st_size, state.st_mtime_ns)
         whole = path.parent == root / month or not {"year", "month"} <= set(frame.columns) or table == "planes"
-        delivery[table] = frame if whole else of_month(frame, month, path)
+        delivery[table] = frame.copy() if whole else of_month(frame, month, path)
     return delivery
 
 # %% ../nbs/04_project.ipynb #e745031e
@@ -188,29 +190,126 @@ def _matches(pattern: str) -> pandera.Check:
     return pandera.Check.str_matches(pattern, error=f"matches {pattern}")
 
 # %% ../nbs/04_project.ipynb #acfe9322
-NEW_YORK = "America/New_York"
-ORIGINS = ("EWR", "JFK", "LGA")
+PLACEHOLDERS = (
+    "", "-", "--", "---", ".", "?", "nan", "none", "null", "nil", "n/a", "#n/a", "<na>", "nat", "unknown", "undefined",
+    "missing", "not available", "(blank)", "(none)", "(null)", "(unknown)",
+)  # fmt: skip
+
+
+def is_placeholder(
+    column: pd.Series,  # text
+) -> pd.Series:  # bool; False where a value is missing
+    "Say of each text whether it only stands for nothing: blanks, or a word such as UNKNOWN."
+    words = [word for word in column.dropna().unique() if str(word).strip().lower() in PLACEHOLDERS]
+    return column.isin([word for word in words if word != "NAN"])  # NAN is the code of an airport in Fiji
+
+
+def _names_something() -> pandera.Check:
+    import pandera.pandas as pandera
+
+    return pandera.Check(lambda column: ~is_placeholder(column), name="no blank and no placeholder")
+
+# %% ../nbs/04_project.ipynb #5a622a0a
+NO_CLOCK = -(10**6)  # minutes
+
+
+def minutes_of_clock(
+    clock: pd.Series,  # clock times written HHMM
+) -> np.ndarray:  # int64, minutes since midnight; NO_CLOCK for what is no clock time
+    "Read clock times."
+    import numpy as np
+
+    whole = np.nan_to_num(clock.to_numpy(), nan=-1.0).astype(np.int64)
+    hours = whole // 100
+    minutes = whole - 100 * hours
+    valid = (whole == clock.to_numpy()) & (whole >= 0) & (whole <= 2400) & (minutes < 60)
+    return np.where(valid, 60 * hours + minutes, NO_CLOCK)
 
 
 def _clock() -> pandera.Check:
+    import pandas as pd
     import pandera.pandas as pandera
 
-    return pandera.Check(lambda value: (value % 100 < 60) & (value >= 0) & (value <= 2400), name="a clock time HHMM")
+    def is_clock(column: pd.Series) -> pd.Series:
+        return pd.Series(minutes_of_clock(column) != NO_CLOCK, column.index)
+
+    return pandera.Check(is_clock, name="a clock time HHMM")
+
+# %% ../nbs/04_project.ipynb #7cb46a07
+NEW_YORK = "America/New_York"
 
 
-def _same_hour() -> pandera.Check:
+def _is_same_time(frame: pd.DataFrame) -> pd.Series:
+    """Whether the full hour in UTC is the hour that the calendar columns name in New York."""
+    import pandas as pd
+
+    local = frame["time_hour"].dt.tz_convert(NEW_YORK).dt.tz_localize(None).to_numpy()
+    months = ((frame["year"] - 1970) * 12 + frame["month"] - 1).to_numpy().astype("datetime64[M]")
+    hours = ((frame["day"] - 1) * 24 + frame["hour"]).to_numpy().astype("timedelta64[h]")
+    return pd.Series(months.astype("datetime64[us]") + hours == local, frame.index)
+
+
+def _is_same_delay(frame: pd.DataFrame, event: str) -> pd.Series:
+    """Whether a delay is the difference of two clock times, up to whole days; True where one of them is none."""
+    import numpy as np
+    import pandas as pd
+
+    happened, due = (minutes_of_clock(frame[f"{which}{event}_time"]) for which in ("", "sched_"))
+    delay = np.nan_to_num(frame[f"{event}_delay"].to_numpy(), nan=np.inf)
+    known = (happened != NO_CLOCK) & (due != NO_CLOCK) & (delay >= DELAYS[0]) & (delay <= DELAYS[1])
+    delay = np.where(known, delay, 0)
+    same = (delay == np.floor(delay)) & ((happened - due - delay.astype(np.int64)) % 1440 == 0)
+    return pd.Series(same | ~known, frame.index)
+
+# %% ../nbs/04_project.ipynb #8aa42bb6
+def _is_same_minute(frame: pd.DataFrame) -> pd.Series:
+    """Whether the scheduled clock time is the hour and the minute beside it."""
+    said = minutes_of_clock(frame["sched_dep_time"])
+    return (frame["hour"] * 60 + frame["minute"] == said) | (said == NO_CLOCK)
+
+
+def _is_whole_story(frame: pd.DataFrame) -> pd.Series:
+    """Whether a flight that left has a departure delay, and one that arrived has left, landed and flown."""
+    left, arrived = frame["dep_time"].notna(), frame["arr_delay"].notna()
+    known = frame["dep_delay"].notna() & frame["arr_time"].notna() & frame["air_time"].notna()
+    return (left == frame["dep_delay"].notna()) & (left | frame["arr_time"].isna()) & (known | ~arrived)
+
+# %% ../nbs/04_project.ipynb #ded16247
+DELAYS = (-180, 2880)  # minutes: what a delay may be
+SAME_TIME = ("time_hour (UTC) and year, month, day, hour (New York) agree", _is_same_time)
+AGREEMENTS: dict[str, Callable[[pd.DataFrame], pd.Series]] = {
+    SAME_TIME[0]: SAME_TIME[1],
+    "sched_dep_time and hour, minute agree": _is_same_minute,
+    "dep_delay and dep_time, sched_dep_time agree": lambda flights: _is_same_delay(flights, "dep"),
+    "arr_delay and arr_time, sched_arr_time agree": lambda flights: _is_same_delay(flights, "arr"),
+    "a flight that arrived has left, with all its times": _is_whole_story,
+}
+
+
+def _of_rows(name: str, kept: Callable[[pd.DataFrame], pd.Series]) -> pandera.Check:
+    """A promise about each row."""
     import pandera.pandas as pandera
 
-    return pandera.Check(
-        lambda frame: frame["time_hour"].dt.tz_convert(NEW_YORK).dt.hour == frame["hour"],
-        name="time_hour (UTC) and hour (New York) agree",
-    )
+    return pandera.Check(kept, name=name, ignore_na=False)
 
 # %% ../nbs/04_project.ipynb #cd12ac48
+ENOUGH = 50  # rows from which on a promise about the whole table says something
+
+
 def _typical(low: float, high: float, unit: str) -> pandera.Check:
+    return _of_table(lambda column: low <= column.median() <= high, f"median {low:g} to {high:g} {unit}")
+
+
+def _of_table(kept: Callable[[pd.Series], bool], name: str) -> pandera.Check:
+    """A promise about a column as a whole."""
     import pandera.pandas as pandera
 
-    return pandera.Check(lambda column: bool(low <= column.median() <= high), name=f"median {low:g} to {high:g} {unit}")
+    return pandera.Check(lambda column: len(column) < ENOUGH or bool(kept(column)), name=name, ignore_na=False)
+
+
+def _late_share(low: float, high: float) -> pandera.Check:
+    name = f"{low:.0%} to {high:.0%} of the flights that arrived more than {LATE_AFTER} minutes late"
+    return _of_table(lambda delay: low <= (delay > LATE_AFTER).sum() / max(delay.count(), 1) <= high, name)
 
 
 def _calendar() -> dict[str, pandera.Column]:
@@ -219,34 +318,33 @@ def _calendar() -> dict[str, pandera.Column]:
     return {name: _column("int64", _between(low, high)) for name, (low, high) in limits.items()}
 
 # %% ../nbs/04_project.ipynb #a611d94a
-@cache
+ORIGINS = ("EWR", "JFK", "LGA")
+TAIL_NUMBER = r"^[A-Z]{0,6}[0-9][A-Z0-9]{0,6}$"  # a digit at least: NONE and UNKNOWN have none
+
+
 def flights_contract() -> pandera.DataFrameSchema:  # checks of one month of flights
     "The contract for flights: one row a scheduled departure, delays in minutes, distance in miles."
     import pandera.pandas as pandera
 
-    delay, clock = _between(-180, 2880), _clock()
+    delay, clock = _between(*DELAYS), _clock()
+    tail = _of_table(lambda column: column.mean() > column.median(), "a mean above its median, as delays have")
     columns = {
         **_calendar(),
-        "dep_time": _column("float64", clock, nullable=True),
-        "sched_dep_time": _column("int64", clock),
+        "dep_time": _column("float64", clock, nullable=True), "sched_dep_time": _column("int64", clock),
         "dep_delay": _column("float64", delay, nullable=True),
-        "arr_time": _column("float64", clock, nullable=True),
-        "sched_arr_time": _column("int64", clock),
-        "arr_delay": _column("float64", delay, nullable=True),
-        "carrier": _column("str", _matches(r"^[A-Z0-9]{2}$")),
-        "flight": _column("int64", _between(1, 9999)),
-        "tailnum": _column("str", nullable=True),
+        "arr_time": _column("float64", clock, nullable=True), "sched_arr_time": _column("int64", clock),
+        "arr_delay": _column("float64", delay, _late_share(0.05, 0.5), tail, nullable=True),
+        "carrier": _column("str", _matches(r"^[A-Z0-9]{2}$")), "flight": _column("int64", _between(1, 9999)),
+        "tailnum": _column("str", _matches(TAIL_NUMBER), nullable=True),
         "origin": _column("str", pandera.Check.isin(ORIGINS, error=f"one of {', '.join(ORIGINS)}")),
-        "dest": _column("str", _matches(r"^[A-Z]{3}$")),
+        "dest": _column("str", _matches(r"^[A-Z]{3}$"), _names_something()),
         "air_time": _column("float64", _between(5, 1200), nullable=True),
         "distance": _column("int64", _between(10, 12000), _typical(600, 1200, "miles")),
-        "minute": _column("int64", _between(0, 59)),
-        "time_hour": _column("datetime64[us, UTC]"),
+        "minute": _column("int64", _between(0, 59)), "time_hour": _column("datetime64[us, UTC]"),
     }
-    return pandera.DataFrameSchema(columns, checks=[_same_hour()], name="flights")
+    return pandera.DataFrameSchema(columns, [_of_rows(*promise) for promise in AGREEMENTS.items()], name="flights")
 
 # %% ../nbs/04_project.ipynb #6460d3a9
-@cache
 def weather_contract() -> pandera.DataFrameSchema:  # checks of one month of weather
     "The contract for weather: one row an airport and hour; °F, mph, inches, millibars, miles."
     import pandera.pandas as pandera
@@ -265,16 +363,15 @@ def weather_contract() -> pandera.DataFrameSchema:  # checks of one month of wea
         "visib": _column("float64", _between(0, 10), nullable=True),
         "time_hour": _column("datetime64[us, UTC]"),
     }
-    return pandera.DataFrameSchema(columns, checks=[_same_hour()], name="weather")
+    return pandera.DataFrameSchema(columns, checks=[_of_rows(*SAME_TIME)], name="weather")
 
 # %% ../nbs/04_project.ipynb #9c90845e
-@cache
 def planes_contract() -> pandera.DataFrameSchema:  # checks of the list of aircraft
     "The contract for planes: one row an aircraft."
     import pandera.pandas as pandera
 
     columns = {
-        "tailnum": _column("str", _matches(r"^[A-Z0-9]{3,7}$")),
+        "tailnum": _column("str", _matches(TAIL_NUMBER)),
         "year": _column("float64", _between(1930, 2100), nullable=True), "seats": _column("int64", _between(1, 900)),
         "engines": _column("int64", _between(1, 8)), "type": _column("str", nullable=True),
         "manufacturer": _column("str", nullable=True), "model": _column("str", nullable=True),
@@ -282,13 +379,12 @@ def planes_contract() -> pandera.DataFrameSchema:  # checks of the list of aircr
     return pandera.DataFrameSchema(columns, name="planes")
 
 
-@cache
 def airports_contract() -> pandera.DataFrameSchema:  # checks of the list of airports
     "The contract for airports: one row an airport, with the name of its time zone."
     import pandera.pandas as pandera
 
     columns = {
-        "faa": _column("str", _matches(r"^[A-Z0-9]{3}$")),
+        "faa": _column("str", _matches(r"^[A-Z0-9]{3}$"), _names_something()),
         "tzone": _column("str", _matches(r"^\w+/\w+"), nullable=True),
     }
     return pandera.DataFrameSchema(columns, name="airports")
@@ -302,6 +398,8 @@ class Table:
     contract: Callable[[], pandera.DataFrameSchema]  # makes the pandera schema
     key: tuple[str, ...]  # columns that name a row
     period: Callable[[pd.DataFrame], pd.Series] | None = calendar_month  # None: a list, delivered whole each time
+    parts: tuple[str, ...] = ()  # what a whole month has rows of: its days (a column with 1 … 31), then places
+    gaps: int = 0  # days of a month that a place may lack
 
 # %% ../nbs/04_project.ipynb #6a91622e
 @dataclass(frozen=True)
@@ -396,12 +494,13 @@ FLIGHT_GROUPS = (
 )
 
 # %% ../nbs/04_project.ipynb #fa8a8420
+FLIGHT_KEY = ("time_hour", "minute", "carrier", "flight", "origin")
 flight_delay = UseCase(
     name="flight-delay",
     question="Two hours before scheduled departure: how likely does this flight arrive more than 15 minutes late?",
     tables=(
-        Table("flights", flights_contract, key=("time_hour", "minute", "carrier", "flight", "origin")),
-        Table("weather", weather_contract, key=("origin", "time_hour")),
+        Table("flights", flights_contract, key=FLIGHT_KEY, parts=("day", "origin")),
+        Table("weather", weather_contract, key=("origin", "time_hour"), parts=("day", "origin"), gaps=2),
         Table("planes", planes_contract, key=("tailnum",), period=None),
         Table("airports", airports_contract, key=("faa",), period=None),
     ),

@@ -14,7 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pandera.pandas as pandera
+import pyarrow
 import pytest
+from deltalake import DeltaTable
 
 from mlops_course.data import (
     DataError,
@@ -35,9 +38,10 @@ from mlops_course.data import (
     split_rows,
     table_version,
     validate,
+    widen_column,
 )
 from mlops_course.environment import CourseError, Settings, WorkspaceError
-from mlops_course.project import SourceError, find_file, flight_delay, late_label, read_delivery, supplier_folder
+from mlops_course.project import SourceError, Table, find_file, flight_delay, late_label, read_delivery, supplier_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore:Series.values returning:DeprecationWarning")  # inside pyarrow
 
@@ -139,6 +143,12 @@ def change(tables: Tables, name: str, **columns: object) -> Tables:
     return tables | {name: tables[name].assign(**columns)}
 
 
+def arriving(flights: pd.DataFrame, delay: pd.Series) -> pd.DataFrame:
+    """The same flights with another delay at arrival, and with the clock time that goes with it."""
+    clock = flights["sched_arr_time"] // 100 * 60 + flights["sched_arr_time"] % 100 + delay
+    return flights.assign(arr_delay=delay, arr_time=clock % 1440 // 60 * 100 + clock % 60)
+
+
 def one_line(error: CourseError) -> bool:
     """A message that a person can read: one line, not a page."""
     return "\n" not in str(error) and 20 < len(str(error)) < 700
@@ -220,7 +230,7 @@ def test_a_corrected_month_replaces_only_itself(full_desk: Desk, delivered: dict
     old, january = full_desk.versions(), full_desk.read("flights", JANUARY)
     february = full_desk.read("flights", FEBRUARY)
     flights = delivered[FEBRUARY]["flights"]
-    corrected = flights.assign(arr_delay=flights["arr_delay"] + 1).iloc[1:]
+    corrected = arriving(flights, flights["arr_delay"] + 1).iloc[1:]
     delivery = full_desk.take(FEBRUARY, delivered[FEBRUARY] | {"flights": corrected})
     assert delivery.changed == {"flights": True, "weather": False, "planes": False, "airports": False}
     assert delivery.periods == [FEBRUARY]
@@ -259,7 +269,7 @@ def test_late_rows_land_in_the_month_they_are_about(desk: Desk, delivered: dict[
 def test_the_newest_delivery_of_a_row_wins(full_desk: Desk, delivered: dict[str, Tables]) -> None:
     flights = delivered[JANUARY]["flights"]
     wrong = flights[flights["arr_delay"].notna()].iloc[[10]]
-    right = wrong.assign(arr_delay=77.0)
+    right = arriving(wrong, pd.Series(77.0, wrong.index))
     march = delivered[MARCH]
     delivery = full_desk.take(MARCH, march | {"flights": pd.concat([march["flights"], right])})
     checked = full_desk.check(*delivery.periods)
@@ -304,13 +314,8 @@ def test_the_list_of_the_newest_month_counts_whenever_it_comes(
 
 
 def test_features_are_not_built_over_a_gap(full_desk: Desk, delivered: dict[str, Tables]) -> None:
-    april = delivered[MARCH]["flights"].assign(month=4)
-    april["time_hour"] = april["time_hour"].str.replace("-03-", "-04-")
-    weather = delivered[MARCH]["weather"].assign(month=4)
-    weather["time_hour"] = weather["time_hour"].str.replace("-03-", "-04-")
-    tables = delivered[MARCH] | {"flights": april, "weather": weather}
-    keep = {name: frame[frame["day"].between(14, 29)] if "day" in frame else frame for name, frame in tables.items()}
-    full_desk.take("2013-04", keep)
+    april = read_delivery("2013-04")
+    full_desk.take("2013-04", april | {"flights": april["flights"].iloc[::30]})
     clean = full_desk.check("2013-04").tables
     with pytest.raises(DataError, match=r"need flights of 2013-03, which are not there"):
         build_features(full_desk.settings, flight_delay, clean, "2013-04", "2013-04")
@@ -403,6 +408,143 @@ def test_good_rows_break_no_promise(delivered: dict[str, Tables]) -> None:
         assert found.empty and list(found.columns) == ["column", "check", "value", "index"]
 
 
+@pytest.mark.parametrize("word", ["", "  ", "UNKNOWN", "nan", "None", "NULL", "N/A"])
+@pytest.mark.parametrize("number", [1, 40])
+def test_a_key_that_names_nothing_is_refused(
+    full_desk: Desk, delivered: dict[str, Tables], word: str, number: int
+) -> None:
+    flights = delivered[JANUARY]["flights"]
+    blank = flights.assign(tailnum=flights["tailnum"].where(np.arange(len(flights)) >= number, word))
+    full_desk.take(JANUARY, delivered[JANUARY] | {"flights": blank})
+    if number == 1:
+        report = full_desk.check(JANUARY).report
+        assert report[["table", "column", "value"]].to_numpy().tolist() == [["flights", "tailnum", word]]
+        assert word not in set(full_desk.read("flights", JANUARY)["tailnum"])
+    else:
+        with pytest.raises(DataError, match=r"40 of .* rows of flights in 2013-01 are bad, most often tailnum"):
+            full_desk.check(JANUARY)
+
+
+def test_a_key_of_any_table_names_something() -> None:
+    """Whatever the contract of somebody else's table says."""
+    contract = pandera.DataFrameSchema({"shop": pandera.Column("str"), "sold": pandera.Column("int64")}, name="sales")
+    table = Table("sales", lambda: contract, key=("shop",))
+    rows = pd.DataFrame({"shop": [f"shop {number}" for number in range(200)], "sold": 1})
+    rows.loc[7, "shop"] = " Unknown "
+    good, report = split_rows(rows.assign(period=JANUARY, delivery=JANUARY), table, JANUARY)
+    assert len(good) == 199
+    assert report[["column", "check", "value"]].to_numpy().tolist() == [
+        ["shop", "no blank and no placeholder in a key", " Unknown "]
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whole months, and a few rows of one
+
+DECEMBER = "2012-12"
+
+
+def of_december(flights: pd.DataFrame, number: int, **columns: object) -> pd.DataFrame:
+    """Flights of New Year's Eve: real rows that say consistently that they are a year and some hours older."""
+    rows = flights[flights["day"] == 31].head(number)
+    before = pd.to_datetime(rows["time_hour"]) - pd.Timedelta(days=31)
+    return rows.assign(year=2012, month=12, time_hour=before.dt.strftime("%Y-%m-%dT%H:%M:%SZ"), **columns)
+
+
+HALVES: dict[str, tuple[str, Callable[[pd.DataFrame], pd.DataFrame], str]] = {
+    "its first week": ("flights", lambda rows: rows[rows["day"] < 8], "it has rows on 7 of its 28 days"),
+    "its first half": ("flights", lambda rows: rows[rows["day"] < 15], r"on 14 of its days \(15, 16, 17, 18, 19 …\)"),
+    "weather of its first half": ("weather", lambda rows: rows[rows["day"] < 15], r"on 14 of its days \(15, 16"),
+    "every second row": ("flights", lambda rows: rows.iloc[::2], "it has .* a day, other months have"),
+    "without an airport": ("flights", lambda rows: rows[rows["origin"] != "LGA"], "of LGA a day, other months have"),
+    "without a day": ("flights", lambda rows: rows[rows["day"] != 9], r"of EWR are missing on 1 of its days \(9\)"),
+    "without a day at one airport": (
+        "flights", lambda rows: rows[(rows["day"] != 9) | (rows["origin"] != "JFK")], r"of JFK are missing on 1 of"
+    ),
+    "three days without weather": (
+        "weather", lambda rows: rows[(rows["day"] < 26) | (rows["hour"] < 4)], r"rows of EWR .* \(26, 27, 28\)"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("half", HALVES)
+def test_half_a_month_is_refused_until_the_rest_has_come(
+    full_desk: Desk, delivered: dict[str, Tables], half: str
+) -> None:
+    name, cut, message = HALVES[half]
+    before = {table: full_desk.read(table) for table in ("flights", "weather")}
+    february = delivered[FEBRUARY]
+    full_desk.take(FEBRUARY, february | {name: cut(february[name])})
+    message = rf"{name} of {FEBRUARY} is not whole: .*{message}.*Ask the supplier for the rest"
+    with pytest.raises(DataError, match=message) as caught:
+        full_desk.check(JANUARY, FEBRUARY)
+    assert one_line(caught.value)
+    for table, rows in before.items():
+        pd.testing.assert_frame_equal(full_desk.read(table), rows)
+    full_desk.take(FEBRUARY, february)
+    assert full_desk.check(FEBRUARY).changed == []
+
+
+def test_every_real_month_is_whole_beside_the_others(settings: Settings) -> None:
+    """The thinnest day, the shortest month and the stormiest one are no reason to call a person."""
+    year = months("2013-01", "2013-12")
+    raw = [ingest(settings, flight_delay, month) for month in year][-1].tables
+    checked = validate(settings, flight_delay, raw, year)
+    assert checked.partial == {} and checked.rows["flights"] == 336_776
+    assert validate(settings, flight_delay, raw, ["2013-11"]).changed == []
+
+
+def test_a_late_row_of_a_month_that_nobody_delivered_stops_nothing(desk: Desk, delivered: dict[str, Tables]) -> None:
+    """One row has no typical distance, no thirty days, and no other rows of which it would be two per cent."""
+    january = delivered[JANUARY]
+    late = of_december(read_delivery(JANUARY)["flights"], 3)
+    late = late.assign(distance=[5000, 4900, 3])  # a median far from usual, and one bad row of three
+    desk.take(JANUARY, january | {"flights": pd.concat([late, january["flights"]])})
+    checked = desk.check(DECEMBER, JANUARY)
+    assert checked.rows["flights"] == len(january["flights"]) + 2
+    assert checked.partial == {DECEMBER: "flights: it has rows on 1 of its 31 days"}
+    assert checked.report[["period", "column", "value"]].to_numpy().tolist() == [[DECEMBER, "distance", "3"]]
+    tables = checked.tables
+    assert len(read_table(desk.settings, build_features(desk.settings, flight_delay, tables, JANUARY, JANUARY)))
+
+
+def test_a_withdrawn_month_is_emptied_and_the_others_go_on(desk: Desk, delivered: dict[str, Tables]) -> None:
+    """A refused delivery, a corrected one, and whoever goes on naming the old months: all of that ends well."""
+    january, february = delivered[JANUARY], delivered[FEBRUARY]
+    late = of_december(read_delivery(JANUARY)["flights"], 2)
+    broken = pd.concat([late, january["flights"].assign(dest="nowhere")])
+    named = desk.take(JANUARY, january | {"flights": broken}).periods
+    assert named == [DECEMBER, JANUARY]
+    with pytest.raises(DataError, match="rows of flights in 2013-01 are bad, most often dest"):
+        desk.check(*named)
+    corrected = desk.take(JANUARY, january)
+    assert corrected.periods == [DECEMBER, JANUARY], "December may differ from before: it is gone"
+    for _ in range(2):  # and again, as when the months come out of a cache
+        checked = desk.check(*named)
+        assert checked.rows["flights"] == len(january["flights"])
+        assert set(desk.read("flights")["period"]) == {JANUARY}
+    desk.take(FEBRUARY, february | {"flights": pd.concat([late, february["flights"]])})
+    assert desk.check(DECEMBER, FEBRUARY).changed == [DECEMBER, FEBRUARY]
+    assert len(desk.read("flights", DECEMBER)) == 2
+    assert desk.check(*desk.take(FEBRUARY, february).periods).changed == [DECEMBER]
+    assert set(desk.read("flights")["period"]) == {JANUARY, FEBRUARY}
+    assert desk.check(DECEMBER, JANUARY, FEBRUARY).changed == []
+    with pytest.raises(DataError, match=r"flights has no rows of 2012-11.*Ingest those months first"):
+        desk.check("2012-11", JANUARY)
+
+
+def test_a_row_of_long_ago_is_no_beginning_of_the_history(desk: Desk, delivered: dict[str, Tables]) -> None:
+    """The features of January need December only when the data really begin before it."""
+    january = delivered[JANUARY]
+    late = of_december(read_delivery(JANUARY)["flights"], 1)
+    year_before = pd.to_datetime(late["time_hour"]) - pd.Timedelta(days=366)
+    long_ago = late.assign(year=2011, time_hour=year_before.dt.strftime("%Y-%m-%dT%H:%M:%SZ"))
+    desk.take(JANUARY, january | {"flights": pd.concat([long_ago, january["flights"]])})
+    tables = desk.check("2011-12", JANUARY).tables
+    assert len(desk.read("flights", "2011-12")) == 1
+    build_features(desk.settings, flight_delay, tables, JANUARY, JANUARY)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Another shape, another meaning
 
@@ -484,12 +626,12 @@ MEANINGS: dict[str, tuple[str, Callable[[pd.DataFrame], pd.DataFrame], str]] = {
             time_hour=pd.to_datetime(frame["time_hour"])
             .dt.tz_convert("America/New_York").dt.tz_localize(None).dt.strftime("%Y-%m-%dT%H:%M:%SZ")
         ),
-        r"flights in 2013-03 are bad, most often \(row\): time_hour \(UTC\) and hour \(New York\) agree",
+        r"in 2013-03 are bad, most often \(row\): time_hour \(UTC\) and year, month, day, hour \(New York\) agree",
     ),
     "minutes of the day for clock times": (
         "flights",
         lambda frame: frame.assign(sched_dep_time=frame["sched_dep_time"] // 100 * 60 + frame["sched_dep_time"] % 100),
-        "sched_dep_time: a clock time HHMM",
+        r"\(row\): sched_dep_time and hour, minute agree",
     ),
     "hours for minutes of delay": (
         "flights",
@@ -668,6 +810,137 @@ def test_text_where_numbers_were_is_refused(settings: Settings) -> None:
         replace_months(settings, "table", rows_of(FEBRUARY, value="nine"))
     assert one_line(caught.value)
     assert f"table@{table_version(settings, 'table')}" == reference
+
+
+INSTANTS = pd.to_datetime(["2013-01-01T10:00:00Z", "2013-01-01T11:30:00Z"])
+TYPES: dict[str, tuple[object, object]] = {  # what the table holds, and what comes
+    "a fraction where whole numbers were": ([1, 2], [1.5, 2.0]),
+    "whole numbers where fractions were": ([1.5, 2.0], [1, 2]),
+    "whole numbers written as floats": ([1, 2], [1.0, 2.0]),
+    "two precisions": (np.float32([0.5, 1]), [0.1, 1.0]),
+    "more bits": (np.int8([1, 2]), [1, 2]),
+    "a number where True and False were": ([True, False], [2, 0]),
+    "numbers where text was": (["1", "2"], [1, 2]),
+    "text where numbers were": ([1, 2], ["1", "2"]),
+    "times without a zone": (INSTANTS, INSTANTS.tz_localize(None)),
+    "times with a zone": (INSTANTS.tz_localize(None), INSTANTS),
+    "nanoseconds": (INSTANTS, INSTANTS.as_unit("ns") + pd.Timedelta(1, unit="ns")),
+    "too large a number": ([1, 2], np.uint64([2**63 + 1, 2])),
+    "two kinds in one column": ([1, 2], pd.Series(["1", 2], dtype="object")),
+    "numbers where categories were": (pd.Categorical(["a", "b"]), [1, 2]),
+}
+
+
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("month", [JANUARY, FEBRUARY])
+def test_a_type_never_changes_in_silence(settings: Settings, kind: str, month: str) -> None:
+    before, after = TYPES[kind]
+    reference, _ = replace_months(settings, "table", rows_of(JANUARY, 2, value=before))
+    kept = read_table(settings, reference)
+    with pytest.raises(DataError, match=r"column value of the table table (holds|cannot be kept as it is)") as caught:
+        replace_months(settings, "table", rows_of(month, 2, value=after))
+    assert one_line(caught.value)
+    assert table_version(settings, "table") == split_reference(reference)[1]
+    pd.testing.assert_frame_equal(read_table(settings, reference), kept)
+
+
+def test_the_refusal_names_column_types_and_remedy(settings: Settings) -> None:
+    replace_months(settings, "table", rows_of(JANUARY, 2, value=[1, 2]))
+    said = (
+        r"the column value of the table table holds int64, and the new rows hold double\. Nothing was changed; "
+        r"convert the rows to int64, or, .* call widen_column\(settings, 'table', 'value', 'double'\)"
+    )
+    with pytest.raises(DataError, match=said):
+        replace_months(settings, "table", rows_of(JANUARY, 2, value=[1.5, 2.0]))
+
+
+SAME: dict[str, tuple[object, object]] = {  # the same values, as another program writes them
+    "another zone": (INSTANTS, INSTANTS.tz_convert("America/New_York")),
+    "another unit": (INSTANTS, INSTANTS.as_unit("ns")),
+    "categories": (["a", "b"], pd.Categorical(["a", "b"])),
+    "objects": (["a", None], pd.Series(["a", None], dtype="object")),
+    "numbers that may be missing": ([1, 2], pd.array([1, 2], dtype="Int64")),
+}
+
+
+@pytest.mark.parametrize("kind", SAME)
+def test_the_same_values_in_other_clothes_change_nothing(settings: Settings, kind: str) -> None:
+    before, after = SAME[kind]
+    reference, _ = replace_months(settings, "table", rows_of(JANUARY, 2, value=before))
+    again = rows_of(JANUARY, 2, value=after)
+    assert replace_months(settings, "table", again[["value", "period"]]) == (reference, [])
+    replace_months(settings, "table", rows_of(FEBRUARY, 2, value=after))
+    second = table_version(settings, "table")
+    replace_months(settings, "table", rows_of(FEBRUARY, 2, value=after))
+    assert table_version(settings, "table") == second
+
+
+@pytest.mark.parametrize("gaps", [[None, None], [np.nan, np.nan]], ids=["None", "NaN"])
+@pytest.mark.parametrize("value", [[1, 2], ["a", "b"], INSTANTS, [0.5, 1.0]], ids=["int", "text", "time", "float"])
+def test_a_month_without_any_value_fits_every_type(settings: Settings, gaps: list[object], value: object) -> None:
+    replace_months(settings, "table", rows_of(JANUARY, 2, value=value))
+    empty = rows_of(FEBRUARY, 2, value=pd.Series(gaps, dtype="object"))
+    reference, changed = replace_months(settings, "table", empty)
+    assert changed == [FEBRUARY] and replace_months(settings, "table", empty) == (reference, [])
+    assert read_table(settings, reference, [FEBRUARY])["value"].isna().all()
+    replace_months(settings, "table", rows_of(FEBRUARY, 2, value=value))
+
+
+def test_a_table_that_can_be_made_again_takes_the_new_type_as_a_whole(settings: Settings) -> None:
+    both = pd.concat([rows_of(JANUARY, 2, value=[1, 2]), rows_of(FEBRUARY, 2, value=[3, 4])])
+    replace_months(settings, "table", both, derived=True)
+    halves = rows_of(FEBRUARY, 2, value=[3.5, 4.0])
+    reference, changed = replace_months(settings, "table", halves, derived=True)
+    assert changed == [FEBRUARY]
+    pd.testing.assert_frame_equal(read_table(settings, reference)[halves.columns], halves, check_dtype=True)
+    assert replace_months(settings, "table", halves, derived=True) == (reference, [])
+
+
+def test_a_column_is_widened_once_and_exactly(settings: Settings) -> None:
+    reference, _ = replace_months(settings, "table", rows_of(JANUARY, 3, value=[1, -(2**53), 7]))
+    widened = widen_column(settings, "table", "value", "double")
+    assert widened != reference
+    assert widen_column(settings, "table", "value", "double") == widened
+    assert read_table(settings, widened)["value"].tolist() == [1.0, -float(2**53), 7.0]
+    assert read_table(settings, reference)["value"].dtype == "int64", "the old version stays what it was"
+    assert replace_months(settings, "table", rows_of(FEBRUARY, 1, value=[0.5]))[1] == [FEBRUARY]
+    assert replace_months(settings, "table", rows_of(JANUARY, 3, value=[1.0, -(2.0**53), 7.0]))[1] == []
+
+
+@pytest.mark.parametrize(
+    ("column", "kind", "message"),
+    [
+        ("value", "double", "not every value of table.value is exact as double"),
+        ("value", "int32", "int32 does not hold all values of int64"),
+        ("value", "string", "string does not hold all values of int64"),
+        ("price", "double", "the table table has no column price"),
+    ],
+)
+def test_a_column_is_not_widened_at_a_loss(settings: Settings, column: str, kind: str, message: str) -> None:
+    reference, _ = replace_months(settings, "table", rows_of(JANUARY, 1, value=[2**53 + 1]))
+    with pytest.raises(DataError, match=message) as caught:
+        widen_column(settings, "table", column, kind)
+    assert one_line(caught.value)
+    assert f"table@{table_version(settings, 'table')}" == reference
+
+
+def test_a_column_that_must_have_values_is_named(settings: Settings) -> None:
+    """Such a table is made by another program: ours allow gaps."""
+    fields = [pyarrow.field("period", pyarrow.string(), False), pyarrow.field("value", pyarrow.float64(), False)]
+    DeltaTable.create(str(settings.data / "table"), pyarrow.schema(fields), partition_by=["period"])
+    replace_months(settings, "table", rows_of(JANUARY, 2))
+    with pytest.raises(DataError, match=r"column value of the table table must have a value in each row.*the 1 that"):
+        replace_months(settings, "table", rows_of(FEBRUARY, 2, value=[1.0, np.nan]))
+
+
+def test_a_month_is_emptied_in_the_same_step(settings: Settings) -> None:
+    replace_months(settings, "table", pd.concat([rows_of(JANUARY, 2), rows_of(FEBRUARY, 2)]))
+    old = table_version(settings, "table")
+    reference, changed = replace_months(settings, "table", rows_of(MARCH, 3), gone=[JANUARY, "2012-12"])
+    assert (reference, changed) == (f"table@{old + 1}", [JANUARY, MARCH])
+    assert read_table(settings, reference)["period"].value_counts().to_dict() == {FEBRUARY: 2, MARCH: 3}
+    assert replace_months(settings, "table", rows_of(MARCH, 3), gone=[JANUARY]) == (reference, [])
+    assert replace_months(settings, "table", rows_of(MARCH, 0), gone=[MARCH])[1] == [MARCH]
 
 
 def test_a_file_in_the_way_of_a_table_is_named(settings: Settings) -> None:

@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 
 from mlops_course import data
-from mlops_course.data import DataError, build_features, conform, flight_features, read_table, replace_months
+from mlops_course.data import DataError, build_features, conform, flight_features, months, read_table, replace_months
 from mlops_course.data import features as features_room
 from mlops_course.data import windows as windows_room
 from mlops_course.environment import Settings
@@ -504,6 +504,47 @@ def test_a_month_alone_has_the_features_it_has_in_the_whole_year(
     alone = alone.drop(columns="period").set_index(KEY)
     assert len(alone) == (calendar_month(year["flights"]) == month).sum() > 20_000
     assert_equal(alone.sort_index(), year_features)
+
+
+@pytest.fixture(scope="module")
+def year_tables(year: Tables, tmp_path_factory: pytest.TempPathFactory) -> tuple[Settings, dict[str, str]]:
+    """All of 2013 in the clean tables of a workspace."""
+    settings, references = Settings(home=tmp_path_factory.mktemp("year")).prepare(), {}
+    for table in flight_delay.tables:
+        frame = year[table.name].assign(period=calendar_month(year[table.name]) if table.period else "all")
+        references[table.name] = replace_months(settings, table.name, frame)[0]
+    return settings, references
+
+
+@pytest.mark.slow
+def test_a_year_month_by_month_is_the_year_at_once(
+    year_tables: tuple[Settings, dict[str, str]], year_features: pd.DataFrame
+) -> None:
+    """Every column of every flight, bit for bit; where the months are cut does not matter."""
+    settings, references = year_tables
+    reference = build_features(settings, flight_delay, references, "2013-01", "2013-12", at_once=1)
+    alone = read_table(settings, reference).drop(columns="period").set_index(KEY)
+    assert len(alone) == len(year_features) == 336_776
+    assert_equal(alone.sort_index(), year_features)
+    for at_once in (5, 12):
+        again = build_features(settings, flight_delay, references, "2013-01", "2013-12", at_once=at_once)
+        assert again == reference, "no month was written again"
+
+
+def test_only_a_bounded_history_is_read(
+    year_tables: tuple[Settings, dict[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Never more than the months that were asked for at once and the history before them."""
+    settings, references = year_tables
+    held: list[list[str]] = []
+
+    def features(tables: Tables) -> pd.DataFrame:
+        held.append(sorted(set(tables["flights"]["period"])))
+        return tables["flights"].head(5)[["period", *KEY]]
+
+    monkeypatch.setattr(data, "flight_features", features)
+    build_features(settings, flight_delay, references, "2013-04", "2013-09", at_once=3)
+    assert held == [months("2013-03", "2013-06"), months("2013-05", "2013-09")], "31 days before July begins May's last"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -174,16 +174,80 @@ def test_one_month_of_training_has_no_floor() -> None:
     assert not drift(then, then, ["steady"])["alarm"].any()
 
 
-def test_the_floor_is_the_month_that_differed_most_from_the_others() -> None:
+def test_the_floor_is_the_largest_distance_between_months_without_the_oddest() -> None:
     then = pd.DataFrame(
         {"period": ["a"] * 4 + ["b"] * 4 + ["c"] * 4, "kind": list("xxyy") + list("xxyy") + list("xyyy")}
     )
     table = drift(then, then, ["kind"])
-    expected = [
-        stability_index(np.array(others), np.array(month)) for others, month in (([3, 5], [2, 2]), ([4, 4], [1, 3]))
-    ]
-    assert table.loc["kind", "floor"] == max(expected)
+    assert table.loc["kind", "floor"] == 0.0, "c is the oddest, and without it a and b are alike"
+    pair = drift(then[then["period"] != "a"], then, ["kind"])
+    assert pair.loc["kind", "floor"] == stability_index(np.array([1, 3]), np.array([2, 2])), "of two, neither is odd"
     assert table.loc["kind", "psi"] == 0
+
+
+def test_one_bad_month_does_not_make_everything_normal() -> None:
+    bad = months_of(steady=[9, 9, 9, 30, 9])
+    table = drift(bad, months_of(steady=[12]), ["steady"])
+    assert table.loc["steady", "floor"] < 0.05 < ALARM < table.loc["steady", "psi"]
+    assert table.loc["steady", "alarm"]
+
+
+@pytest.mark.parametrize("spike", [1.0, 0.9, 0.6, 0.3, 0.12])
+@pytest.mark.parametrize("move", [0.5, -0.5, 1e-3, -1e-3, 1000.0], ids=str)
+def test_a_spike_that_moves_is_seen_in_whatever_direction(spike: float, move: float) -> None:
+    """A column with one value that many rows share: a constant, when all of them do."""
+    random = np.random.default_rng(6)
+    rest = random.normal(4, 1, 9000)
+    values = np.where(random.random(9000) < spike, 4, rest).astype("float32")
+    then = pd.DataFrame({"period": np.repeat(["a", "b", "c"], 3000), "x": values})
+    now = then.assign(x=then["x"].where(then["x"] != 4, np.float32(4 + move)))
+    row = drift(then, now, ["x"]).loc["x"]
+    assert row["alarm"] and row["judged"]
+    assert not drift(then, then.sample(frac=0.5, random_state=1), ["x"]).loc["x", "alarm"]
+
+
+@pytest.mark.parametrize("factor", [25.4, 0.1, 3.0])
+@pytest.mark.parametrize("gaps", [0.0, math.nan], ids=["zeros", "missing"])
+def test_another_unit_of_a_column_with_many_gaps_is_seen(factor: float, gaps: float) -> None:
+    """Rain in another unit, in the three hours of a hundred that have any."""
+    random = np.random.default_rng(7)
+
+    def rain(number: int) -> pd.DataFrame:
+        wet = random.random(number) < 0.03
+        frame = pd.DataFrame({"period": np.repeat(["a", "b", "c"], number // 3)})
+        return frame.assign(rain=np.where(wet, random.exponential(0.1, number), gaps).astype("float32"))
+
+    then, now = rain(60_000), rain(30_000)
+    calm = drift(then, now, ["rain"]).loc["rain"]
+    assert not calm["alarm"]
+    moved = drift(then, now.assign(rain=now["rain"] * np.float32(factor)), ["rain"]).loc["rain"]
+    assert moved["alarm"] and moved["psi_values"] > ALARM
+    assert column_drift(then["rain"], now["rain"] * np.float32(3)) < ALARM, "as a whole it moves too little"
+
+
+@pytest.mark.parametrize("rows", [1, 10, 30, 100, 300, 1000, 3000])
+def test_what_has_not_changed_is_no_alarm_however_few_rows_there_are(rows: int) -> None:
+    random = np.random.default_rng(8)
+    number = 20_000
+    frame = pd.DataFrame({"period": np.repeat(list("abcd"), number // 4)})
+    for kind in range(5):
+        frame[f"normal {kind}"] = random.normal(0, 1, number).astype("float32")
+        frame[f"rare {kind}"] = np.where(random.random(number) < 0.1, 1, 0).astype("float32")
+        frame[f"text {kind}"] = random.choice(list("ABCDEFGHIJ"), number)
+    names = list(frame.columns[1:])
+    alarms, judged = 0, 0
+    for _ in range(20):
+        table = drift(frame, frame.sample(rows, random_state=int(random.integers(2**31))), names)
+        alarms, judged = alarms + int(table["alarm"].sum()), judged + int(table["judged"].sum())
+    assert alarms == 0
+    assert judged == 0 if rows <= 10 else judged == 20 * len(names) if rows >= 300 else True
+
+
+def test_a_report_says_what_cannot_be_judged(tmp_path: Path) -> None:
+    then = months_of(steady=[9, 9, 9], shaky=[9, 9, 9])
+    report = MonthReport(MARCH, "x@1", drift(then, then.head(8), ["steady", "shaky"]), pd.DataFrame(), math.nan)
+    page = write_report(report, tmp_path / "report.html").read_text()
+    assert "0 of 2 features raise an alarm. 2 cannot be judged: the month has too few rows." in page
 
 
 def test_missing_values_are_counted_before_and_now() -> None:

@@ -13,6 +13,7 @@ import pytest
 from mlops_course.data import check_rows, conform
 from mlops_course.environment import CourseError
 from mlops_course.project import (
+    AGREEMENTS,
     Costs,
     SourceError,
     SuccessMetrics,
@@ -112,6 +113,103 @@ def test_all_violations_are_found_at_once(some: Tables) -> None:
     }
 
 
+Damage = Callable[[pd.DataFrame], pd.DataFrame]
+TWICE: dict[str, tuple[str, Damage, str]] = {  # what a row says twice: each value stays within its limits
+    "another day": ("flights", lambda rows: rows.assign(day=rows["day"] % 28 + 1), "time_hour.*year, month, day"),
+    "another month": ("flights", lambda rows: rows.assign(month=rows["month"] % 12 + 1), "time_hour.*month"),
+    "another year": ("flights", lambda rows: rows.assign(year=rows["year"] + 1), "time_hour.*year"),
+    "not a full hour": (
+        "flights", lambda rows: rows.assign(time_hour=rows["time_hour"] + pd.Timedelta(minutes=20)), "time_hour"
+    ),
+    "another minute": ("flights", lambda rows: rows.assign(minute=(rows["minute"] + 7) % 60), "sched_dep_time and"),
+    "another schedule": (
+        "flights",
+        lambda rows: rows.assign(**{name: (rows[name] + 100) % 2400 for name in ("sched_dep_time", "dep_time")}),
+        "sched_dep_time and",
+    ),
+    "the sign of a departure": ("flights", lambda rows: rows.assign(dep_delay=-rows["dep_delay"]), "dep_delay and"),
+    "half a minute": ("flights", lambda rows: rows.assign(dep_delay=rows["dep_delay"] + 0.5), "dep_delay and"),
+    "the sign of an arrival": ("flights", lambda rows: rows.assign(arr_delay=-rows["arr_delay"]), "arr_delay and"),
+    "hours for minutes": ("flights", lambda rows: rows.assign(arr_delay=rows["arr_delay"] / 60), "arr_delay and"),
+    "an arrival at another time": (
+        "flights", lambda rows: rows.assign(arr_time=(rows["arr_time"] + 100) % 2400), "arr_delay and"
+    ),
+    "landed and never left": (
+        "flights", lambda rows: rows.assign(dep_time=np.nan, dep_delay=np.nan), "a flight that arrived has left"
+    ),
+    "no time in the air": ("flights", lambda rows: rows.assign(air_time=np.nan), "a flight that arrived has left"),
+    "a delay and no departure": ("flights", lambda rows: rows.assign(dep_time=np.nan), "a flight that arrived"),
+    "weather of another day": ("weather", lambda rows: rows.assign(day=rows["day"] % 28 + 1), "time_hour.*day"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", TWICE)
+def test_what_a_row_says_twice_must_agree(some: Tables, fault: str) -> None:
+    name, damage, promise = TWICE[fault]
+    rows = some[name]
+    ordinary = rows.index[rows["arr_delay"].abs() > 5] if name == "flights" else rows.index
+    chosen = ordinary[[3, 8]]
+    found = check_rows(pd.concat([rows.drop(index=chosen), damage(rows.loc[chosen])]), CONTRACTS[name]())
+    assert sorted(found["index"]) == sorted(chosen), "two rows, and each with one reason"
+    assert set(found["column"]) == {"(row)"} and found["check"].str.match(promise).all()
+
+
+def test_all_real_rows_say_the_same_twice_and_their_gaps_are_known(year: Tables) -> None:
+    """The promise is as strong as the real data: the rows that lack one of the two are counted here."""
+    flights = year["flights"]
+    assert {name: int((~kept(flights)).sum()) for name, kept in AGREEMENTS.items()} == dict.fromkeys(AGREEMENTS, 0)
+    elsewhere = flights["dep_time"].notna() & flights["arr_delay"].isna()
+    assert (int((elsewhere & flights["arr_time"].notna()).sum()), int(elsewhere.sum())) == (717, 1175)
+
+
+@pytest.mark.parametrize("word", ["", " ", "nan", "UNKNOWN", "None", "NULL", "N/A", "n/a", "-", "<NA>", "null", "NaT"])
+@pytest.mark.parametrize(
+    ("name", "column"),
+    [("flights", name) for name in ("tailnum", "carrier", "dest", "origin")]
+    + [("planes", "tailnum"), ("airports", "faa"), ("weather", "origin")],
+)
+def test_a_placeholder_names_nothing(some: Tables, name: str, column: str, word: str) -> None:
+    frame = some[name].copy()
+    frame.loc[17, column] = word
+    found = check_rows(frame, CONTRACTS[name]())
+    assert set(found["index"]) == {17} and set(found["column"]) == {column}
+
+
+@pytest.mark.parametrize(
+    ("column", "damage", "promise"),
+    [
+        ("distance", lambda flights: flights.assign(distance=(flights["distance"] * 1.609).astype(int)), "median"),
+        ("arr_delay", lambda flights: shifted(flights, 60), "5% to 50% of the flights that arrived"),
+        ("arr_delay", lambda flights: shifted(flights, -60), "5% to 50% of the flights that arrived"),
+        ("arr_delay", lambda flights: mirrored(flights), "a mean above its median"),
+    ],
+    ids=["kilometres", "always late", "never late", "the other sign"],
+)
+def test_a_promise_about_the_label_and_the_unit_of_a_table(
+    some: Tables, column: str, damage: Damage, promise: str
+) -> None:
+    found = check_rows(damage(some["flights"]), CONTRACTS["flights"]())
+    of_table = found[found["index"].isna()]
+    assert column in set(of_table["column"]) and of_table["check"].str.startswith(promise).any()
+    few = check_rows(damage(some["flights"]).head(49), CONTRACTS["flights"]())
+    assert few["index"].notna().all(), "49 rows have no typical value"
+
+
+def shifted(flights: pd.DataFrame, minutes: int) -> pd.DataFrame:
+    """All flights arrive so much later, and their clock times say so, too."""
+    clock = flights["arr_time"] // 100 * 60 + flights["arr_time"] % 100
+    clock = (clock + minutes) % 1440
+    return flights.assign(arr_delay=flights["arr_delay"] + minutes, arr_time=clock // 60 * 100 + clock % 60)
+
+
+def mirrored(flights: pd.DataFrame) -> pd.DataFrame:
+    """All flights arrive as much too early as they were late, within the limits."""
+    delay = (-flights["arr_delay"]).clip(lower=-180)
+    clock = flights["sched_arr_time"] // 100 * 60 + flights["sched_arr_time"] % 100
+    clock = (clock + delay) % 1440
+    return flights.assign(arr_delay=delay, arr_time=(clock // 60 * 100 + clock % 60).where(delay.notna()))
+
+
 @pytest.mark.parametrize("name", ["flights", "weather"])
 def test_two_clocks_that_disagree_are_found(some: Tables, name: str) -> None:
     frame = some[name].copy()
@@ -181,6 +279,46 @@ def test_a_folder_without_a_table_is_named(tmp_path: Path) -> None:
         read_delivery("2013-01", tmp_path)
     with pytest.raises(SourceError, match=r"absent does not exist.*Name a folder"):
         read_delivery("2013-01", tmp_path / "absent")
+
+
+WRITES: dict[str, Callable[[pd.DataFrame], object]] = {
+    "a column": lambda frame: frame.insert(0, "seen", 1),
+    "some rows": lambda frame: frame.__setitem__("seats", 0),
+    "a cell": lambda frame: frame.__setitem__("seats", frame["seats"].mask(frame.index == 0, -1)),
+    "a column less": lambda frame: frame.pop("seats"),
+    "the array": lambda frame: frame["seats"].array.__setitem__(slice(None), -3),
+    "the buffer": lambda frame: np.asarray(frame["seats"].array).__setitem__(0, -4),
+    "by force": lambda frame: force(frame["seats"].to_numpy()),
+    "text": lambda frame: frame["tailnum"].array.__setitem__(0, "N0"),
+}
+
+
+def force(values: np.ndarray) -> None:
+    """Write into an array that pandas has locked."""
+    values.flags.writeable = True
+    values[:] = -5
+
+
+@pytest.mark.parametrize("layout", ["the supplier's", "a folder a delivery", "one file"])
+@pytest.mark.parametrize("write", WRITES)
+def test_whoever_writes_into_a_delivery_writes_into_a_copy_of_their_own(
+    tmp_path: Path, some: Tables, write: str, layout: str
+) -> None:
+    folder = tmp_path / "2013-12" if layout == "a folder a delivery" else tmp_path
+    folder.mkdir(exist_ok=True)
+    some["planes"].to_csv(folder / "planes.csv", index=False)
+    source = None if layout == "the supplier's" else tmp_path
+    first = read_delivery("2013-12", source, ("planes",))["planes"]
+    before = first.copy(deep=True)
+    WRITES[write](first)
+    pd.testing.assert_frame_equal(read_delivery("2013-12", source, ("planes",))["planes"], before)
+
+
+def test_whoever_changes_a_contract_changes_only_their_own() -> None:
+    for contract in CONTRACTS.values():
+        before = list(contract().columns)
+        contract().columns.clear()
+        assert list(contract().columns) == before != []
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -13,19 +13,27 @@ import pandas as pd
 
 from .deliveries import conform, land, months_about
 from .features import flight_features
-from .rules import check_months, keep_quarantine, split_rows
-from .tables import DataError, months, parse_month, read_table, replace_months, table_version
+from .rules import check_months, keep_quarantine, refuse_absent, split_rows
+from mlops_course.data.tables import (
+    DataError,
+    months,
+    parse_month,
+    partition_rows,
+    read_table,
+    replace_months,
+    table_version,
+)
 from .windows import timeline
 from ..environment import Settings
 from ..project import UseCase, load_object
 
 # %% auto #0
-__all__ = ['Delivery', 'ingest', 'Validation', 'validate', 'build_features', 'labelled_features', 'feature_names', 'DataError',
-           'parse_month', 'months', 'month_after', 'table_version', 'newest_reference', 'split_reference', 'read_table',
-           'replace_months', 'conform', 'check_rows', 'split_rows', 'keep_quarantine', 'flight_features',
-           'arrival_features', 'departure_features', 'overdue_features', 'previous_leg', 'weather_features',
-           'schedule_features', 'Timeline', 'timeline', 'block_minutes', 'EventLog', 'Group', 'group_by', 'pack',
-           'window_means']
+__all__ = ['Delivery', 'ingest', 'Validation', 'validate', 'history_months', 'read_history', 'require_history', 'build_features',
+           'labelled_features', 'feature_names', 'DataError', 'parse_month', 'months', 'month_after', 'table_version',
+           'newest_reference', 'split_reference', 'read_table', 'replace_months', 'partition_rows', 'widen_column',
+           'conform', 'check_rows', 'split_rows', 'keep_quarantine', 'flight_features', 'arrival_features',
+           'departure_features', 'overdue_features', 'previous_leg', 'weather_features', 'schedule_features',
+           'Timeline', 'timeline', 'block_minutes', 'EventLog', 'Group', 'group_by', 'pack', 'window_means']
 
 # %% ../../nbs/05_data.ipynb #773723f1
 @dataclass(frozen=True)
@@ -76,6 +84,7 @@ class Validation:
     duplicates: dict[str, int]  # rows that a newer delivery of the same row replaced
     report: pd.DataFrame  # one line for each bad value: table, period, column, check, value, row
     changed: list[str]  # months of any table that are different now
+    partial: dict[str, str]  # months of which there are only late rows, and what they lack
 
 # %% ../../nbs/05_data.ipynb #aca03178
 def validate(
@@ -84,23 +93,66 @@ def validate(
     raw: Mapping[str, str],  # references to the raw tables, by table name
     periods: Iterable[str],  # months to check
 ) -> Validation:  # what came of it
-    """Check months of the raw tables and move their good rows to the clean tables.
+    """Check months of the raw tables and move their good rows to the clean tables; withdrawn months are emptied.
 
     Raises:
-        DataError: a month breaks the contract as a whole; then no table has changed.
+        DataError: a month breaks the contract as a whole, or is not whole; then no table has changed.
     """
     periods = sorted(set(periods))
     parts = {table.name: check_months(settings, table, raw[table.name], periods) for table in use_case.tables}
-    report = pd.concat([report for _, _, report in parts.values()], ignore_index=True).astype("str")
-    written = {name: replace_months(settings, name, good) for name, (good, _, _) in parts.items()}
+    refuse_absent(settings, raw, parts)
+    report = pd.concat([part.report for part in parts.values()], ignore_index=True).astype("str")
+    written = {name: replace_months(settings, name, part.good, gone=part.absent) for name, part in parts.items()}
     keep_quarantine(settings, report, periods)
     return Validation(
         tables={name: reference for name, (reference, _) in written.items()},
-        rows={name: len(good) for name, (good, _, _) in parts.items()},
-        duplicates={name: replaced for name, (_, replaced, _) in parts.items()},
+        rows={name: len(part.good) for name, part in parts.items()},
+        duplicates={name: part.replaced for name, part in parts.items()},
         report=report,
         changed=sorted({month for _, changed in written.values() for month in changed} - {"all"}),
+        partial={month: lack for part in parts.values() for month, lack in part.partial.items()},
     )
+
+# %% ../../nbs/05_data.ipynb #cb24e74e
+def history_months(
+    use_case: UseCase,  # how much history its features need
+    wanted: list[str],  # months, one after the other
+) -> list[str]:  # the same months, and those before that their features look back into
+    "List the months that are needed to compute the features of some."
+    return months(f"{parse_month(wanted[0]).start_time - use_case.lookback:%Y-%m}", wanted[-1])
+
+
+def read_history(
+    settings: Settings,  # where the workspace is
+    use_case: UseCase,  # which tables, and how much history
+    tables: Mapping[str, str],  # references to the clean tables
+    wanted: list[str],  # months, one after the other
+) -> dict[str, pd.DataFrame]:  # what the feature function gets
+    "Read the rows from which the features of some months are computed."
+    history = history_months(use_case, wanted)
+    return {
+        table.name: read_table(settings, tables[table.name], history if table.period else None)
+        for table in use_case.tables
+    }
+
+# %% ../../nbs/05_data.ipynb #2f522a77
+def require_history(
+    use_case: UseCase,  # how much history its features need
+    rows: Mapping[str, int],  # rows of each month that is there, from `partition_rows`
+    wanted: list[str],  # months, one after the other
+) -> None:
+    """See to it that no month is missing among those that features are computed from.
+
+    Raises:
+        DataError: a month is missing; before the very first one there is nothing.
+    """
+    usual = sorted(rows.values())[len(rows) // 2] if rows else 0
+    there = {month for month, number in rows.items() if 10 * number > usual}  # a few late rows are no month
+    needed = {month for month in history_months(use_case, wanted) if month > min(there, default=wanted[0])}
+    if absent := sorted({*wanted} - {*rows} | (needed - {*wanted} - there)):
+        name = use_case.tables[0].name
+        problem = f"the features of {wanted[0]} to {wanted[-1]} need {name} of {', '.join(absent)}, which are not there"
+        raise DataError(problem, "Ingest and validate those months first")
 
 # %% ../../nbs/05_data.ipynb #2f504e39
 def build_features(
@@ -109,25 +161,21 @@ def build_features(
     tables: Mapping[str, str],  # references to the clean tables
     first: str,  # first month, such as `2013-01`
     last: str,  # last month, included
+    at_once: int = 12,  # months that are in memory together; the features don't depend on it
 ) -> str:  # reference to the feature table, such as `features@4`
-    """Compute the features of some months and put them into the feature table.
+    """Compute the features of some months, some at a time, and put them into the feature table.
 
     Raises:
         DataError: a month has no rows.
     """
-    wanted, rows = months(first, last), use_case.tables[0].name
-    history = months(f"{parse_month(first).start_time - use_case.lookback:%Y-%m}", last)
-    frames = {
-        table.name: read_table(settings, tables[table.name], history if table.period else None)
-        for table in use_case.tables
-    }
-    began = min(read_table(settings, tables[rows], columns=["period"])["period"], default=first)
-    needed = {*wanted, *(month for month in history if month > began)}  # before the very first month there is nothing
-    if absent := sorted(needed - set(frames[rows]["period"])):
-        problem = f"the features of {first} to {last} need {rows} of {', '.join(absent)}, which are not there"
-        raise DataError(problem, "Ingest and validate those months first")
-    features = load_object(use_case.features)(frames)
-    return replace_months(settings, "features", features[features["period"].isin(wanted)], derived=True)[0]
+    wanted, reference = months(first, last), ""
+    require_history(use_case, partition_rows(settings, tables[use_case.tables[0].name]), wanted)
+    for start in range(0, len(wanted), at_once):
+        some = wanted[start : start + at_once]
+        features = load_object(use_case.features)(read_history(settings, use_case, tables, some))
+        features = features[features["period"].isin(some)]
+        reference = replace_months(settings, "features", features, derived=True)[0]
+    return reference
 
 # %% ../../nbs/05_data.ipynb #8676e329
 def labelled_features(
@@ -167,12 +215,13 @@ from mlops_course.data.features import (
     weather_features,
 )
 from .rules import check_rows
-from .tables import month_after, newest_reference, split_reference
+from .tables import month_after, newest_reference, split_reference, widen_column
 from .windows import EventLog, Group, Timeline, block_minutes, group_by, pack, window_means
 
 _all_ = (
     DataError, parse_month, months, month_after, table_version, newest_reference, split_reference, read_table,
-    replace_months, conform, check_rows, split_rows, keep_quarantine, flight_features, arrival_features,
+    replace_months, partition_rows, widen_column, conform,
+    check_rows, split_rows, keep_quarantine, flight_features, arrival_features,
     departure_features, overdue_features, previous_leg, weather_features, schedule_features, Timeline, timeline,
     block_minutes, EventLog, Group, group_by, pack, window_means,
 )

@@ -5,20 +5,30 @@
 # %% ../../nbs/internals/05_rules.ipynb #8c988708
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from .tables import DataError, one_line, read_table, replace_months, table_version
-from ..environment import Settings, WorkspaceError
-from ..project import Table
+from mlops_course.data.tables import (
+    DataError,
+    parse_month,
+    partition_rows,
+    read_table,
+    replace_months,
+    split_reference,
+    table_version,
+)
+from ..environment import Settings
+from ..project import ENOUGH, Table, is_placeholder
 
 if TYPE_CHECKING:
     import pandera.pandas as pandera
 
 # %% auto #0
-__all__ = ['TOLERATED', 'REPORT', 'check_rows', 'split_rows', 'check_months', 'keep_quarantine']
+__all__ = ['TOLERATED', 'REPORT', 'THIN', 'SMALL', 'COUNTED', 'check_rows', 'split_rows', 'count_parts', 'usual_rows',
+           'what_is_missing', 'Checked', 'check_months', 'refuse_absent', 'keep_quarantine']
 
 # %% ../../nbs/internals/05_rules.ipynb #c750a0e9
 TOLERATED = 0.02  # share of bad rows above which a month is refused as a whole
@@ -45,9 +55,10 @@ def check_rows(
 
 # %% ../../nbs/internals/05_rules.ipynb #ce79d8a4
 def split_rows(
-    frame: pd.DataFrame,  # one month of one table, with the column `period`
+    frame: pd.DataFrame,  # one month of one table, with the columns `period` and `delivery`
     table: Table,  # its contract and key
     period: str,  # the month
+    whole: bool = True,  # False: no month, only some late rows of one; no promise about the whole is asked of them
 ) -> tuple[pd.DataFrame, pd.DataFrame]:  # good rows sorted by key, and the report of the bad ones
     """Divide a month into rows that keep the contract and rows that do not.
 
@@ -56,16 +67,29 @@ def split_rows(
     """
     key = list(table.key)
     frame = frame.drop_duplicates().sort_values("delivery", kind="stable", ignore_index=True)
-    found = pd.concat([check_rows(frame, table.contract()), _ambiguous(frame, key)], ignore_index=True)
+    found = [check_rows(frame, table.contract()), _unnamed(frame, key), _ambiguous(frame, key)]
+    found = pd.concat(found, ignore_index=True)
     of_table, of_rows = found[found["index"].isna()], found[found["index"].notna()].astype({"index": "int64"})
     good = frame.drop(index=of_rows["index"].unique()).drop_duplicates(key, keep="last").sort_values(key, kind="stable")
     of_rows = of_rows[~of_rows["index"].isin(_superseded(frame.loc[of_rows["index"].unique()], good, key))]
-    _refuse_month(table.name, period, of_table, of_rows, len(frame))
+    if whole:
+        _refuse_month(table.name, period, of_table, of_rows, len(frame))
     rows = frame.loc[of_rows["index"]].to_json(orient="records", lines=True, date_format="iso")
     report = of_rows.assign(table=table.name, period=period, row=rows.split("\n")[: len(of_rows)])
     return good, report[REPORT].astype("str")
 
 # %% ../../nbs/internals/05_rules.ipynb #67ecd3ab
+def _unnamed(frame: pd.DataFrame, key: list[str]) -> pd.DataFrame:
+    """Rows whose key has a blank or a placeholder in it, as lines of a report."""
+    lines = [pd.DataFrame({"column": [], "check": [], "value": [], "index": []})]
+    for column in key:
+        if isinstance(frame[column].dtype, pd.StringDtype | pd.CategoricalDtype):
+            rows = frame[is_placeholder(frame[column])]
+            promise = {"column": column, "check": "no blank and no placeholder in a key"}
+            lines.append(pd.DataFrame(promise | {"value": rows[column].astype("str"), "index": rows.index}))
+    return pd.concat([each for each in lines if len(each)] or lines, ignore_index=True)
+
+
 def _ambiguous(frame: pd.DataFrame, key: list[str]) -> pd.DataFrame:
     """Rows of one delivery that have the same key and differ, as lines of a report."""
     rows = frame[frame.duplicated([*key, "delivery"], keep=False)]
@@ -91,38 +115,167 @@ def _refuse_month(name: str, period: str, of_table: pd.DataFrame, of_rows: pd.Da
         problem = f"{bad} of {rows} rows of {name} in {period} are bad, most often {column}: {check}"
         raise DataError(problem, "That is a broken delivery, not a few bad rows; ask for a corrected one")
 
+# %% ../../nbs/internals/05_rules.ipynb #2d90050f
+THIN, SMALL, COUNTED = 0.25, 0.6, 8  # share of a usual day, share of a usual month, rows a day that can be judged
+
+
+def count_parts(
+    rows: pd.DataFrame,  # rows of one month, with the table's `parts`
+    table: Table,  # says what its parts are
+    period: str,  # the month
+) -> pd.DataFrame:  # rows by place (one line a place, `all` last) and day of the month
+    "Count a month's rows by place and day."
+    day, *places = table.parts
+    days = range(1, parse_month(period).days_in_month + 1)
+    counts = rows.groupby([*places, day]).size().unstack(day) if places else pd.DataFrame()
+    total = rows.groupby(day).size().to_frame("all").T
+    return pd.concat([counts, total]).reindex(columns=days).fillna(0).astype("int64")
+
+# %% ../../nbs/internals/05_rules.ipynb #a91e18b8
+def usual_rows(
+    daily: Mapping[str, pd.Series],  # rows a day of each place and of `all`, by month
+    period: str,  # the month that is looked at
+) -> pd.Series:  # rows a day of each place, and of `all`; empty when there is no other month
+    "Say how many rows a day the twelve nearest other months have, typically."
+    near = [daily[month] for month in _nearest({*daily} - {period}, period)[:12]]
+    return pd.concat(near, axis=1).fillna(0).median(axis=1) if near else pd.Series(dtype="float64")
+
+
+def _nearest(months: Iterable[str], period: str) -> list[str]:
+    """Months in the order of their distance from one of them."""
+    here = parse_month(period).ordinal
+    return sorted(months, key=lambda month: (abs(parse_month(month).ordinal - here), month))
+
+# %% ../../nbs/internals/05_rules.ipynb #195abd41
+def what_is_missing(
+    counts: pd.DataFrame,  # from `count_parts`
+    usual: pd.Series,  # from `usual_rows`
+    gaps: int = 0,  # days that a place may lack
+) -> str:  # in words; empty when the month is whole
+    "Say what a month lacks."
+    covered, days = int((counts.loc["all"] > 0).sum()), counts.shape[1]
+    if 2 * covered < days:
+        return f"it has rows on {covered} of its {days} days"
+    counts = counts.reindex(counts.index.union(usual.index[usual > 0], sort=False), fill_value=0)
+    typical, mean = counts.where(counts > 0).median(axis=1).fillna(0), counts.mean(axis=1)
+    for place in counts.index:
+        what = "" if place == "all" else f" of {place if isinstance(place, str) else ' '.join(map(str, place))}"
+        thin = counts.columns[counts.loc[place] < THIN * typical[place]]
+        if len(thin) > gaps and typical[place] >= COUNTED:
+            named = ", ".join(map(str, thin[:5])) + (" …" if len(thin) > 5 else "")
+            return f"rows{what} are missing on {len(thin)} of its days ({named})"
+        expected = usual.get(place, 0.0)
+        if expected >= COUNTED and mean[place] < SMALL * expected:
+            return f"it has {mean[place]:,.0f} rows{what} a day, other months have {expected:,.0f}"
+    return ""
+
 # %% ../../nbs/internals/05_rules.ipynb #e64395e3
+@dataclass(frozen=True)
+class Checked:
+    "What came of checking months of one table."
+
+    good: pd.DataFrame  # rows that keep the contract
+    replaced: int  # rows that a newer delivery replaced
+    report: pd.DataFrame  # a line for each bad value
+    held: set[str]  # months of which there are rows, good or bad
+    absent: list[str]  # months of which there is none
+    partial: dict[str, str]  # months that were never delivered, only late rows of them, and what they lack
+    delivered: set[str]  # months that were delivered
+
+# %% ../../nbs/internals/05_rules.ipynb #43d4aa42
+def _raw_rows(settings: Settings, table: Table, reference: str, periods: list[str]) -> pd.DataFrame:
+    """The rows of some months; of a list: those of its newest delivery."""
+    if table.period:
+        return read_table(settings, reference, periods)
+    frame = read_table(settings, reference)
+    return frame[frame["delivery"] == frame["delivery"].max()].assign(period="all")
+
+
+def _daily_rows(
+    settings: Settings, table: Table, reference: str, frame: pd.DataFrame, delivered: set[str]
+) -> dict[str, pd.Series]:
+    """Rows a day of each place, by month: of the months to check, and of others that were delivered next to them."""
+    here = sorted(set(frame["period"]))
+    if not here or not table.parts:
+        return {}
+    columns = ["period", "delivery", *table.parts]
+    others = _nearest(delivered - {*here}, here[-1])[: max(12 - len(here), 0)]
+    rows = pd.concat([frame[columns], read_table(settings, reference, others, columns, by="delivery")])
+    months = rows[rows["period"] == rows["delivery"]].groupby("period")
+    return {str(period): count_parts(some, table, str(period)).mean(axis=1) for period, some in months}
+
+# %% ../../nbs/internals/05_rules.ipynb #0800e6e6
+def _check_month(
+    table: Table, rows: pd.DataFrame, delivered: set[str], daily: Mapping[str, pd.Series]
+) -> tuple[pd.DataFrame, pd.DataFrame, str]:
+    """Good rows, report and what is missing of one month; asks for a whole month only where there can be one."""
+    period, missing = str(rows["period"].iloc[0]), ""
+    whole = table.period is None or period in delivered or len(rows) >= ENOUGH
+    if table.period and table.parts:
+        counts = count_parts(rows, table, period)
+        missing = what_is_missing(counts, usual_rows(daily, period), table.gaps)
+        whole = period in delivered or (whole and 2 * (counts.loc["all"] > 0).sum() >= counts.shape[1])
+    good, report = split_rows(rows, table, period, bool(whole))
+    if missing and period in delivered:
+        remedy = "Ask the supplier for the rest, and ingest that delivery again"
+        raise DataError(f"{table.name} of {period} is not whole: {missing}", remedy)
+    return good, report, missing or ("" if whole else f"it has {len(rows)} rows only")
+
+# %% ../../nbs/internals/05_rules.ipynb #9b87d62d
 def check_months(
     settings: Settings,  # where the workspace is
     table: Table,  # its contract and key
     reference: str,  # reference to the raw table
     periods: list[str],  # months to check
-) -> tuple[pd.DataFrame, int, pd.DataFrame]:  # good rows, number of rows that a newer delivery replaced, report
-    """Read raw months, keep the newest delivery of each row, and check. Raises: DataError when a month is missing."""
-    if table.period is None:  # a list: the one of the newest delivery, as a whole
-        frame = read_table(settings, reference)
-        frame = frame[frame["delivery"] == frame["delivery"].max()].assign(period="all")
-    else:
-        frame = read_table(settings, reference, periods)
-        if absent := sorted(set(periods) - set(frame["period"])):
-            raise DataError(f"{table.name} has no rows of {', '.join(absent)}", "Ingest those months first")
-    parts = [split_rows(month, table, str(period)) for period, month in frame.groupby("period")]
+) -> Checked:  # what came of it
+    """Read raw months, keep the newest delivery of each row, and check.
+
+    Raises:
+        DataError: a month breaks the contract as a whole, or is not whole although it was delivered.
+    """
+    frame = _raw_rows(settings, table, reference, periods)
+    delivered = set(partition_rows(settings, reference, "delivery"))
+    absent = sorted(set(periods) - set(frame["period"])) if table.period else []
+    daily = _daily_rows(settings, table, reference, frame, delivered) if table.period else {}
+    parts, partial = [(frame.head(0), pd.DataFrame(columns=REPORT, dtype="str"))], {}
+    for period, rows in frame.groupby("period"):
+        good, report, missing = _check_month(table, rows, delivered, daily)
+        parts.append((good, report))
+        if missing:
+            partial[str(period)] = f"{table.name}: {missing}"
     good, report = (pd.concat(frames, ignore_index=True) for frames in zip(*parts, strict=True))
-    return good.drop(columns="delivery"), len(frame) - len(good) - len(report.drop_duplicates("row")), report
+    replaced = len(frame) - len(good) - len(report.drop_duplicates("row"))
+    return Checked(good.drop(columns="delivery"), replaced, report, {*frame["period"]}, absent, partial, delivered)
+
+# %% ../../nbs/internals/05_rules.ipynb #e01c0e2b
+def refuse_absent(
+    settings: Settings,  # where the workspace is
+    raw: Mapping[str, str],  # references to the raw tables, by table name
+    checked: Mapping[str, Checked],  # from `check_months`, by table name
+) -> None:
+    """See to it that each month without rows may be without.
+
+    Raises:
+        DataError: a table lacks a month that was delivered, or that never was there.
+    """
+    delivered: set[str] = set().union(*(each.delivered for each in checked.values()))
+    some: set[str] = set().union(*(each.held for each in checked.values()))
+    for name, each in checked.items():
+        unseen = (month for month in each.absent if month not in some and not _was_there(settings, raw, month))
+        if missing := sorted({*each.absent} & delivered | {*unseen}):
+            raise DataError(f"{name} has no rows of {', '.join(missing)}", "Ingest those months first")
+
+
+def _was_there(settings: Settings, raw: Mapping[str, str], period: str) -> bool:
+    """Whether an older version of a raw table had rows of a month."""
+    for name, version in map(split_reference, raw.values()):
+        for older in range(version - 1, 0, -1):
+            if len(read_table(settings, f"{name}@{older}", [period], ["period"])):
+                return True
+    return False
 
 # %% ../../nbs/internals/05_rules.ipynb #f9ead423
 def keep_quarantine(settings: Settings, report: pd.DataFrame, periods: Iterable[str]) -> None:
     "Make the table `quarantine` hold the bad rows of these months, and no older ones of them."
-    from deltalake import DeltaTable
-    from deltalake.exceptions import DeltaError
-
-    if len(report):
-        replace_months(settings, "quarantine", report)
-    version, healed = table_version(settings, "quarantine"), {*periods, "all"} - set(report["period"])
-    if version is None or read_table(settings, f"quarantine@{version}", healed, ["period"]).empty:
-        return
-    months_healed = ", ".join(repr(period) for period in sorted(healed))
-    try:
-        DeltaTable(str(settings.data / "quarantine")).delete(f"period IN ({months_healed})")
-    except (DeltaError, OSError) as error:
-        raise WorkspaceError(f"cannot write the table quarantine: {one_line(error)}", "Run again") from error
+    if len(report) or table_version(settings, "quarantine") is not None:
+        replace_months(settings, "quarantine", report, gone={*periods, "all"} - set(report["period"]))

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     import pyarrow
 
 # %% auto #0
-__all__ = ['ATTEMPTS', 'DataError', 'parse_month', 'months', 'month_after', 'one_line', 'table_version', 'newest_reference',
-           'split_reference', 'read_table', 'replace_months']
+__all__ = ['WIDER', 'ATTEMPTS', 'DataError', 'parse_month', 'months', 'month_after', 'one_line', 'table_version',
+           'newest_reference', 'split_reference', 'read_table', 'partition_rows', 'as_rows', 'fit_rows',
+           'replace_months', 'widen_column']
 
 # %% ../../nbs/internals/05_tables.ipynb #82433cf7
 class DataError(CourseError):
@@ -141,27 +142,146 @@ def read_table(
     if newest is None or version > newest:
         there = f"its newest version is {newest}" if newest is not None else "there is no table of that name"
         raise DataError(f"cannot read {reference}: {there}", "Name one that is there, or run the pipeline again")
-    filters = None if periods is None else [(by, "in", sorted(periods))]
+    filters = None if periods is None else [(by, "in", sorted(periods) or [""])]  # no month at all: no rows
     try:
         return DeltaTable(str(settings.data / name), version=version).to_pandas(columns=columns, filters=filters)
     except (DeltaError, OSError) as error:
         raise DataError(f"cannot read {reference}: {one_line(error)}", "Its files are gone or damaged") from error
 
+# %% ../../nbs/internals/05_tables.ipynb #3d0a322a
+def partition_rows(
+    settings: Settings,  # where the workspace is
+    reference: str,  # such as `raw_flights@3`
+    by: str = "period",  # column by which the table is divided
+) -> dict[str, int]:  # rows of each month, in the order of time
+    """Count the rows of each month; the log knows them, so no file is opened.
+
+    Raises:
+        DataError: there is no such table or version.
+    """
+    from deltalake import DeltaTable
+    from deltalake.exceptions import DeltaError
+
+    name, version = split_reference(reference)
+    try:
+        files = DeltaTable(str(settings.data / name), version=version).get_add_actions(flatten=True)
+    except (DeltaError, OSError) as error:
+        raise DataError(f"cannot read {reference}: {one_line(error)}", "Its files are gone or damaged") from error
+    months, rows = (files.column(column).to_pylist() for column in (f"partition.{by}", "num_records"))
+    counts = pd.Series(rows, index=pd.Index(months, dtype="str")).groupby(level=0).sum()
+    return {str(month): int(number) for month, number in counts.items()}
+
+# %% ../../nbs/internals/05_tables.ipynb #33a872b3
+def as_rows(
+    name: str,  # name of the table
+    frame: pd.DataFrame,  # rows in the types of pandas
+) -> pyarrow.Table:  # the same values in types that tables keep
+    """Bring rows into the types that tables keep.
+
+    Raises:
+        DataError: a column cannot be kept exactly, or holds different kinds of values.
+    """
+    import pyarrow
+
+    columns = {}
+    for column in frame:
+        try:
+            values = pyarrow.array(frame[column], from_pandas=True)
+            columns[str(column)] = values.cast(_kept(values.type))
+        except (pyarrow.ArrowException, OverflowError) as error:
+            problem = f"the column {column} of the table {name} cannot be kept as it is: {one_line(error)}"
+            raise DataError(problem, "Give it one type, in which each of its values is exact") from error
+    return pyarrow.table(columns)
+
+# %% ../../nbs/internals/05_tables.ipynb #be2edec1
+def _kept(kind: pyarrow.DataType) -> pyarrow.DataType:
+    """The type in which a table keeps values of a type."""
+    from pyarrow import float32, int64, string, timestamp, types
+
+    if types.is_dictionary(kind):
+        return _kept(kind.value_type)
+    if types.is_timestamp(kind):
+        return timestamp("us", "UTC" if kind.tz else None)
+    if types.is_null(kind) or types.is_large_string(kind) or types.is_string_view(kind):
+        return string()
+    if types.is_unsigned_integer(kind):
+        return int64()
+    return float32() if types.is_float16(kind) else kind
+
+# %% ../../nbs/internals/05_tables.ipynb #a4993355
+def _check_columns(name: str, rows: pyarrow.Table, schema: pyarrow.Schema) -> None:
+    """Raises: DataError when the columns have other names than those of the table, or one lacks what it must have."""
+    new, gone = sorted({*rows.column_names} - {*schema.names}), sorted({*schema.names} - {*rows.column_names})
+    if new or gone:
+        both = (("there is", new), ("there is no", gone))
+        changes = [f"{which} {', '.join(names)}" for which, names in both if names]
+        problem = f"the columns of {name} have changed: {' and '.join(changes)}"
+        raise DataError(problem, "Old and new rows do not fit together; write the new ones to a table of another name")
+    for field in schema:
+        if not field.nullable and rows[field.name].null_count:
+            problem = f"the column {field.name} of the table {name} must have a value in each row"
+            raise DataError(problem, f"Fill the {rows[field.name].null_count} that are missing, or drop those rows")
+
+# %% ../../nbs/internals/05_tables.ipynb #1009e9d4
+def fit_rows(
+    name: str,  # name of the table
+    rows: pyarrow.Table,  # from `as_rows`
+    schema: pyarrow.Schema,  # of the table as it is
+) -> pyarrow.Table:  # the rows in the table's order of columns
+    """Make rows fit a table; no value is ever converted.
+
+    Raises:
+        DataError: the columns or their types differ from those of the table.
+    """
+    _check_columns(name, rows, schema)
+    columns = {}
+    for field in schema:
+        values, kept = rows[field.name], _kept(field.type)
+        if values.null_count == len(values):
+            values = values.cast(kept)
+        if values.type != kept:
+            problem = f"the column {field.name} of the table {name} holds {kept}, and the new rows hold {values.type}"
+            raise DataError(problem, _remedy(name, field.name, kept, values.type))
+        columns[field.name] = values
+    import pyarrow
+
+    return pyarrow.table(columns)
+
+# %% ../../nbs/internals/05_tables.ipynb #b8f9d56d
+WIDER = ("int8", "int16", "int32", "int64", "double")  # each holds what stands before it, as far as it is exact
+
+
+def _is_wider(old: pyarrow.DataType, new: pyarrow.DataType) -> bool:
+    """Whether a type may hold all values of another one."""
+    kinds = (str(old), str(new))
+    return kinds == ("float", "double") or ({*kinds} <= {*WIDER} and WIDER.index(kinds[0]) < WIDER.index(kinds[1]))
+
+
+def _remedy(name: str, column: str, old: pyarrow.DataType, new: pyarrow.DataType) -> str:
+    if _is_wider(old, new):
+        change = f"widen_column(settings, {name!r}, {column!r}, {str(new)!r})"
+        return f"Nothing was changed; convert the rows to {old}, or, if the table shall change for good, call {change}"
+    return f"Nothing was changed; convert the rows to {old}, or write them to a table of another name"
+
 # %% ../../nbs/internals/05_tables.ipynb #676fad71
-def _same(old: pd.DataFrame, new: pd.DataFrame) -> bool:
-    if set(old.columns) != set(new.columns) or len(old) != len(new):
-        return False
-    return old[list(new.columns)].reset_index(drop=True).equals(new.reset_index(drop=True))
+def _table_schema(settings: Settings, name: str) -> pyarrow.Schema | None:
+    """Columns and types of a table as it is; None when there is none."""
+    import pyarrow
+    from deltalake import DeltaTable
 
-
-def _unchanged(settings: Settings, name: str, frame: pd.DataFrame, by: str) -> list[str]:
-    """Months that the table holds already, with the same rows in the same order."""
     version = table_version(settings, name)
-    if version is None:
-        return []
-    groups = dict(tuple(frame.groupby(by, sort=True)))
-    old = read_table(settings, f"{name}@{version}", groups, by=by)
-    return [month for month, rows in old.groupby(by) if _same(rows, groups[month])]
+    return None if version is None else pyarrow.schema(DeltaTable(str(settings.data / name)).schema().to_arrow())
+
+
+def _unchanged(settings: Settings, name: str, rows: pyarrow.Table, by: str) -> list[str]:
+    """Months that the table holds already, with the same rows in the same order."""
+    new = dict(tuple(rows.to_pandas().groupby(by, sort=True)))
+    old = read_table(settings, newest_reference(settings, name), new, rows.column_names, by)
+    return [
+        month
+        for month, some in old.groupby(by)
+        if some.reset_index(drop=True).equals(new[month].reset_index(drop=True))
+    ]
 
 # %% ../../nbs/internals/05_tables.ipynb #cd2a1ff7
 def replace_months(
@@ -169,7 +289,8 @@ def replace_months(
     name: str,  # name of the table
     frame: pd.DataFrame,  # rows with the column `by`; each month in it is replaced as a whole
     by: str = "period",  # column that holds the month
-    derived: bool = False,  # True: a table that can be made again, so new columns may replace all of it
+    derived: bool = False,  # True: a table that can be made again, so other columns or types replace all of it
+    gone: Iterable[str] = (),  # months that shall hold no rows any more
 ) -> tuple[str, list[str]]:  # reference to the newest version right after, and the months that changed
     """Put whole months into a table; what is there already is not written again.
 
@@ -177,29 +298,44 @@ def replace_months(
         DataError: the columns or types differ from those of the table.
         WorkspaceError: the workspace cannot be written to.
     """
-    same = set(_unchanged(settings, name, frame, by))
-    changed = sorted(set(frame[by]) - same)
+    rows, schema = as_rows(name, frame), _table_schema(settings, name)
+    same: list[str] = []
+    if schema is not None and not (derived and _differs(rows, schema)):
+        rows = fit_rows(name, rows, schema)
+        same = _unchanged(settings, name, rows, by)
+    changed = sorted({*frame[by]} - {*same} | _held(settings, name, gone, by))
     if changed:
-        _write(settings, name, frame[frame[by].isin(changed)] if same else frame, by, changed, derived)
+        _write(settings, name, rows, by, changed, derived)
     return f"{name}@{table_version(settings, name)}", changed
 
+# %% ../../nbs/internals/05_tables.ipynb #874f88fa
+def _differs(rows: pyarrow.Table, schema: pyarrow.Schema) -> bool:
+    """Whether a table with this schema has other columns, or columns of other types, than the rows."""
+    return {field.name: _kept(field.type) for field in schema} != {field.name: field.type for field in rows.schema}
+
+
+def _held(settings: Settings, name: str, months: Iterable[str], by: str) -> set[str]:
+    """Those of the months of which a table holds rows."""
+    months = sorted(months)
+    if not months or table_version(settings, name) is None:
+        return set()
+    return set(read_table(settings, newest_reference(settings, name), months, [by], by)[by])
+
 # %% ../../nbs/internals/05_tables.ipynb #610d9e7b
-def _write(settings: Settings, name: str, frame: pd.DataFrame, by: str, changed: list[str], derived: bool) -> None:
+def _write(settings: Settings, name: str, rows: pyarrow.Table, by: str, changed: list[str], derived: bool) -> None:
     """Replace months in one step; if another run has just changed the same months, do it again on top of that."""
     import pyarrow
-    from deltalake.exceptions import CommitFailedError, DeltaError, SchemaMismatchError
+    import pyarrow.compute
+    from deltalake.exceptions import CommitFailedError, DeltaError
 
-    rows = pyarrow.Table.from_pandas(frame, preserve_index=False)
+    rows = rows.filter(pyarrow.compute.is_in(rows[by], pyarrow.array(changed, rows.schema.field(by).type)))
     size, free = rows.nbytes / 1e6, shutil.disk_usage(settings.prepare().data).free / 1e6
     if size > free:
         problem = f"cannot write the table {name}: {size:.1f} MB to write, but only {free:.1f} MB of disk are free"
         raise WorkspaceError(problem, "Nothing was changed; free some space and run again")
     for attempt in range(ATTEMPTS):
         try:
-            return _overwrite(str(settings.data / name), rows, by, changed, derived)
-        except SchemaMismatchError as error:
-            problem = f"the columns of {name} have changed: {one_line(error)}"
-            raise DataError(problem, "Old and new rows do not fit together") from error
+            return _overwrite(str(settings.data / name), name, rows, by, changed, derived)
         except (DeltaError, OSError) as error:
             if isinstance(error, CommitFailedError) and attempt < ATTEMPTS - 1:
                 continue
@@ -210,8 +346,9 @@ def _write(settings: Settings, name: str, frame: pd.DataFrame, by: str, changed:
 ATTEMPTS = 5  # at writing months that another run writes, too
 
 
-def _overwrite(location: str, rows: pyarrow.Table, by: str, changed: list[str], derived: bool) -> None:
+def _overwrite(location: str, name: str, rows: pyarrow.Table, by: str, changed: list[str], derived: bool) -> None:
     """Make the table if need be, and replace months in it."""
+    import pyarrow
     from deltalake import DeltaTable, write_deltalake
     from deltalake.exceptions import DeltaError
 
@@ -221,9 +358,60 @@ def _overwrite(location: str, rows: pyarrow.Table, by: str, changed: list[str], 
     except DeltaError:
         if not DeltaTable.is_deltatable(location):  # else another run has made it just now
             raise
-    other = {field.name for field in DeltaTable(location).schema().fields} != set(rows.column_names)
-    if other and derived:
-        write_deltalake(location, rows, mode="overwrite", schema_mode="overwrite")
+    table = DeltaTable(location)
+    schema = pyarrow.schema(table.schema().to_arrow())
+    if derived and _differs(rows, schema):
+        write_deltalake(table, rows, mode="overwrite", schema_mode="overwrite")
     else:
         predicate = f"{by} IN ({', '.join(repr(month) for month in changed)})"
-        write_deltalake(location, rows, mode="overwrite", predicate=predicate)
+        write_deltalake(table, fit_rows(name, rows, schema), mode="overwrite", predicate=predicate)
+
+# %% ../../nbs/internals/05_tables.ipynb #42575f0d
+def widen_column(
+    settings: Settings,  # where the workspace is
+    name: str,  # name of the table
+    column: str,  # name of the column
+    kind: str,  # its new type, such as `double`
+) -> str:  # reference to the table afterwards
+    """Give a column a wider type; doing it again changes nothing.
+
+    Raises:
+        DataError: there is no such table or column, the type is not wider, or a value would not stay exact.
+        WorkspaceError: the workspace cannot be written to.
+    """
+    reference, schema = newest_reference(settings, name), _table_schema(settings, name)
+    if schema is None or column not in schema.names:
+        raise DataError(f"the table {name} has no column {column}", "Correct the name")
+    old = _kept(schema.field(column).type)
+    if str(old) == kind:
+        return reference
+    wider = next((new for new in _numbers() if str(new) == kind and _is_wider(old, new)), None)
+    if wider is None:
+        raise DataError(f"{kind} does not hold all values of {old}", f"Name a wider one of {', '.join(WIDER)}")
+    return _rewrite(settings, name, column, wider)
+
+# %% ../../nbs/internals/05_tables.ipynb #8ddbc6c2
+def _numbers() -> list[pyarrow.DataType]:
+    """The types of numbers that a table may have."""
+    from pyarrow import float32, float64, int8, int16, int32, int64
+
+    return [int8(), int16(), int32(), int64(), float32(), float64()]
+
+
+def _rewrite(settings: Settings, name: str, column: str, kind: pyarrow.DataType) -> str:
+    """Write a whole table again, one of its columns in another type."""
+    import pyarrow
+    from deltalake import DeltaTable, write_deltalake
+    from deltalake.exceptions import DeltaError
+
+    table = DeltaTable(str(settings.data / name))
+    rows = table.to_pyarrow_table()
+    try:
+        wide = rows.set_column(rows.schema.get_field_index(column), column, rows[column].cast(kind))
+        write_deltalake(table, wide, mode="overwrite", schema_mode="overwrite")
+    except pyarrow.ArrowInvalid as error:
+        problem = f"not every value of {name}.{column} is exact as {kind}: {one_line(error)}"
+        raise DataError(problem, "Nothing was changed; write to a table of another name") from error
+    except (DeltaError, OSError) as error:
+        raise WorkspaceError(f"cannot write the table {name}: {one_line(error)}", "Run again") from error
+    return newest_reference(settings, name)
