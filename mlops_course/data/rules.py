@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from .tables import DataError, one_line, read_table, replace_months, table_version
+from .tables import DataError, one_line, read_table, replace_months, table_name, table_version
 from ..environment import Settings, WorkspaceError
-from ..project import Table
+from ..project import Table, UseCase
 
 if TYPE_CHECKING:
     import pandera.pandas as pandera
@@ -111,18 +111,19 @@ def check_months(
     return good.drop(columns="delivery"), len(frame) - len(good) - len(report.drop_duplicates("row")), report
 
 # %% ../../nbs/internals/05_rules.ipynb #f9ead423
-def keep_quarantine(settings: Settings, report: pd.DataFrame, periods: Iterable[str]) -> None:
-    "Make the table `quarantine` hold the bad rows of these months, and no older ones of them."
+def keep_quarantine(settings: Settings, use_case: UseCase, report: pd.DataFrame, periods: Iterable[str]) -> None:
+    "Make the use case's table `quarantine` hold the bad rows of these months, and no older ones of them."
     from deltalake import DeltaTable
     from deltalake.exceptions import DeltaError
 
+    name = table_name(use_case, "quarantine")
     if len(report):
-        replace_months(settings, "quarantine", report)
-    version, healed = table_version(settings, "quarantine"), {*periods, "all"} - set(report["period"])
-    if version is None or read_table(settings, f"quarantine@{version}", healed, ["period"]).empty:
+        replace_months(settings, name, report)
+    version, healed = table_version(settings, name), {*periods, "all"} - set(report["period"])
+    if version is None or read_table(settings, f"{name}@{version}", healed, ["period"]).empty:
         return
     months_healed = ", ".join(repr(period) for period in sorted(healed))
     try:
-        DeltaTable(str(settings.data / "quarantine")).delete(f"period IN ({months_healed})")
+        DeltaTable(str(settings.data / name)).delete(f"period IN ({months_healed})")
     except (DeltaError, OSError) as error:
-        raise WorkspaceError(f"cannot write the table quarantine: {one_line(error)}", "Run again") from error
+        raise WorkspaceError(f"cannot write the table {name}: {one_line(error)}", "Run again") from error

@@ -74,7 +74,7 @@ def _open_table(settings: Settings, reference: Any) -> Any:
     from deltalake.exceptions import DeltaError
 
     name, _, version = str(reference).partition("@")
-    if not re.fullmatch(r"\w+@[0-9]+", str(reference), re.ASCII):
+    if not re.fullmatch(r"[\w-]+(/[\w-]+)*@[0-9]+", str(reference), re.ASCII):
         raise OutputError(f"{reference!r} does not name a version of a table", "Record name@version, such as flights@3")
     try:
         return DeltaTable(str(settings.data / name), version=int(version))
