@@ -582,6 +582,17 @@ def about_service(
     none = "" if live else f"No model{of} is live in {settings.home} yet: mlops-course publish makes one so. "
     return f"There is a page to try it; /openapi.json describes the rest. {none}Ctrl-C ends the service."
 
+# %% ../nbs/cli.ipynb #9271bb8b
+def _announce(about: str, as_json: bool) -> Callable[[str], None]:
+    """Say where a service listens, to programs or to people."""
+
+    def say(address: str) -> None:
+        print(json.dumps({"event": "listening", "url": address}) if as_json else address, flush=True)
+        if not as_json:
+            typer.echo(about, err=True)
+
+    return say
+
 # %% ../nbs/cli.ipynb #5e7e0003
 @app.command("serve")
 def serve_model(
@@ -602,13 +613,7 @@ def serve_model(
 
     settings = _settings(home, use_case)
     about = about_service(settings, service)  # before anything starts: several use cases may be served
-
-    def announce(address: str) -> None:
-        line = json.dumps({"event": "listening", "url": address}) if as_json else address
-        print(line, flush=True)
-        if not as_json:
-            typer.echo(about, err=True)
-
+    announce = _announce(about, as_json)
     serve(settings, host, port, workers, read_limits(limit or []), as_json, announce, service or APP)
 
 # %% ../nbs/cli.ipynb #5e7e0006

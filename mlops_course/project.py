@@ -27,10 +27,11 @@ if TYPE_CHECKING:
     import pandera.pandas as pandera
 
 # %% auto #0
-__all__ = ['LATE_AFTER', 'FORMATS', 'NEW_YORK', 'ORIGINS', 'TAKEN', 'CHECKS', 'FLIGHT_GROUPS', 'flight_delay', 'COURSE',
-           'late_label', 'SuccessMetrics', 'SourceError', 'find_file', 'supplier_folder', 'read_file', 'read_delivery',
-           'calendar_month', 'of_month', 'flights_contract', 'weather_contract', 'planes_contract', 'airports_contract',
-           'Table', 'UseCaseError', 'check_use_case', 'UseCase', 'local_day', 'load_object', 'find_use_case']
+__all__ = ['LATE_AFTER', 'FORMATS', 'NEW_YORK', 'ORIGINS', 'TAKEN', 'CHECKS', 'FLIGHT_GROUPS', 'FLIGHT_WORDS', 'COURSE',
+           'flight_delay', 'late_label', 'SuccessMetrics', 'SourceError', 'find_file', 'supplier_folder', 'read_file',
+           'read_delivery', 'calendar_month', 'of_month', 'flights_contract', 'weather_contract', 'planes_contract',
+           'airports_contract', 'Table', 'UseCaseError', 'check_use_case', 'Words', 'UseCase', 'local_day',
+           'load_object', 'find_use_case']
 
 # %% ../nbs/04_project.ipynb #d6b32946
 LATE_AFTER = 15  # minutes; the definition of the US Department of Transportation
@@ -349,8 +350,9 @@ def _check_tables(tables: object) -> str | None:
 
 def _is_names(names: object) -> bool:
     """Whether something is a tuple of different column names."""
-    texts = isinstance(names, tuple) and all(isinstance(name, str) and name for name in names)
-    return texts and len(set(names)) == len(names)
+    if not isinstance(names, tuple) or not all(isinstance(name, str) and name for name in names):
+        return False
+    return len(set(names)) == len(names)
 
 # %% ../nbs/04_project.ipynb #a65a860f
 def _check_span(span: object) -> str | None:
@@ -369,6 +371,12 @@ def _is(kind: type, what: str) -> Callable[[object], str | None]:
     return lambda value: None if isinstance(value, kind) and value != "" else f"must be {what}"
 
 
+def _check_words(words: object) -> str | None:
+    """What is wrong with the words; None: nothing."""
+    fits = isinstance(words, Words) and all(isinstance(text, str) for text in vars(words).values()) and words.noun
+    return None if fits else "must be Words, with a noun for one row"
+
+
 def _is_function(value: object) -> str | None:
     """What is wrong with a function; None: nothing."""
     return None if callable(value) else "must be a function"
@@ -380,12 +388,12 @@ CHECKS: dict[str, Callable[[Any], str | None]] = {
     "label": _is_function, "time": _is(str, "a column's name"), "categorical": _has_names, "slices": _has_names,
     "time_zone": _check_zone, "horizon": _check_span, "lookback": _check_span, "label_delay": _check_span,
     "costs": _is(Costs, "Costs"), "success": _is(SuccessMetrics, "SuccessMetrics"),
-    "noun": _is(str, "a word for one row"),
+    "words": _check_words,
 }  # fmt: skip
 
 
 def check_use_case(
-    use_case: UseCase,  # just made
+    use_case: Any,  # just made
 ) -> None:
     """Look at all that can be seen without data.
 
@@ -399,9 +407,32 @@ def check_use_case(
             which = f"the use case {use_case.name!r}: its {field} ({shown!r}) {problem}"
             raise UseCaseError(which, "Correct that field")
 
+# %% ../nbs/04_project.ipynb #3fb4fb82
+@dataclass(frozen=True)
+class Words:
+    "What the service's page says about one use case; it works with the defaults, too."
+
+    title: str = ""  # of the page; empty: the use case's name
+    noun: str = "row"  # what one row is
+    row_title: str = ""  # how to show a key, such as "{carrier} {flight}, {time_hour+minute}"; empty: all its parts
+
+
+class _Checked:
+    """What is looked at when it is made, and knows what names a row."""
+
+    tables: tuple[Table, ...]
+
+    def __post_init__(self) -> None:
+        check_use_case(self)
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        "Columns that name a row to predict."
+        return self.tables[0].key
+
 # %% ../nbs/04_project.ipynb #6a91622e
 @dataclass(frozen=True)
-class UseCase:
+class UseCase(_Checked):
     "All that is special about one prediction problem. Raises: UseCaseError naming the field that is wrong."
 
     name: str  # also the name of the registered model, and of the folders that hold its tables and what is served
@@ -420,17 +451,7 @@ class UseCase:
     costs: Costs
     success: SuccessMetrics
     groups: tuple[tuple[str, tuple[str, ...]], ...] = ()  # related features: a name in words, and patterns
-    title: str = ""  # of the service's page; empty: the name in words
-    noun: str = "row"  # what one row is, in words
-    row_title: str = ""  # how to show a key, such as "{carrier} {flight}, {time_hour+minute}"; empty: all its parts
-
-    def __post_init__(self) -> None:
-        check_use_case(self)
-
-    @property
-    def key(self) -> tuple[str, ...]:
-        "Columns that name a row to predict."
-        return self.tables[0].key
+    words: Words = Words()  # for people who look at the service
 
 # %% ../nbs/04_project.ipynb #bdb8f48b
 def local_day(
@@ -496,6 +517,11 @@ FLIGHT_GROUPS = (
     ("all of New York", ("*_system_*", "*_system")),
     ("the time of day and week", ("scheduled_*", "weekday")),
 )
+FLIGHT_WORDS = Words(
+    title="Will this flight be late?", noun="flight",
+    row_title="{carrier} {flight} from {origin}, {time_hour+minute} UTC",
+)
+COURSE = "mlops_course.project:flight_delay"  # taken where nobody names another one
 
 # %% ../nbs/04_project.ipynb #fa8a8420
 flight_delay = UseCase(
@@ -520,8 +546,5 @@ flight_delay = UseCase(
     costs=Costs(missed=150, warning=40),
     success=SuccessMetrics(pr_auc=0.56, roc_auc=0.77, log_loss=0.435),
     groups=FLIGHT_GROUPS,
-    title="Will this flight be late?",
-    noun="flight",
-    row_title="{carrier} {flight} from {origin}, {time_hour+minute} UTC",
+    words=FLIGHT_WORDS,
 )
-COURSE = "mlops_course.project:flight_delay"  # taken where nobody names another one

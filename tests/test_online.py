@@ -383,7 +383,7 @@ def test_use_cases_share_a_store_without_meeting(own: Quarter, february: pd.Data
     materialise(own.settings, other, reference, [FEBRUARY])
     with pytest.raises(CourseError, match=r": flight-delay, other\. Name one|holds flight-delay, other. .*name one"):
         open_feature_table(own.settings)
-    with pytest.raises(FeatureTableError, match="but nobody is asked for|there is no online feature table .*nobody"):
+    with pytest.raises(FeatureTableError, match=r"but nobody is asked for|there is no online feature table .*nobody"):
         open_feature_table(own.settings, "nobody")
     tables = {name: open_feature_table(own.settings, name) for name in ("flight-delay", "other")}
     keys = [key_of(tables["other"], february.iloc[number]) for number in (0, 20)]

@@ -282,23 +282,22 @@ def flight_features(
         raise DataError("there is no flight to compute features for", "Ingest and validate a month first")
     flights = tables["flights"].sort_values(["time_hour", "minute", "carrier", "flight", "origin"], kind="stable")
     zero = int(minutes_of(flights["time_hour"].iloc[:1])[0]) - 40 * DAY  # all windows begin after the clock does
-    ahead = _minutes_ahead(horizon)
-    time = timeline(flights, tables["airports"], zero, ahead)
+    time = timeline(flights, tables["airports"], zero, _minutes_ahead(horizon))
     groups, crowds, origins = _groups(flights)
     work = [delayed(_group_features)(group, time) for group in groups.values()]
     work.append(delayed(weather_features)(tables["weather"], origins, groups["origin"].codes, time.asked, zero))
     work.append(delayed(schedule_features)(flights, tables["planes"], time, crowds))
     parts = Parallel(n_jobs=threads or -1, prefer="threads")(work)
-    return _frame(flights, ahead, {name: values for part in reversed(parts) for name, values in part.items()})
+    return _frame(flights, horizon, {name: values for part in reversed(parts) for name, values in part.items()})
 
 # %% ../../nbs/internals/05_features.ipynb #054bc501
-def _frame(flights: pd.DataFrame, ahead: int, features: Mapping[str, np.ndarray]) -> pd.DataFrame:
+def _frame(flights: pd.DataFrame, horizon: timedelta, features: Mapping[str, np.ndarray]) -> pd.DataFrame:
     """One frame: who the row is, when it was asked about, and a block of float32 features."""
     block = np.stack(list(features.values()))  # one row a feature: each column of the frame is contiguous
     frame = pd.DataFrame(block.T, columns=list(features), copy=False)
     who = flights[[*IDENTITY, *(name for name in ("period",) if name in flights)]].reset_index(drop=True)
     scheduled = who["time_hour"] + pd.to_timedelta(who["minute"], unit="m").astype("timedelta64[us]")
-    who = who.assign(scheduled_departure=scheduled, predicted_at=scheduled - pd.Timedelta(minutes=ahead))
+    who = who.assign(scheduled_departure=scheduled, predicted_at=scheduled - pd.Timedelta(horizon))
     return pd.concat([who, frame], axis=1)
 
 

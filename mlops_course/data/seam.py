@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -52,16 +53,17 @@ def check_months_about(
     month: str,  # the delivery
 ) -> pd.Series:  # the month that each row is about
     """Ask which month each row is about, and look at the answer. Raises: DataError."""
-    where = f"the period of {use_case.name}'s {table.name}"
+    if table.period is None:
+        return months_about(table, frame, month)
+    where, remedy = f"the period of {use_case.name}'s {table.name}", "Correct the table's function `period`"
     try:
-        about = months_about(table, frame, month)
+        about = table.period(frame)
     except KeyError as error:
-        problem = f"{where} needs the column {error}, which the contract does not have"
-        raise DataError(problem, "Give the table a function `period` that says the month of each row") from error
+        raise DataError(f"{where} needs the column {error}, which the contract does not have", remedy) from error
     fits = isinstance(about, pd.Series) and about.index.equals(frame.index)
     if not fits or not about.astype("str").str.fullmatch(r"[0-9]{4}-[0-9]{2}").all():
-        raise DataError(f"{where} must say a month, such as 2013-01, for each row", "Correct its function `period`")
-    return about
+        raise DataError(f"{where} must say a month, such as 2013-01, for each row", remedy)
+    return months_about(replace(table, period=lambda _: about), frame, month)
 
 # %% ../../nbs/internals/05_seam.ipynb #26d0c66c
 def labels(

@@ -114,11 +114,10 @@ class _Routing(_Loading):
         try:
             path = release_file(self.settings)
             mark = (path and change_mark(path), self.choice)
-            if mark == self._looked:
-                return
-            self._looked = mark
-            release = read_release(self.settings)
-            self.take(release if release and release.status == "running" else None)
+            if mark != self._looked:
+                self._looked = mark
+                release = read_release(self.settings)
+                self.take(release if release and release.status == "running" else None)
         except CourseError as error:
             log.error("%s", error)
 

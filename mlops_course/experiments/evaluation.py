@@ -52,8 +52,7 @@ def measure(
     """
     from sklearn.metrics import average_precision_score, brier_score_loss, log_loss, roc_auc_score
 
-    if not np.isin(label, (0, 1)).all():
-        raise ExperimentError(f"a label is {label[~np.isin(label, (0, 1))][0]}, not 0 or 1", "Measure rows with labels")
+    known_labels(pd.DataFrame({"label": label}))
     if len(np.unique(label)) < 2:
         raise ExperimentError(f"cannot measure on {len(label)} rows of one class", "Test on more days")
     calibration = calibration_table(label, score)

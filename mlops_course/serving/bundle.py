@@ -238,12 +238,12 @@ def group_features(
 
 def _manifest(use_case: UseCase, features: tuple[Feature, ...], reference: str, origin: Origin) -> Manifest:
     """What the bundle will say about itself, without the checksums."""
+    words = use_case.words
     return Manifest(
         model=reference, question=use_case.question, features=features, threshold=use_case.costs.threshold,
         horizon_minutes=use_case.horizon.total_seconds() / 60, key=use_case.key, time=use_case.time,
         data=origin.data, run_id=origin.run_id, first=origin.first, last=origin.last, fingerprint=fingerprint(),
-        title=use_case.title or use_case.name.replace("-", " ").replace("_", " ").capitalize(), noun=use_case.noun,
-        row_title=use_case.row_title,
+        title=words.title or use_case.name, noun=words.noun, row_title=words.row_title,
     )
 
 # %% ../../nbs/internals/07_bundle.ipynb #35c28259

@@ -22,7 +22,6 @@ import msgspec
 import numpy as np
 
 from ..environment import CourseError, Settings
-from .bundle import case_folder, served_case
 from .inference import InputError
 
 if TYPE_CHECKING:
@@ -399,6 +398,8 @@ def _write_redis(url: str, use_case: str, layout: Layout, months: Months, source
         batch.execute()
 
 # %% ../../nbs/internals/07_online.ipynb #c4520543
+from .bundle import case_folder, served_case
+
 STORE = "features.db"
 
 
@@ -409,7 +410,7 @@ def features_path(
     "Name the file of a use case's online feature table."
     return case_folder(settings, use_case) / STORE
 
-
+# %% ../../nbs/internals/07_online.ipynb #0103864c
 def open_feature_table(
     where: Settings | str | Path,  # settings, an address such as `redis://host:6379/0`, or a file
     use_case: str | None = None,  # its name, such as `flight-delay`; None: the only one that is there

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 # %% auto #0
 __all__ = ['log', 'decode', 'DEAD', 'TABLE', 'Entry', 'LogLimits', 'log_folder', 'host_name', 'open_segment', 'write_all',
-           'PredictionLog', 'unwritten', 'segments_size', 'room_problem', 'tend', 'Collected', 'read_segment',
+           'settle', 'PredictionLog', 'unwritten', 'segments_size', 'room_problem', 'tend', 'Collected', 'read_segment',
            'close_orphans', 'as_frame', 'collect_predictions', 'others_waiting']
 
 # %% ../../nbs/internals/07_predictions.ipynb #dfdcbfa1
@@ -130,11 +130,6 @@ class _Segment:
         self.descriptor, self.size, self.began, self.dirty = -1, 0, 0.0, False
         self.problem, self.total = "", 0  # why nothing can be written; bytes of all segments
 
-    def follow(self, reference: str) -> None:
-        """Learn from the first model that answers where to write."""
-        if self.find is not None:
-            self.folder, self.find = self.find(reference), None
-
     def open(self) -> None:
         """Begin a segment, unless there is one. Raises: OSError."""
         if self.path is None:
@@ -149,6 +144,15 @@ class _Segment:
             path.rename(path.with_suffix(".jsonl")) if self.size else path.unlink()
             os.close(descriptor)
 
+# %% ../../nbs/internals/07_predictions.ipynb #e36d60e7
+def settle(
+    writer: _Segment,  # that may not know yet where to write
+    entries: Sequence[Entry],  # of the first model that answers
+) -> None:
+    """Write beside what is served of the model's use case, from now on."""
+    if writer.find is not None and entries:
+        writer.folder, writer.find = writer.find(entries[0].model), None
+
 # %% ../../nbs/internals/07_predictions.ipynb #54ee957a
 class PredictionLog(_Segment):
     """The log of one worker."""
@@ -157,9 +161,8 @@ class PredictionLog(_Segment):
         """Write down what is going to be answered. Raises: Problem with status 503, and then nothing is written."""
         if self.problem:
             raise unwritten(self.problem)
-        if self.find is not None and entries:
-            self.follow(entries[0].model)
         data = b"".join([encode(entry) + b"\n" for entry in entries])
+        settle(self, entries)
         try:
             self.open()
             write_all(self.descriptor, data, self.size)

@@ -29,8 +29,8 @@ __all__ = ['log', 'Text', 'Whole', 'Key', 'ABSENT', 'QUESTION', 'BATCH', 'PLACE'
            'find_records', 'look_up', 'check_scores', 'score', 'write_down', 'check_form', 'body_of', 'request_id_of',
            'wanted_reasons', 'PredictOne', 'read', 'check_names', 'check_objects', 'PredictMany', 'refusal',
            'add_health', 'add_model', 'record_schema', 'key_schema', 'schemas', 'operation', 'describe', 'about',
-           'tick', 'tick_table', 'count_swap', 'tick_on', 'tick_table_on', 'lifespan', 'build_api', 'handlers', 'Door',
-           'problem_response', 'add_refusals', 'create_app']
+           'tick', 'tick_table', 'begin_log', 'count_swap', 'tick_on', 'tick_table_on', 'lifespan', 'build_api',
+           'handlers', 'Door', 'problem_response', 'add_refusals', 'create_app']
 
 # %% ../../nbs/internals/07_service.ipynb #ae022867
 from fastapi import FastAPI, Query, Request, Response
@@ -689,20 +689,27 @@ async def tick(
             service.log.problem = f"the log can't be brought to the disk: {error}"
         tend(service.log)
     await aside(service.background, service.models.refresh)
-    if service.log is not None and service.log.find is not None and service.models.ready:
-        service.log.follow(service.models.live().predictor.reference)
-        tend(service.log)
+    begin_log(service)
     if service.metrics is not None:
         service.metrics.refused.inc(service.models.failures - before)
         service.metrics.ready.set(not service.problems())
         service.metrics.log_bytes.set(service.log.total if service.log is not None else 0)
 
-
+# %% ../../nbs/internals/07_service.ipynb #8ec4d010
 async def tick_table(
     service: Service,  # that runs
 ) -> None:
     """Look at the online feature table, once a second: whoever waits for a server waits alone."""
     await asyncio.get_running_loop().run_in_executor(service.askers, open_table, service)
+
+
+def begin_log(
+    service: Service,  # that runs
+) -> None:
+    """As soon as there is a model, it is clear where the log lies: beside what is served of its use case."""
+    if service.log is not None and service.log.find is not None and service.models.ready:
+        service.log.folder, service.log.find = service.log.find(service.models.live().predictor.reference), None
+        tend(service.log)
 
 # %% ../../nbs/internals/07_service.ipynb #39e45242
 def count_swap(
