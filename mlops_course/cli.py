@@ -35,6 +35,7 @@ from .course.commands import learn_app
 if TYPE_CHECKING:
     from mlops_course.environment import Settings
     from mlops_course.pipelines import Filled, PipelineRun, StageRun
+    from mlops_course.project import UseCase
 
 # %% ../nbs/cli.ipynb #6e5929ff
 class Commands(TyperGroup):
@@ -145,10 +146,24 @@ def _settings(home: Path | None, use_case: str | None = None) -> "Settings":
     from mlops_course.environment import load_settings
 
     if use_case and ":" in use_case:
-        from mlops_course.project import find_use_case
-
-        use_case = find_use_case(use_case).name
+        use_case = _find_case(use_case).name
     return load_settings(home=home, use_case=use_case)
+
+# %% ../nbs/cli.ipynb #daa0af2d
+def _find_case(name: str) -> "UseCase":
+    """A use case by module:name; the module may lie where the command is started."""
+    from mlops_course.project import find_use_case
+
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
+    return find_use_case(name)
+
+
+def _served(home: Path | None, use_case: str | None) -> "Settings":
+    """Settings that name the use case that is served, so that another one may be published beside it."""
+    from mlops_course.serving.bundle import pinned
+
+    return pinned(_settings(home, use_case))
 
 # %% ../nbs/cli.ipynb #872c517d
 def parse_parameters(
@@ -611,9 +626,8 @@ def serve_model(
     from mlops_course.serving.limits import read_limits
     from mlops_course.serving.server import APP, serve
 
-    settings = _settings(home, use_case)
-    about = about_service(settings, service)  # before anything starts: several use cases may be served
-    announce = _announce(about, as_json)
+    settings = _served(home, use_case)  # before anything starts: several use cases may be live
+    announce = _announce(about_service(settings, service), as_json)
     serve(settings, host, port, workers, read_limits(limit or []), as_json, announce, service or APP)
 
 # %% ../nbs/cli.ipynb #5e7e0006
@@ -623,10 +637,10 @@ Collected = Annotated[str | None, typer.Option("--use-case", help="As module:nam
 @app.command("collect-predictions")
 def collect_logged(use_case: Collected = None, home: Home = None, as_json: AsJson = False) -> None:
     """Move what a use case's service has logged into its table."""
-    from mlops_course.project import COURSE, find_use_case
+    from mlops_course.project import COURSE
     from mlops_course.serving.predictions import collect_predictions, others_waiting
 
-    case, settings = find_use_case(use_case or COURSE), _settings(home).prepare()
+    case, settings = _find_case(use_case or COURSE), _settings(home).prepare()
     found = collect_predictions(settings, case)
     if as_json:
         print_json(asdict(found))
@@ -796,6 +810,6 @@ def score_inbox(
         print(json.dumps(vars(scored), ensure_ascii=False) if as_json else line, flush=True)
 
     with interruptible():
-        watch(_settings(home, use_case), folder, tell, once, settle=settle)
+        watch(_served(home, use_case), folder, tell, once, settle=settle)
     if rejected:
         raise typer.Exit(1)

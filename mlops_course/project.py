@@ -358,7 +358,7 @@ def _is_names(names: object) -> bool:
 def _check_span(span: object) -> str | None:
     """What is wrong with a span of time; None: nothing."""
     fits = isinstance(span, timedelta) and span >= timedelta(0)
-    return None if fits else "must be a timedelta, and not before zero"
+    return None if fits else "must be a span of time, and not before zero"
 
 
 def _has_names(names: object) -> str | None:

@@ -1,6 +1,6 @@
 """A second use case, as somebody else would write it: will it be misty within three hours? Real weather, hour by hour.
 
-Its features are pandas' float64, integers and booleans; it has no categories, no slices and no words of its own.
+Its features are pandas' float64, integers, and true or false; it has no categories, no slices and no words of its own.
 """
 
 from datetime import timedelta

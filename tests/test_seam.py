@@ -1,5 +1,6 @@
 """The seam for other people's problems: what is wrong with a use case is said once, in words, by the field's name."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
@@ -23,14 +24,16 @@ from mlops_course.data import (
     make_features,
     read_table,
     table_name,
+    table_version,
     validate,
 )
-from mlops_course.environment import Settings
+from mlops_course.deployment import read_release
+from mlops_course.environment import CourseError, Settings
 from mlops_course.experiments import ExperimentError, TrainingConfig, evaluate, measure, train
 from mlops_course.framing import Costs
 from mlops_course.monitoring import join_outcomes
-from mlops_course.project import Table, UseCase, UseCaseError, Words, flight_delay
-from mlops_course.serving import Origin, read_bundle, write_bundle
+from mlops_course.project import UseCase, UseCaseError, Words, flight_delay
+from mlops_course.serving import Origin, live_bundle, open_feature_table, read_bundle, write_bundle
 
 pytestmark = pytest.mark.filterwarnings("ignore:Series.values returning")  # inside pyarrow and pandas
 JANUARY, FEBRUARY = "2013-01", "2013-02"
@@ -65,8 +68,8 @@ def computed(reports: Tables, change: Callable[[pd.DataFrame], Any], case: UseCa
         ("time_zone", "", "is no time zone"), ("features", "mist.make_features", "must have the form module:function"),
         ("read", "mist", "must be a function"), ("label", None, "must be a function"), ("time", "", "a column's name"),
         ("categorical", "origin", "must be a tuple"), ("categorical", ("a", "a"), "must be a tuple of different"),
-        ("slices", ["origin"], "must be a tuple"), ("horizon", 3, "must be a timedelta"),
-        ("lookback", timedelta(-1), "not before zero"), ("label_delay", None, "must be a timedelta"),
+        ("slices", ["origin"], "must be a tuple"), ("horizon", 3, "must be a span of time"),
+        ("lookback", timedelta(-1), "not before zero"), ("label_delay", None, "must be a span of time"),
         ("costs", 3, "must be Costs"), ("success", Costs(2, 1), "must be SuccessMetrics"),
         ("words", Words(noun=""), "must be Words, with a noun"),
     ],
@@ -287,5 +290,21 @@ def test_a_horizon_that_flights_have_no_history_for_is_refused(quarter: Quarter,
         flight_features(tables, horizon=horizon)
 
 
-def test_tables_are_described_by_the_use_case_alone() -> None:
-    assert Table("rows", second.reports_contract, key=("a",)).period is not None
+# ---------------------------------------------------------------- a workspace from before
+
+
+def test_what_an_earlier_version_has_left_is_not_taken_and_not_touched(
+    quarter: Quarter, settings: Settings
+) -> None:
+    """Tables and what is served lay in one folder for all use cases then."""
+    shutil.copytree(quarter.settings.data / "flight-delay", settings.data, dirs_exist_ok=True)
+    settings.serving.mkdir()
+    for name in ("live.json", "release.json", "features.db"):
+        (settings.serving / name).write_text("{}", encoding="utf-8")
+    before = {path: path.read_bytes() for path in settings.home.rglob("*") if path.is_file()}
+    assert table_version(settings, table_name(flight_delay, "flights")) is None
+    assert (live_bundle(settings), read_release(settings)) == (None, None)
+    with pytest.raises(CourseError, match="there is no online feature table"):
+        open_feature_table(settings)
+    assert ingest(settings, flight_delay, JANUARY).tables["flights"] == "flight-delay/raw_flights@1"
+    assert {path: path.read_bytes() for path in before} == before

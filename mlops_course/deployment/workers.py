@@ -163,19 +163,19 @@ class _Counting(_Routing):
 class _OnGuard(_Counting):
     """May be the guard."""
 
-    _lock: FileLock | None = None  # who holds it is the guard
+    lock: FileLock | None = None  # who holds it is the guard
 
     def on_guard(self) -> bool:
         """Whether this worker is the guard, or has just become it."""
         from filelock import FileLock, Timeout
 
         try:
-            if self._lock is None:
+            if self.lock is None:
                 folder = release_folder(self.settings)
                 if folder is None or not folder.is_dir():
                     return False
-                self._lock = FileLock(folder / "release-guard.lock", thread_local=False)
-            return self._lock.is_locked or bool(self._lock.acquire(timeout=0))
+                self.lock = FileLock(folder / "release-guard.lock", thread_local=False)
+            return self.lock.is_locked or bool(self.lock.acquire(timeout=0))
         except (Timeout, OSError, CourseError):
             return False
 

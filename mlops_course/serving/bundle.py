@@ -31,7 +31,7 @@ __all__ = ['FORMAT', 'MANIFEST', 'MODEL', 'CARD', 'INPUT', 'OUTPUT', 'OPSETS', '
            'REMEDY', 'REFERENCE', 'LIVE', 'BundleError', 'Feature', 'Manifest', 'Origin', 'convert',
            'describe_features', 'model_card', 'bundles_folder', 'write_bundle', 'group_features', 'prove_equal',
            'read_bundle', 'open_bundle', 'case_of', 'case_folder', 'find_bundle', 'served_case', 'publish', 'live_file',
-           'for_case', 'live_bundle']
+           'for_case', 'pinned', 'live_bundle']
 
 # %% ../../nbs/internals/07_bundle.ipynb #52f7bd54
 class BundleError(CourseError):
@@ -496,6 +496,13 @@ def for_case(
 ) -> Settings:  # that name its use case
     "Mean the use case of a model from here on, whatever else is served."
     return settings.model_copy(update={"use_case": case_of(reference)})
+
+
+def pinned(
+    settings: Settings,  # whose workspace
+) -> Settings:  # that name the use case that is served now, if there is one
+    "Mean what is served now from here on. Raises: BundleError when several use cases are served."
+    return settings.model_copy(update={"use_case": served_case(settings)})
 
 
 def _digest(folder: Path) -> str:

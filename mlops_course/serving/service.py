@@ -40,7 +40,7 @@ from starlette.routing import Route
 
 from .. import __version__
 from ..environment import Settings
-from .bundle import BundleError, case_of
+from .bundle import BundleError, case_of, served_case
 from .inference import LARGEST, InputError, Predictor, Reason, typical_record
 from .limits import Authorize, Guard, Limits, Scope
 from .metrics import Metrics, expose
@@ -186,8 +186,8 @@ def open_table(
         return
     service.again = time.monotonic() + 10
     try:
-        model = service.models.live().predictor.reference if service.models.ready else None
-        table = open_feature_table(service.settings, case_of(model) if model else None)
+        model = service.models.live().predictor.reference if service.models.ready else ""
+        table = open_feature_table(service.settings, case_of(model) if model else served_case(service.settings))
         service.table, service.table_problem, service.key_parts = table, "", table.parts
     except (FeatureTableError, BundleError) as error:
         service.table, service.table_problem = None, str(error)
