@@ -214,7 +214,7 @@ def enlarge(folder: Path, size: str) -> None:
 def test_a_disk_that_is_full_at_the_first_table(tmp_path: Path) -> None:
     with small_disk(tmp_path / "small", "3M") as disk:
         done = finish(start(disk / "workspace", *TRAINING), 60)
-        assert "WorkspaceError: cannot write the table raw_flights: " in done.error
+        assert "WorkspaceError: cannot write the table flight-delay/raw_flights: " in done.error
         assert "free some space and run again" in done.error
         assert done.status == 1
         assert done.document["status"] == "failed"
