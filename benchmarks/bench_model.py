@@ -12,7 +12,7 @@ import time
 
 import pandas as pd
 
-from mlops_course.data import labelled_features, table_version
+from mlops_course.data import labelled_features, newest_reference
 from mlops_course.environment import load_settings
 from mlops_course.experiments import TrainingConfig, constant_scores, measure, scores, train
 from mlops_course.project import flight_delay
@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     options = parser.parse_args()
     settings = load_settings()
-    features, rows = (f"{name}@{table_version(settings, name)}" for name in ("features", "flights"))
+    features, rows = (newest_reference(settings, f"flight-delay/{name}") for name in ("features", "flights"))
     frame = labelled_features(settings, flight_delay, features, rows, "2013-01", "2013-12")
     results = candidates_for_the_defaults(frame) if options.choose else with_and_without_aircraft(frame)
     print(json.dumps(results, indent=1) if options.json else pd.DataFrame(results).T[SHOWN].round(4).to_string())

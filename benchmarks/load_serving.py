@@ -128,7 +128,7 @@ async def load(settings: Settings, url: str, process: int, options: argparse.Nam
 
 def complaints(seen: Seen, settings: Settings, options: argparse.Namespace) -> list[str]:
     """What isn't as it should be."""
-    entries = [each for path in log_folder(settings).iterdir() for each in read_segment(path)[0]]
+    entries = [each for path in log_folder(settings, "flight-delay").iterdir() for each in read_segment(path)[0]]
     ids, early = {each.id for each in entries}, options.requests / 5
     before = max((size for done, size in seen.memory if done <= early), default=0)
     after = max((size for done, size in seen.memory if done > early), default=0)
@@ -172,7 +172,7 @@ def main() -> int:
     settings = load_settings(home=options.home).prepare()
     if len(list(bundles_folder(settings).glob("*@*"))) < 2:
         prepare(settings)
-    shutil.rmtree(log_folder(settings), ignore_errors=True)
+    shutil.rmtree(log_folder(settings, "flight-delay"), ignore_errors=True)
     program = [sys.executable, "-c", "from mlops_course.cli import main; main()", "serve", "--home", str(settings.home)]
     with tempfile.TemporaryFile("w+") as errors:
         program += ["--port", "0", "--workers", str(options.workers)]

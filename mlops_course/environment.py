@@ -209,6 +209,7 @@ class Settings(Folders):
     threads: int | None = Field(default=None, ge=1)
     tracking_uri: str | None = None
     features_url: str | None = Field(default=None, pattern="^rediss?://.")
+    use_case: str | None = Field(default=None, pattern="^[a-z0-9][a-z0-9_-]*$")
 
     @property
     def tracking(self) -> str:  # where MLflow keeps its runs: a file of the workspace, unless told otherwise

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from .data import feature_names, months, read_table
+from .data import feature_names, labels, months, read_table
 from .environment import CourseError, Settings, write_atomic
 from .experiments import SCORES, find_run, measure, quiet_mlflow, score_counts
 from .project import UseCase, local_day
@@ -200,7 +200,7 @@ def join_outcomes(
     "Bring predictions and outcomes together."
     key = list(use_case.key)
     return predictions.merge(
-        outcomes[key].assign(label=use_case.label(outcomes)), on=key, how="left", validate="one_to_one"
+        outcomes[key].assign(label=labels(use_case, outcomes)), on=key, how="left", validate="one_to_one"
     )
 
 # %% ../nbs/12_monitoring.ipynb #5c390233

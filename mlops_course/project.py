@@ -5,6 +5,7 @@
 # %% ../nbs/04_project.ipynb #858d2711
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from zipfile import BadZipFile
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from .environment import CourseError
 from .framing import Costs
@@ -27,10 +29,11 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['LATE_AFTER', 'FORMATS', 'PLACEHOLDERS', 'NO_CLOCK', 'NEW_YORK', 'DELAYS', 'SAME_TIME', 'AGREEMENTS', 'ENOUGH',
-           'ORIGINS', 'TAIL_NUMBER', 'FLIGHT_GROUPS', 'FLIGHT_KEY', 'flight_delay', 'late_label', 'SuccessMetrics',
-           'SourceError', 'find_file', 'supplier_folder', 'read_file', 'read_delivery', 'calendar_month', 'of_month',
-           'is_placeholder', 'minutes_of_clock', 'flights_contract', 'weather_contract', 'planes_contract',
-           'airports_contract', 'Table', 'UseCase', 'local_day', 'load_object', 'find_use_case']
+           'ORIGINS', 'TAIL_NUMBER', 'TAKEN', 'CHECKS', 'FLIGHT_GROUPS', 'FLIGHT_WORDS', 'COURSE', 'FLIGHT_KEY',
+           'flight_delay', 'late_label', 'SuccessMetrics', 'SourceError', 'find_file', 'supplier_folder', 'read_file',
+           'read_delivery', 'calendar_month', 'of_month', 'is_placeholder', 'minutes_of_clock', 'flights_contract',
+           'weather_contract', 'planes_contract', 'airports_contract', 'Table', 'UseCaseError', 'check_use_case',
+           'Words', 'UseCase', 'local_day', 'load_object', 'find_use_case']
 
 # %% ../nbs/04_project.ipynb #d6b32946
 LATE_AFTER = 15  # minutes; the definition of the US Department of Transportation
@@ -401,32 +404,152 @@ class Table:
     parts: tuple[str, ...] = ()  # what a whole month has rows of: its days (a column with 1 … 31), then places
     gaps: int = 0  # days of a month that a place may lack
 
+# %% ../nbs/04_project.ipynb #bfc77613
+class UseCaseError(CourseError):
+    "A use case is not what it must be."
+
+
+def _check_name(name: object) -> str | None:
+    """What is wrong with a name; None: nothing."""
+    if not isinstance(name, str) or not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,59}", name):
+        return "must be 1 to 60 of the letters a-z, 0-9, - and _, and begin with a letter or digit"
+    if re.fullmatch(r"con|prn|aux|nul|(com|lpt)[0-9]", name) or name == "bundles":
+        return "is taken: folders of that name mean something else"
+    return None
+
+
+def _check_zone(name: object) -> str | None:
+    """What is wrong with a time zone; None: nothing."""
+    try:
+        ZoneInfo(str(name))
+    except (ZoneInfoNotFoundError, ValueError, OSError):
+        return "is no time zone; name one such as Europe/Berlin"
+    return None
+
+# %% ../nbs/04_project.ipynb #fcafdd40
+TAKEN = ("features", "predictions", "predictions_online", "quarantine")  # tables that every use case gets
+
+
+def _check_tables(tables: object) -> str | None:
+    """What is wrong with the tables; None: nothing."""
+    if not isinstance(tables, tuple) or not tables or not all(isinstance(table, Table) for table in tables):
+        return "must be a tuple of Table, of which the first holds the rows to predict"
+    names = [table.name for table in tables]
+    if len(set(names)) < len(names):
+        return "have one name twice"
+    if bad := [name for name in names if not re.fullmatch("[a-z0-9_]+", name) or name in TAKEN or name[:4] == "raw_"]:
+        return f"cannot be called {bad[0]}: take a-z, 0-9 and _, but not raw_… and not {', '.join(TAKEN)}"
+    if bad := [table.name for table in tables if not _is_names(table.key) or not table.key]:
+        return f"need a key each, a tuple of columns; {bad[0]} has none"
+    if tables[0].period is None:
+        return f"must say the month of each row that is predicted, but {names[0]} has no `period`"
+    return None
+
+
+def _is_names(names: object) -> bool:
+    """Whether something is a tuple of different column names."""
+    if not isinstance(names, tuple) or not all(isinstance(name, str) and name for name in names):
+        return False
+    return len(set(names)) == len(names)
+
+# %% ../nbs/04_project.ipynb #a65a860f
+def _check_span(span: object) -> str | None:
+    """What is wrong with a span of time; None: nothing."""
+    fits = isinstance(span, timedelta) and span >= timedelta(0)
+    return None if fits else "must be a span of time, and not before zero"
+
+
+def _has_names(names: object) -> str | None:
+    """What is wrong with a tuple of columns; None: nothing."""
+    return None if _is_names(names) else "must be a tuple of different column names, or empty: ()"
+
+
+def _is(kind: type, what: str) -> Callable[[object], str | None]:
+    """A check of the kind of a field."""
+    return lambda value: None if isinstance(value, kind) and value != "" else f"must be {what}"
+
+
+def _check_words(words: object) -> str | None:
+    """What is wrong with the words; None: nothing."""
+    fits = isinstance(words, Words) and all(isinstance(text, str) for text in vars(words).values()) and words.noun
+    return None if fits else "must be Words, with a noun for one row"
+
+
+def _is_function(value: object) -> str | None:
+    """What is wrong with a function; None: nothing."""
+    return None if callable(value) else "must be a function"
+
+# %% ../nbs/04_project.ipynb #6b944da9
+CHECKS: dict[str, Callable[[Any], str | None]] = {
+    "name": _check_name, "question": _is(str, "text"), "tables": _check_tables, "read": _is_function,
+    "features": lambda value: None if re.fullmatch(r"[\w.]+:\w+", str(value)) else "must have the form module:function",
+    "label": _is_function, "time": _is(str, "a column's name"), "categorical": _has_names, "slices": _has_names,
+    "time_zone": _check_zone, "horizon": _check_span, "lookback": _check_span, "label_delay": _check_span,
+    "costs": _is(Costs, "Costs"), "success": _is(SuccessMetrics, "SuccessMetrics"),
+    "words": _check_words,
+}  # fmt: skip
+
+
+def check_use_case(
+    use_case: Any,  # just made
+) -> None:
+    """Look at all that can be seen without data.
+
+    Raises:
+        UseCaseError: a field is wrong.
+    """
+    for field, find_problem in CHECKS.items():
+        value = getattr(use_case, field)
+        if problem := find_problem(value):
+            shown = value if isinstance(value, str) else type(value).__name__
+            which = f"the use case {use_case.name!r}: its {field} ({shown!r}) {problem}"
+            raise UseCaseError(which, "Correct that field")
+
+# %% ../nbs/04_project.ipynb #3fb4fb82
+@dataclass(frozen=True)
+class Words:
+    "What the service's page says about one use case; it works with the defaults, too."
+
+    title: str = ""  # of the page; empty: the use case's name
+    noun: str = "row"  # what one row is
+    row_title: str = ""  # how to show a key, such as "{carrier} {flight}, {time_hour+minute}"; empty: all its parts
+
+
+class _Checked:
+    """What is looked at when it is made, and knows what names a row."""
+
+    tables: tuple[Table, ...]
+
+    def __post_init__(self) -> None:
+        check_use_case(self)
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        "Columns that name a row to predict."
+        return self.tables[0].key
+
 # %% ../nbs/04_project.ipynb #6a91622e
 @dataclass(frozen=True)
-class UseCase:
-    "All that is special about one prediction problem."
+class UseCase(_Checked):
+    "All that is special about one prediction problem. Raises: UseCaseError naming the field that is wrong."
 
-    name: str  # also the name of the registered model
+    name: str  # also the name of the registered model, and of the folders that hold its tables and what is served
     question: str  # in words
     tables: tuple[Table, ...]  # the first one holds the rows to predict
     read: Callable[..., dict[str, pd.DataFrame]]  # `read(month, source)` gives a delivery
     features: str  # `module:function`, called as `function(tables)`: one row for each row of the first table
     label: Callable[[pd.DataFrame], pd.Series]  # rows of the first table to 1.0, 0.0 or NaN
     time: str  # column of the features: when the predicted event is due, UTC
-    categorical: tuple[str, ...]  # columns of the features that hold text
-    slices: tuple[str, ...]  # columns by which the evaluation is broken down
+    categorical: tuple[str, ...]  # columns of the features that hold text; empty: all are numbers
+    slices: tuple[str, ...]  # columns by which the evaluation is broken down; empty: only the whole counts
     time_zone: str  # where a day begins and ends for the people concerned
-    horizon: timedelta  # how long before `time` the prediction is made
+    horizon: timedelta  # how long before `time` the prediction is made; given to features that take `horizon`
     lookback: timedelta  # how much history the features need
     label_delay: timedelta  # how long after `time` a label is known
     costs: Costs
     success: SuccessMetrics
     groups: tuple[tuple[str, tuple[str, ...]], ...] = ()  # related features: a name in words, and patterns
-
-    @property
-    def key(self) -> tuple[str, ...]:
-        "Columns that name a row to predict."
-        return self.tables[0].key
+    words: Words = Words()  # for people who look at the service
 
 # %% ../nbs/04_project.ipynb #bdb8f48b
 def local_day(
@@ -492,6 +615,11 @@ FLIGHT_GROUPS = (
     ("all of New York", ("*_system_*", "*_system")),
     ("the time of day and week", ("scheduled_*", "weekday")),
 )
+FLIGHT_WORDS = Words(
+    title="Will this flight be late?", noun="flight",
+    row_title="{carrier} {flight} from {origin}, {time_hour+minute} UTC",
+)
+COURSE = "mlops_course.project:flight_delay"  # taken where nobody names another one
 
 # %% ../nbs/04_project.ipynb #fa8a8420
 FLIGHT_KEY = ("time_hour", "minute", "carrier", "flight", "origin")
@@ -517,4 +645,5 @@ flight_delay = UseCase(
     costs=Costs(missed=150, warning=40),
     success=SuccessMetrics(pr_auc=0.56, roc_auc=0.77, log_loss=0.435),
     groups=FLIGHT_GROUPS,
+    words=FLIGHT_WORDS,
 )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .data import read_table, replace_months
+from .data import read_table, replace_months, table_name
 from .environment import CourseError, Settings, cores
 from mlops_course.experiments import (
     Evaluation, alone, connect, find_run, load_run_model, noted, quiet_mlflow, training_rows,
@@ -207,10 +207,10 @@ def score_month(
     model: str | None,  # alias or version
     features: str,  # reference to the feature table
     month: str,  # the month to score
-) -> tuple[str, pd.DataFrame]:  # reference to the table `predictions`, and the month's rows in it
+) -> tuple[str, pd.DataFrame]:  # reference to its table `predictions`, and the month's rows in it
     "Score a month and keep the answers; scoring it again with the same model changes nothing."
     answers = load_scorer(settings, use_case, model).predict(read_table(settings, features, [month]))
-    return replace_months(settings, "predictions", answers)[0], answers
+    return replace_months(settings, table_name(use_case, "predictions"), answers)[0], answers
 
 # %% ../nbs/08_versioning.ipynb #dbbc7a61
 def fair_rivals(

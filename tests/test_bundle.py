@@ -472,10 +472,11 @@ def test_before_anything_is_published_nothing_is_live(settings: Settings) -> Non
 
 def test_a_published_bundle_is_live_by_its_name_or_its_folder(own: Path, settings: Settings) -> None:
     assert publish(settings, "flight-delay@3") == own == live_bundle(settings)
-    stamp = (settings.serving / "live.json").stat().st_mtime_ns
+    live = settings.serving / "flight-delay" / "live.json"
+    stamp = live.stat().st_mtime_ns
     assert publish(settings, own) == own
-    assert (settings.serving / "live.json").stat().st_mtime_ns == stamp, "the same again writes nothing"
-    assert json.loads((settings.serving / "live.json").read_text(encoding="utf-8"))["bundle"] == "flight-delay@3"
+    assert live.stat().st_mtime_ns == stamp, "the same again writes nothing"
+    assert json.loads(live.read_text(encoding="utf-8"))["bundle"] == "flight-delay@3"
 
 
 def test_a_bundle_from_elsewhere_is_copied_in(made: Path, settings: Settings) -> None:
@@ -503,7 +504,9 @@ def test_a_damaged_bundle_is_not_published(own: Path, settings: Settings) -> Non
     "text", ["", "[]", '{"bundle": "flight-delay@3"}', '{"bundle": "../x", "manifest": "0"}', '{"bundle": 3}', "\xff"]
 )
 def test_a_damaged_note_of_what_is_live_is_refused(own: Path, settings: Settings, text: str) -> None:
-    (settings.serving / "live.json").write_text(text, encoding="latin-1")
+    live = settings.serving / "flight-delay" / "live.json"
+    live.parent.mkdir()
+    live.write_text(text, encoding="latin-1")
     with pytest.raises(BundleError, match=r"live\.json"):
         live_bundle(settings)
 

@@ -31,6 +31,7 @@ from mlops_course.data import (
     labelled_features,
     month_after,
     months,
+    newest_reference,
     parse_month,
     read_table,
     replace_months,
@@ -95,12 +96,12 @@ class Desk:
     def check(self, *periods: str) -> Validation:
         """Validate months of what has been taken in last."""
         names = [table.name for table in flight_delay.tables]
-        raw = {name: f"raw_{name}@{table_version(self.settings, f'raw_{name}')}" for name in names}
+        raw = {name: newest_reference(self.settings, f"flight-delay/raw_{name}") for name in names}
         return validate(self.settings, flight_delay, raw, periods)
 
     def read(self, name: str, *periods: str) -> pd.DataFrame:
         """The newest version of a table."""
-        return read_table(self.settings, f"{name}@{table_version(self.settings, name)}", periods or None)
+        return read_table(self.settings, newest_reference(self.settings, f"flight-delay/{name}"), periods or None)
 
     def state(self) -> dict[str, list[str]]:
         """Every file of every table."""
@@ -109,9 +110,8 @@ class Desk:
 
     def versions(self) -> list[str]:
         """Every table with its newest version."""
-        return [
-            f"{path.name}@{table_version(self.settings, path.name)}" for path in sorted(self.settings.data.iterdir())
-        ]
+        names = sorted(path.name for path in self.settings.data.glob("flight-delay/*"))
+        return [newest_reference(self.settings, f"flight-delay/{name}") for name in names]
 
 
 @pytest.fixture
@@ -180,7 +180,7 @@ def test_a_table_without_a_version_is_refused(reference: str) -> None:
         split_reference(reference)
 
 
-@pytest.mark.parametrize("reference", ["flights@99", "trains@0"])
+@pytest.mark.parametrize("reference", ["flight-delay/flights@99", "flight-delay/trains@0", "trains/flights@0"])
 def test_a_version_that_is_not_there_is_named(full_desk: Desk, reference: str) -> None:
     with pytest.raises(DataError, match=f"cannot read {reference}") as caught:
         read_table(full_desk.settings, reference)
@@ -188,15 +188,15 @@ def test_a_version_that_is_not_there_is_named(full_desk: Desk, reference: str) -
 
 
 def test_a_version_whose_files_are_gone_is_named(full_desk: Desk) -> None:
-    for path in (full_desk.settings.data / "flights").rglob("*.parquet"):
+    for path in (full_desk.settings.data / "flight-delay" / "flights").rglob("*.parquet"):
         path.unlink()
-    with pytest.raises(DataError, match=r"cannot read flights@.*gone or damaged") as caught:
+    with pytest.raises(DataError, match=r"cannot read flight-delay/flights@.*gone or damaged") as caught:
         full_desk.read("flights")
     assert one_line(caught.value)
 
 
 def test_months_and_columns_can_be_read_alone(full_desk: Desk) -> None:
-    reference = f"flights@{table_version(full_desk.settings, 'flights')}"
+    reference = newest_reference(full_desk.settings, "flight-delay/flights")
     rows = read_table(full_desk.settings, reference, [FEBRUARY], ["carrier", "period"])
     assert list(rows.columns) == ["carrier", "period"]
     assert set(rows["period"]) == {FEBRUARY}
@@ -238,7 +238,7 @@ def test_a_corrected_month_replaces_only_itself(full_desk: Desk, delivered: dict
     pd.testing.assert_frame_equal(full_desk.read("flights", JANUARY), january)
     assert len(full_desk.read("flights", FEBRUARY)) == len(february) - 1
     assert full_desk.read("flights", FEBRUARY)["arr_delay"].sum() != february["arr_delay"].sum()
-    before = next(reference for reference in old if reference.startswith("flights@"))
+    before = next(reference for reference in old if reference.startswith("flight-delay/flights@"))
     pd.testing.assert_frame_equal(read_table(full_desk.settings, before, [FEBRUARY]), february)
 
 
@@ -647,7 +647,7 @@ def test_a_delivery_of_another_meaning_is_refused_until_it_is_corrected(
 ) -> None:
     name, damage, message = MEANINGS[meaning]
     march = delivered[MARCH]
-    clean = ["airports", "flights", "planes", "quarantine", "weather"]
+    clean = [f"flight-delay/{name}" for name in ("airports", "flights", "planes", "quarantine", "weather")]
     before = [table_version(full_desk.settings, table) for table in clean]
     full_desk.take(MARCH, march | {name: damage(march[name])})
     with pytest.raises(DataError, match=message) as caught:
@@ -1075,7 +1075,8 @@ def test_an_ingestion_that_is_killed_is_completed_by_the_next(desk: Desk, delive
     )
     command = [sys.executable, "-c", code, str(desk.settings.home), str(desk.source)]
     landed, last = (
-        desk.settings.data / name / "_delta_log" / f"{1:020}.json" for name in ("raw_flights", "raw_airports")
+        desk.settings.data / "flight-delay" / name / "_delta_log" / f"{1:020}.json"
+        for name in ("raw_flights", "raw_airports")
     )
     with subprocess.Popen(command) as process:
         until = time.monotonic() + 60

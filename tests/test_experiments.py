@@ -518,7 +518,7 @@ def test_a_run_can_be_repeated_after_its_tables_have_changed(own_quarter: Quarte
     own = own_quarter
     run_id = train_run(own.settings, flight_delay, own.features, own.rows, JANUARY, JANUARY, QUICK)
     table = read_table(own.settings, own.features, [JANUARY])
-    newer, changed = replace_months(own.settings, "features", table.assign(distance=np.float32(0)))
+    newer, changed = replace_months(own.settings, "flight-delay/features", table.assign(distance=np.float32(0)))
     assert (newer != own.features, changed) == (True, [JANUARY])
     assert reproduce(own.settings, flight_delay, run_id) == 0.0
     run = find_run(own.settings, flight_delay, run_id)

@@ -50,7 +50,7 @@ def shown_score(page: Any) -> float:
 def test_a_flight_is_there_with_its_score_its_reasons_and_the_model(page: Any) -> None:
     assert 0 <= shown_score(page) <= 100
     assert page.locator("#reasons li").count() == 6
-    assert page.locator("#flight option").count() == 12
+    assert page.locator("#choice option").count() == 12
     assert FIRST in page.locator("#model").inner_text()
     assert "26.7 %" in page.locator("#threshold").inner_text()
     warned = page.locator("#verdict").inner_text() == "warn"
@@ -61,7 +61,7 @@ def test_another_flight_has_another_score(page: Any) -> None:
     scores = {shown_score(page)}
     for number in range(1, 6):
         with page.expect_response("**/predict*"):
-            page.locator("#flight").select_option(index=number)
+            page.locator("#choice").select_option(index=number)
         page.wait_for_timeout(100)
         scores.add(shown_score(page))
     assert len(scores) > 1
@@ -101,7 +101,7 @@ def test_text_of_the_service_is_never_markup(browser: Any, service: Running) -> 
     opened.goto(service.url)
     opened.locator("#reasons li").first.wait_for()
     assert opened.locator("img").count() == 0
-    assert evil in opened.locator("#flight").inner_text()
+    assert evil in opened.locator("#choice").inner_text()
     assert opened.title() == "Will this flight be late?"
     opened.close()
 

@@ -47,12 +47,12 @@ def entry(number: int = 0, **changes: Any) -> Entry:
 
 
 def segments(settings: Settings, ending: str) -> list[Path]:
-    return sorted(log_folder(settings).glob(f"*.{ending}"))
+    return sorted(log_folder(settings, "flight-delay").glob(f"*.{ending}"))
 
 
 @pytest.fixture
 def writer(settings: Settings) -> Any:
-    made = PredictionLog(log_folder(settings))
+    made = PredictionLog(log_folder(settings, "flight-delay"))
     yield made
     made.close()
 
@@ -68,7 +68,7 @@ def test_what_was_appended_is_in_the_file_at_once(writer: PredictionLog, setting
 
 
 def test_a_segment_is_closed_when_it_is_large_or_old_or_at_the_end(settings: Settings) -> None:
-    writer = PredictionLog(log_folder(settings), LogLimits(segment=500, seconds=0.2))
+    writer = PredictionLog(log_folder(settings, "flight-delay"), LogLimits(segment=500, seconds=0.2))
     tend(writer)
     assert segments(settings, "jsonl") == [], "an empty one isn't closed"
     while writer.size < 500:
@@ -111,7 +111,7 @@ def test_a_full_disk_refuses_and_leaves_no_half_line(
 
 
 def test_more_than_the_total_refuses_until_somebody_collects(settings: Settings) -> None:
-    writer = PredictionLog(log_folder(settings), LogLimits(segment=1, total=2000))
+    writer = PredictionLog(log_folder(settings, "flight-delay"), LogLimits(segment=1, total=2000))
     while not writer.problem:
         writer.append([entry()])
         writer.sync()
@@ -196,7 +196,7 @@ def test_the_command_collects(writer: PredictionLog, settings: Settings) -> None
     writer.close()
     done = CliRunner().invoke(app, ["collect-predictions", "--home", str(settings.home), "--json"])
     assert json.loads(done.output) == {
-        "table": "predictions_online@1", "segments": 1, "rows": 1, "torn": 0, "set_aside": 0,
+        "table": "flight-delay/predictions_online@1", "segments": 1, "rows": 1, "torn": 0, "set_aside": 0,
     }  # fmt: skip
 
 
@@ -251,7 +251,7 @@ def test_only_the_dead_of_the_own_machine_and_the_long_dead_are_collected(
 def test_nothing_is_lost_between_a_writer_and_a_collector(settings: Settings) -> None:
     """Segments are opened and closed all the time, and collected all the time."""
     stop, rows = threading.Event(), 0
-    writer = PredictionLog(log_folder(settings), LogLimits(segment=1))
+    writer = PredictionLog(log_folder(settings, "flight-delay"), LogLimits(segment=1))
 
     def write() -> None:
         for number in range(60):
@@ -274,7 +274,7 @@ def test_nothing_is_lost_between_a_writer_and_a_collector(settings: Settings) ->
 
 
 def ids_in_log(settings: Settings) -> list[str]:
-    return [each.id for path in log_folder(settings).iterdir() for each in read_segment(path)[0]]
+    return [each.id for path in log_folder(settings, "flight-delay").iterdir() for each in read_segment(path)[0]]
 
 
 def test_a_killed_service_has_left_what_it_answered_and_labels_can_be_joined(
@@ -302,7 +302,7 @@ def test_a_killed_service_has_left_what_it_answered_and_labels_can_be_joined(
 
 
 def test_a_service_that_cannot_write_refuses_and_recovers(home: Path) -> None:
-    folder = home / "serving" / "predictions"
+    folder = home / "serving" / "flight-delay" / "predictions"
     folder.write_text("a file stands where the log should be")
     with serving(home, ready=False) as running:
         record = running.client.get("/examples").json()[0]["record"]
@@ -326,4 +326,4 @@ def test_a_service_closes_its_segment_when_it_ends(home: Path) -> None:
     with serving(home) as running:
         running.ask(record=running.client.get("/examples").json()[0]["record"])
         assert running.stop() == 0
-        until(lambda: [path.suffix for path in log_folder(running.settings).iterdir()] == [".jsonl"])
+        until(lambda: [path.suffix for path in log_folder(running.settings, "flight-delay").iterdir()] == [".jsonl"])

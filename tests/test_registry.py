@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 from conftest import Quarter
 
-from mlops_course.data import read_table, table_version
+from mlops_course.data import newest_reference, read_table
 from mlops_course.environment import Settings
 from mlops_course.experiments import (
     Evaluation,
@@ -79,7 +79,7 @@ def home(trained: tuple[Quarter, Runs], tmp_path: Path) -> Settings:
 
 
 def trained_features(settings: Settings) -> str:
-    return f"features@{table_version(settings, 'features')}"
+    return newest_reference(settings, "flight-delay/features")
 
 
 def references(settings: Settings) -> list[str]:
@@ -280,12 +280,12 @@ def test_scoring_a_month_again_changes_nothing_but_another_model_does(home: Sett
     features = trained_features(home)
     register_and_decide(home, flight_delay, runs["small"], True, "the first one")
     first, answers = score_month(home, flight_delay, "champion", features, FEBRUARY)
-    assert first == "predictions@1"
+    assert first == "flight-delay/predictions@1"
     assert score_month(home, flight_delay, "flight-delay@1", features, FEBRUARY)[0] == first
     other, _ = score_month(home, flight_delay, "flight-delay@1", features, MARCH)
     register_and_decide(home, flight_delay, runs["good"], True, "better")
     newest, _ = score_month(home, flight_delay, "champion", features, FEBRUARY)
-    assert (other, newest) == ("predictions@2", "predictions@3")
+    assert (other, newest) == ("flight-delay/predictions@2", "flight-delay/predictions@3")
     kept = read_table(home, newest)
     assert kept.groupby("period")["model"].unique().str[0].to_dict() == {
         FEBRUARY: "flight-delay@2", MARCH: "flight-delay@1",

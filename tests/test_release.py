@@ -668,7 +668,7 @@ def test_nonsense_is_refused_by_name_and_leaves_no_trace(
 
 @pytest.mark.parametrize("text", [b"", b"{}", b"\xff", b'{"format": 2}', b"[]"])
 def test_a_damaged_state_is_named_and_nothing_is_overwritten(settings: Settings, text: bytes) -> None:
-    path = write_atomic(settings.serving / "release.json", text)
+    path = write_atomic(settings.serving / "flight-delay" / "release.json", text)
     with pytest.raises(ReleaseError, match=r"can't read .*release\.json"):
         read_release(settings)
     with pytest.raises(ReleaseError):
@@ -695,7 +695,7 @@ def live(settings: Settings, reference: str) -> None:
     manifest = settings.serving / "bundles" / reference / "bundle.json"
     write_atomic(manifest, "{}")
     digest = hashlib.sha256(b"{}").hexdigest()
-    write_atomic(settings.serving / "live.json", json.dumps({"bundle": reference, "manifest": digest}))
+    write_atomic(settings.serving / "flight-delay" / "live.json", json.dumps({"bundle": reference, "manifest": digest}))
 
 
 @pytest.mark.parametrize(

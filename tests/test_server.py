@@ -74,7 +74,8 @@ class Load:
 
 
 def logged(running: Running) -> list[str]:
-    return [each.id for path in log_folder(running.settings).iterdir() for each in read_segment(path)[0]]
+    folder = log_folder(running.settings, "flight-delay")
+    return [each.id for path in folder.iterdir() for each in read_segment(path)[0]]
 
 
 def test_a_model_is_swapped_twenty_times_under_load_and_no_request_fails(home: Path) -> None:
@@ -207,8 +208,8 @@ def test_who_starts_a_service_is_told_what_it_can_do(settings: Settings) -> None
     ours, theirs = about_service(settings, None), about_service(settings, "my_desk:build")
     assert "a page to try it" in ours and f"No model is live in {settings.home} yet" in ours
     assert theirs == "Ctrl-C ends the service."
-    live_file(settings).parent.mkdir(parents=True, exist_ok=True)
-    live_file(settings).write_text("{}", encoding="utf-8")
+    live_file(settings, "flight-delay@1").parent.mkdir(parents=True, exist_ok=True)
+    live_file(settings, "flight-delay@1").write_text("{}", encoding="utf-8")
     assert "No model" not in about_service(settings, "mlops_course.deployment:release_app")
 
 

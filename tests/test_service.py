@@ -196,7 +196,7 @@ def test_other_paths_and_methods_are_refused_in_the_same_form(service: Running) 
 def test_it_knows_its_model(service: Running) -> None:
     found = service.client.get("/model").json()
     assert found["reference"] == FIRST
-    assert found["data"] == {"features": "features@1"}
+    assert found["data"] == {"features": "flight-delay/features@1"}
     assert found["threshold"] == pytest.approx(40 / 150)
     assert {"python", "packages", "commit"} <= set(found["fingerprint"])
     assert found["card"].startswith(f"# Model card: {FIRST}")
@@ -238,8 +238,8 @@ def test_it_describes_itself_for_its_own_model(service: Running, record: dict[st
 def test_without_a_model_it_lives_but_is_not_ready_and_it_takes_the_first_one(
     home: Path, record: dict[str, Any], key: dict[str, Any]
 ) -> None:  # fmt: skip
-    (home / "serving" / "live.json").unlink()
-    (home / "serving" / "features.db").rename(home / "features.db")
+    (home / "serving" / "flight-delay" / "live.json").unlink()
+    (home / "serving" / "flight-delay" / "features.db").rename(home / "features.db")
     with serving(home, ready=False) as running:
         assert running.client.get("/health/live").status_code == 200
         assert "no model has been published" in problem(running.client.get("/health/ready"), 503)["detail"]
@@ -253,9 +253,9 @@ def test_without_a_model_it_lives_but_is_not_ready_and_it_takes_the_first_one(
         assert running.ask(record=record).json()["model"] == FIRST
         assert "online feature table" in problem(running.ask(key=key), 503)["detail"]
         assert problem(running.ask(record=record, key={"flight": 1.5}), 422)["field"] == "key[...]"
-        (home / "features.db").rename(home / "serving" / "features.db")
+        (home / "features.db").rename(home / "serving" / "flight-delay" / "features.db")
         until(lambda: running.ask(key=key).status_code == 200)
-        (home / "serving" / "live.json").unlink()
+        (home / "serving" / "flight-delay" / "live.json").unlink()
         until(lambda: bool(running.client.get("/health/ready").json()["warnings"]))
         assert running.ask(record=record).json()["model"] == FIRST, "what is loaded stays"
 
@@ -264,12 +264,12 @@ def test_a_new_model_takes_over_and_a_broken_one_does_not(home: Path, record: di
     with serving(home) as running:
         publish(running.settings, SECOND)
         until(lambda: running.ask(record=record).json()["model"] == SECOND)
-        content = (home / "serving" / "live.json").read_bytes()
+        content = (home / "serving" / "flight-delay" / "live.json").read_bytes()
         publish(running.settings, FIRST)
         until(lambda: running.ask(record=record).json()["model"] == FIRST)
         graph = home / "serving" / "bundles" / SECOND / "model.onnx"
         graph.write_bytes(graph.read_bytes()[:-1])
-        (home / "serving" / "live.json").write_bytes(content)
+        (home / "serving" / "flight-delay" / "live.json").write_bytes(content)
         until(lambda: bool(running.client.get("/health/ready").json()["warnings"]))
         assert "damaged" in running.client.get("/health/ready").json()["warnings"][0]
         assert running.ask(record=record).json()["model"] == FIRST
@@ -333,10 +333,10 @@ def test_a_model_that_cannot_answer_is_not_published(home: Path) -> None:
     found["files"]["model.onnx"] = hashlib.sha256(content).hexdigest()
     manifest.write_text(json.dumps(found))
     (home / "serving" / "bundles" / SECOND / "model.onnx").write_bytes(content)
-    live = (home / "serving" / "live.json").read_bytes()
+    live = (home / "serving" / "flight-delay" / "live.json").read_bytes()
     with pytest.raises(BundleError, match="operations are"):
         publish(Settings(home=home), SECOND)
-    assert (home / "serving" / "live.json").read_bytes() == live
+    assert (home / "serving" / "flight-delay" / "live.json").read_bytes() == live
 
 
 def test_whatever_a_new_model_raises_is_counted_and_tried_again(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

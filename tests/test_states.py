@@ -65,22 +65,23 @@ def test_what_is_served_is_a_state_that_any_change_of_it_changes(settings: Setti
         assert states[-1] is not None
         return states[-1] not in states[:-1]
 
-    live, manifest = settings.serving / "live.json", settings.serving / "bundles" / "late@1" / "bundle.json"
+    live, manifest = settings.serving / "late" / "live.json", settings.serving / "bundles" / "late@1" / "bundle.json"
     manifest.parent.mkdir(parents=True)
+    live.parent.mkdir()
     live.write_text('{"bundle": "late@1"}', encoding="utf-8")
     assert changed()
     manifest.write_text("{}", encoding="utf-8")
     assert changed()
     layout = Layout((("flight", "integer"),), ("speed",), ())
     for number_of_write, number in enumerate((1, 1, 2)):
-        _write_file(features_path(settings), "late", layout, {"2013-01": {"7": b"?"}}, f"features@{number}")
+        _write_file(features_path(settings, "late"), "late", layout, {"2013-01": {"7": b"?"}}, f"features@{number}")
         assert changed() is (number_of_write != 1)
-    with_reader = FeatureTable(FileStore(features_path(settings)))
+    with_reader = FeatureTable(FileStore(features_path(settings, "late")))
     assert not changed(), "whoever reads changes nothing"
     with_reader.close()
     live.unlink()
     assert changed()
-    features_path(settings).write_bytes(b"not a database" * 100)
+    features_path(settings, "late").write_bytes(b"not a database" * 100)
     assert serving(settings) is None, "can't be known"
     assert serving(settings.model_copy(update={"features_url": "redis://server"})) is None
 

@@ -20,7 +20,7 @@ import pytest
 import yaml
 from conftest import settings_in
 
-from mlops_course.data import ingest, read_table, table_version
+from mlops_course.data import ingest, newest_reference, read_table, table_version
 from mlops_course.environment import Settings
 from mlops_course.experiments import TrainingConfig, quiet_mlflow, train_run
 from mlops_course.pipelines import read_result
@@ -96,7 +96,8 @@ def finish(process: subprocess.Popen[str], seconds: float = 300) -> Done:
 
 def tables(settings: Settings) -> dict[str, int | None]:
     """Each table with its newest version."""
-    return {path.name: table_version(settings, path.name) for path in settings.data.iterdir()}
+    names = [path.name for path in settings.data.glob("flight-delay/*")]
+    return {name: table_version(settings, f"flight-delay/{name}") for name in names}
 
 
 def leftovers(home: Path) -> list[Path]:
@@ -242,7 +243,7 @@ def enlarge(folder: Path, size: str) -> None:
 def test_a_disk_that_is_full_at_the_first_table(tmp_path: Path) -> None:
     with small_disk(tmp_path / "small", "3M") as disk:
         done = finish(start(disk / "workspace", *TRAINING), 60)
-        assert "WorkspaceError: cannot write the table raw_flights: " in done.error
+        assert "WorkspaceError: cannot write the table flight-delay/raw_flights: " in done.error
         assert "free some space and run again" in done.error
         assert done.status == 1
         assert done.document["status"] == "failed"
@@ -432,7 +433,7 @@ def test_what_the_pipeline_leaves_is_ready_to_serve_and_says_what_the_batch_said
         assert folder is not None and folder.name == "flight-delay@1"
         predictor, table = load_predictor(folder), open_feature_table(settings)
         for month in months:
-            answers = read_table(settings, f"predictions@{table_version(settings, 'predictions')}", [month])
+            answers = read_table(settings, newest_reference(settings, "flight-delay/predictions"), [month])
             keys = [table.key(row) for row in answers[list(flight_delay.key)].to_dict("records")]
             records = table.get(keys, predictor.features)
             assert predictor.scores(predictor.encode(records)).tolist() == answers["score"].tolist()
@@ -479,7 +480,7 @@ def test_a_disk_that_gets_full_while_a_run_is_written_down(
         assert done.status == 1
         assert (tables(settings), leftovers(disk)) == (before, [])
         (disk / "other people's files").unlink()
-        features, rows = (f"{name}@{before[name]}" for name in ("features", "flights"))
+        features, rows = (f"flight-delay/{name}@{before[name]}" for name in ("features", "flights"))
         config = TrainingConfig(iterations=10)
         run_id = train_run(settings, flight_delay, features, rows, JANUARY, JANUARY, config)
         assert quiet_mlflow().get_run(run_id).info.status == "FINISHED", "the store is whole"

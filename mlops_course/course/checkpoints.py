@@ -16,8 +16,8 @@ from ..environment import CourseError, Settings
 
 # %% ../../nbs/internals/01_checkpoints.ipynb #c543238c
 NEEDS = {
-    "tables": "data/flights/_delta_log",
-    "features": "data/features/_delta_log",
+    "tables": "data/flight-delay/flights/_delta_log",
+    "features": "data/flight-delay/features/_delta_log",
     "model": "mlartifacts/*/models",
 }  # what a lesson can need, and what is there in the workspace when it is made
 STAGES = {"tables": "validate", "features": "features", "model": "register"}  # the stage that completes it, in order

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from .deliveries import conform, land, months_about
+from .deliveries import conform, land
 from .features import flight_features
 from .rules import check_months, keep_quarantine, refuse_absent, split_rows
+from .seam import check_delivery, check_months_about, labels, make_features
 from mlops_course.data.tables import (
     DataError,
     months,
@@ -21,19 +22,21 @@ from mlops_course.data.tables import (
     partition_rows,
     read_table,
     replace_months,
+    table_name,
     table_version,
 )
 from .windows import timeline
 from ..environment import Settings
-from ..project import UseCase, load_object
+from ..project import UseCase
 
 # %% auto #0
 __all__ = ['Delivery', 'ingest', 'Validation', 'validate', 'history_months', 'read_history', 'require_history', 'build_features',
-           'labelled_features', 'feature_names', 'DataError', 'parse_month', 'months', 'month_after', 'table_version',
-           'newest_reference', 'split_reference', 'read_table', 'replace_months', 'partition_rows', 'widen_column',
-           'conform', 'check_rows', 'split_rows', 'keep_quarantine', 'flight_features', 'arrival_features',
-           'departure_features', 'overdue_features', 'previous_leg', 'weather_features', 'schedule_features',
-           'Timeline', 'timeline', 'block_minutes', 'EventLog', 'Group', 'group_by', 'pack', 'window_means']
+           'labelled_features', 'feature_names', 'DataError', 'parse_month', 'months', 'month_after', 'table_name',
+           'table_version', 'newest_reference', 'split_reference', 'read_table', 'replace_months', 'partition_rows',
+           'widen_column', 'conform', 'check_rows', 'split_rows', 'keep_quarantine', 'flight_features',
+           'arrival_features', 'departure_features', 'overdue_features', 'previous_leg', 'weather_features',
+           'schedule_features', 'labels', 'make_features', 'Timeline', 'timeline', 'block_minutes', 'EventLog', 'Group',
+           'group_by', 'pack', 'window_means']
 
 # %% ../../nbs/05_data.ipynb #773723f1
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Delivery:
     late: dict[str, int]  # rows among them that belong to an earlier month
     changed: dict[str, bool]  # whether the raw table changed
     periods: list[str]  # months whose rows may differ from before
-    tables: dict[str, str]  # references to the raw tables, such as `raw_flights@3`
+    tables: dict[str, str]  # references to the raw tables, such as `flight-delay/raw_flights@3`
 
 # %% ../../nbs/05_data.ipynb #927fe0cf
 def ingest(
@@ -61,10 +64,10 @@ def ingest(
         SourceError: the delivery cannot be found or read.
     """
     parse_month(month)
-    delivered = use_case.read(month, source)
+    delivered = check_delivery(use_case, use_case.read(month, source), month)
     typed = {table.name: conform(delivered[table.name], table.contract()) for table in use_case.tables}
-    about = {table.name: months_about(table, typed[table.name], month) for table in use_case.tables}
-    landed = [land(settings, table, typed[table.name], about[table.name], month) for table in use_case.tables]
+    about = {table.name: check_months_about(use_case, table, typed[table.name], month) for table in use_case.tables}
+    landed = [land(settings, use_case, table, typed[table.name], about[table.name], month) for table in use_case.tables]
     return Delivery(
         month=month,
         rows={name: len(frame) for name, frame in typed.items()},
@@ -79,7 +82,7 @@ def ingest(
 class Validation:
     "What validation let through and what it put aside."
 
-    tables: dict[str, str]  # references to the clean tables, such as `flights@3`
+    tables: dict[str, str]  # references to the clean tables, such as `flight-delay/flights@3`
     rows: dict[str, int]  # rows that were let through, by table
     duplicates: dict[str, int]  # rows that a newer delivery of the same row replaced
     report: pd.DataFrame  # one line for each bad value: table, period, column, check, value, row
@@ -102,8 +105,11 @@ def validate(
     parts = {table.name: check_months(settings, table, raw[table.name], periods) for table in use_case.tables}
     refuse_absent(settings, raw, parts)
     report = pd.concat([part.report for part in parts.values()], ignore_index=True).astype("str")
-    written = {name: replace_months(settings, name, part.good, gone=part.absent) for name, part in parts.items()}
-    keep_quarantine(settings, report, periods)
+    written = {
+        name: replace_months(settings, table_name(use_case, name), part.good, gone=part.absent)
+        for name, part in parts.items()
+    }
+    keep_quarantine(settings, use_case, report, periods)
     return Validation(
         tables={name: reference for name, (reference, _) in written.items()},
         rows={name: len(part.good) for name, part in parts.items()},
@@ -162,19 +168,18 @@ def build_features(
     first: str,  # first month, such as `2013-01`
     last: str,  # last month, included
     at_once: int = 12,  # months that are in memory together; the features don't depend on it
-) -> str:  # reference to the feature table, such as `features@4`
+) -> str:  # reference to the feature table, such as `flight-delay/features@4`
     """Compute the features of some months, some at a time, and put them into the feature table.
 
     Raises:
-        DataError: a month has no rows.
+        DataError: a month has no rows, or the features are not what they must be.
     """
     wanted, reference = months(first, last), ""
     require_history(use_case, partition_rows(settings, tables[use_case.tables[0].name]), wanted)
     for start in range(0, len(wanted), at_once):
         some = wanted[start : start + at_once]
-        features = load_object(use_case.features)(read_history(settings, use_case, tables, some))
-        features = features[features["period"].isin(some)]
-        reference = replace_months(settings, "features", features, derived=True)[0]
+        features = make_features(use_case, read_history(settings, use_case, tables, some), some)
+        reference = replace_months(settings, table_name(use_case, "features"), features, derived=True)[0]
     return reference
 
 # %% ../../nbs/05_data.ipynb #8676e329
@@ -191,7 +196,7 @@ def labelled_features(
     "Bring features and labels together, for training and for testing."
     wanted, key = months(first, last), list(use_case.key)
     outcomes = read_table(settings, rows, wanted)
-    outcomes = outcomes[key].assign(label=use_case.label(outcomes))
+    outcomes = outcomes[key].assign(label=labels(use_case, outcomes))
     frame = read_table(settings, features, wanted).merge(outcomes, on=key, how="left", validate="one_to_one")
     if absent := sorted(set(wanted) - set(frame["period"])):
         raise DataError(f"{features} has no rows of {', '.join(absent)}", "Build the features of those months first")
@@ -202,7 +207,15 @@ def feature_names(
     frame: pd.DataFrame,  # a feature table
     use_case: UseCase,  # which columns hold text
 ) -> list[str]:  # columns that a model may use: categories, then float32 columns
-    "List the columns that are features; keys, times and labels are not."
+    """List the columns that are features; keys, times and labels are not.
+
+    Raises:
+        DataError: a number is no float32, and would be left out without a word.
+    """
+    own = {*use_case.key, use_case.time, *use_case.categorical, "period", "predicted_at", "label"}
+    others = frame.select_dtypes(["number", "bool"], exclude="float32").columns.difference(list(own), sort=False)
+    if lost := [f"{name} ({frame[name].dtype})" for name in others]:
+        raise DataError(f"not all numbers are float32: {', '.join(lost[:5])}", "Convert them, as `build_features` does")
     return [*use_case.categorical, *frame.columns[frame.dtypes == "float32"]]
 
 # %% ../../nbs/05_data.ipynb #613ee02b
@@ -219,9 +232,9 @@ from .tables import month_after, newest_reference, split_reference, widen_column
 from .windows import EventLog, Group, Timeline, block_minutes, group_by, pack, window_means
 
 _all_ = (
-    DataError, parse_month, months, month_after, table_version, newest_reference, split_reference, read_table,
-    replace_months, partition_rows, widen_column, conform,
-    check_rows, split_rows, keep_quarantine, flight_features, arrival_features,
-    departure_features, overdue_features, previous_leg, weather_features, schedule_features, Timeline, timeline,
-    block_minutes, EventLog, Group, group_by, pack, window_means,
+    DataError, parse_month, months, month_after, table_name, table_version, newest_reference, split_reference,
+    read_table, replace_months, partition_rows, widen_column, conform, check_rows, split_rows, keep_quarantine,
+    flight_features, arrival_features, departure_features, overdue_features, previous_leg, weather_features,
+    schedule_features, labels, make_features, Timeline, timeline, block_minutes, EventLog, Group, group_by, pack,
+    window_means,
 )

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from .tables import DataError, read_table, replace_months, table_version
+from .tables import DataError, read_table, replace_months, table_name, table_version
 from ..environment import Settings
-from ..project import Table
+from ..project import Table, UseCase
 
 if TYPE_CHECKING:
     import pandera.pandas as pandera
@@ -94,13 +94,14 @@ def months_about(
 # %% ../../nbs/internals/05_deliveries.ipynb #61502638
 def land(
     settings: Settings,  # where the workspace is
-    table: Table,  # which table
+    use_case: UseCase,  # whose table
+    table: Table,  # which one
     frame: pd.DataFrame,  # its rows, in the contract's types
     about: pd.Series,  # the month that each row is about
     month: str,  # the delivery
 ) -> tuple[str, bool, set[str]]:  # reference, whether the table changed, months whose rows it holds or held
     """Put one table of a delivery into the raw table."""
-    name = f"raw_{table.name}"
+    name = table_name(use_case, f"raw_{table.name}")
     periods, version = set(about), table_version(settings, name)
     if version is not None and table.period is not None:
         periods |= set(read_table(settings, f"{name}@{version}", [month], ["period"], by="delivery")["period"])

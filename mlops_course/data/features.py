@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from datetime import timedelta
 
 import numpy as np
 import pandas as pd
@@ -13,7 +14,6 @@ import pandas as pd
 from .tables import DataError
 from mlops_course.data.windows import (
     DAY,
-    HORIZON,
     HOUR,
     EventLog,
     Group,
@@ -27,7 +27,7 @@ from mlops_course.data.windows import (
     to_rows,
     window_means,
 )
-from ..project import LATE_AFTER, NEW_YORK
+from ..project import LATE_AFTER, NEW_YORK, flight_delay
 
 # %% auto #0
 __all__ = ['BOTH', 'ARRIVALS', 'LEFT', 'DEPARTURES', 'OVERDUE', 'PATIENCE', 'NONE', 'NOT_DUE', 'WAITING', 'FLYING', 'LANDED',
@@ -267,13 +267,14 @@ IDENTITY = ["time_hour", "minute", "carrier", "flight", "origin", "dest"]
 def flight_features(
     tables: Mapping[str, pd.DataFrame],  # clean `flights`, `weather`, `planes`, `airports`
     threads: int | None = None,  # how many threads work; None: one a core
+    horizon: timedelta = flight_delay.horizon,  # how long before scheduled departure
 ) -> (
     pd.DataFrame
 ):  # a row a flight by time: key, carrier, origin, dest, scheduled_departure, predicted_at, float32 features
-    """Compute every feature of every flight, as known two hours before its scheduled departure.
+    """Compute every feature of every flight, as known a while before its scheduled departure.
 
     Raises:
-        DataError: there is no flight.
+        DataError: there is no flight, or the horizon is not 0 to 3 days.
     """
     from joblib import Parallel, delayed
 
@@ -281,20 +282,29 @@ def flight_features(
         raise DataError("there is no flight to compute features for", "Ingest and validate a month first")
     flights = tables["flights"].sort_values(["time_hour", "minute", "carrier", "flight", "origin"], kind="stable")
     zero = int(minutes_of(flights["time_hour"].iloc[:1])[0]) - 40 * DAY  # all windows begin after the clock does
-    time = timeline(flights, tables["airports"], zero)
+    time = timeline(flights, tables["airports"], zero, _minutes_ahead(horizon))
     groups, crowds, origins = _groups(flights)
     work = [delayed(_group_features)(group, time) for group in groups.values()]
     work.append(delayed(weather_features)(tables["weather"], origins, groups["origin"].codes, time.asked, zero))
     work.append(delayed(schedule_features)(flights, tables["planes"], time, crowds))
     parts = Parallel(n_jobs=threads or -1, prefer="threads")(work)
-    return _frame(flights, {name: values for part in reversed(parts) for name, values in part.items()})
+    return _frame(flights, horizon, {name: values for part in reversed(parts) for name, values in part.items()})
 
 # %% ../../nbs/internals/05_features.ipynb #054bc501
-def _frame(flights: pd.DataFrame, features: Mapping[str, np.ndarray]) -> pd.DataFrame:
+def _frame(flights: pd.DataFrame, horizon: timedelta, features: Mapping[str, np.ndarray]) -> pd.DataFrame:
     """One frame: who the row is, when it was asked about, and a block of float32 features."""
     block = np.stack(list(features.values()))  # one row a feature: each column of the frame is contiguous
     frame = pd.DataFrame(block.T, columns=list(features), copy=False)
     who = flights[[*IDENTITY, *(name for name in ("period",) if name in flights)]].reset_index(drop=True)
     scheduled = who["time_hour"] + pd.to_timedelta(who["minute"], unit="m").astype("timedelta64[us]")
-    who = who.assign(scheduled_departure=scheduled, predicted_at=scheduled - pd.Timedelta(minutes=HORIZON))
+    who = who.assign(scheduled_departure=scheduled, predicted_at=scheduled - pd.Timedelta(horizon))
     return pd.concat([who, frame], axis=1)
+
+
+def _minutes_ahead(horizon: timedelta) -> int:
+    """A horizon in minutes. Raises: DataError when there is not enough history for it."""
+    minutes = int(horizon.total_seconds()) // 60
+    if not 0 <= minutes <= 3 * DAY:
+        problem = f"the horizon of the flights is {horizon}, but 28 days of history are counted back from there"
+        raise DataError(problem, "Take 0 to 3 days")
+    return minutes

@@ -18,10 +18,11 @@ from mlops_course.data.tables import (
     read_table,
     replace_months,
     split_reference,
+    table_name,
     table_version,
 )
 from ..environment import Settings
-from ..project import ENOUGH, Table, is_placeholder
+from ..project import ENOUGH, Table, UseCase, is_placeholder
 
 if TYPE_CHECKING:
     import pandera.pandas as pandera
@@ -275,7 +276,8 @@ def _was_there(settings: Settings, raw: Mapping[str, str], period: str) -> bool:
     return False
 
 # %% ../../nbs/internals/05_rules.ipynb #f9ead423
-def keep_quarantine(settings: Settings, report: pd.DataFrame, periods: Iterable[str]) -> None:
-    "Make the table `quarantine` hold the bad rows of these months, and no older ones of them."
-    if len(report) or table_version(settings, "quarantine") is not None:
-        replace_months(settings, "quarantine", report, gone={*periods, "all"} - set(report["period"]))
+def keep_quarantine(settings: Settings, use_case: UseCase, report: pd.DataFrame, periods: Iterable[str]) -> None:
+    "Make the use case's table `quarantine` hold the bad rows of these months, and no older ones of them."
+    name = table_name(use_case, "quarantine")
+    if len(report) or table_version(settings, name) is not None:
+        replace_months(settings, name, report, gone={*periods, "all"} - set(report["period"]))

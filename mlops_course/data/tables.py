@@ -17,10 +17,12 @@ from ..environment import CourseError, Settings, WorkspaceError
 if TYPE_CHECKING:
     import pyarrow
 
+    from mlops_course.project import UseCase
+
 # %% auto #0
-__all__ = ['WIDER', 'ATTEMPTS', 'DataError', 'parse_month', 'months', 'month_after', 'one_line', 'table_version',
-           'newest_reference', 'split_reference', 'read_table', 'partition_rows', 'as_rows', 'fit_rows',
-           'replace_months', 'widen_column']
+__all__ = ['NAME', 'WIDER', 'ATTEMPTS', 'DataError', 'parse_month', 'months', 'month_after', 'table_name', 'one_line',
+           'table_version', 'newest_reference', 'split_reference', 'read_table', 'partition_rows', 'as_rows',
+           'fit_rows', 'replace_months', 'widen_column']
 
 # %% ../../nbs/internals/05_tables.ipynb #82433cf7
 class DataError(CourseError):
@@ -65,6 +67,14 @@ def month_after(
     "Name the month that lies some steps after another."
     return str(parse_month(month) + steps)
 
+# %% ../../nbs/internals/05_tables.ipynb #4c723167
+def table_name(
+    use_case: UseCase,  # whose table
+    table: str,  # such as `features`
+) -> str:  # such as `flight-delay/features`
+    "Name a table of a use case: no other use case has one of that name."
+    return f"{use_case.name}/{table}"
+
 # %% ../../nbs/internals/05_tables.ipynb #112767c9
 def one_line(
     error: Exception,  # of Delta Lake, which writes the causes as a coloured tree
@@ -96,7 +106,7 @@ def table_version(
 def newest_reference(
     settings: Settings,  # where the workspace is
     name: str,  # name of the table
-) -> str:  # such as `flights@3`
+) -> str:  # such as `flight-delay/flights@3`
     """A reference to a table as it is now, for whoever has none from an earlier stage.
 
     Raises:
@@ -108,23 +118,27 @@ def newest_reference(
     return f"{name}@{version}"
 
 # %% ../../nbs/internals/05_tables.ipynb #c488a09e
+NAME = re.compile(r"[\w-]+(/[\w-]+)*", re.ASCII)
+
+
 def split_reference(
-    reference: str,  # such as `flights@3`
+    reference: str,  # such as `flight-delay/flights@3`
 ) -> tuple[str, int]:  # name and version
     """Take a reference to a table apart.
 
     Raises:
         DataError: it does not have the form `name@version`.
     """
-    name, separator, version = reference.partition("@")
-    if not (re.fullmatch(r"[a-z0-9_]+", name) and separator and version.isdigit()):
-        raise DataError(f"{reference!r} does not name a version of a table", "Write name@version, such as flights@3")
+    name, _, version = reference.partition("@")
+    if not (NAME.fullmatch(name) and re.fullmatch("[0-9]+", version)):
+        problem = f"{reference!r} does not name a version of a table"
+        raise DataError(problem, "Write name@version, such as my-case/rows@3")
     return name, int(version)
 
 # %% ../../nbs/internals/05_tables.ipynb #d7ade16d
 def read_table(
     settings: Settings,  # where the workspace is
-    reference: str,  # such as `flights@3`
+    reference: str,  # such as `flight-delay/flights@3`
     periods: Iterable[str] | None = None,  # months to read; None: all
     columns: list[str] | None = None,  # columns to read; None: all
     by: str = "period",  # column that holds the month

@@ -75,6 +75,7 @@ def timeline(
     flights: pd.DataFrame,  # one row a flight
     airports: pd.DataFrame,  # with `faa` and `tzone`
     zero: int,  # minutes since 1970 at which the clock starts; must lie before all windows
+    horizon: int = HORIZON,  # minutes from T to scheduled departure
 ) -> Timeline:  # the same flights, as arrays
     "Put the flights on one clock."
     scheduled = minutes_of(flights["time_hour"]) + flights["minute"].to_numpy()
@@ -84,7 +85,7 @@ def timeline(
     departed, landed = ~np.isnan(left), ~np.isnan(delay)
     left, delay = (np.nan_to_num(values).astype(np.int64) for values in (left, delay))
     return Timeline(
-        scheduled=scheduled, asked=scheduled - HORIZON, block=block,
+        scheduled=scheduled, asked=scheduled - horizon, block=block,
         departed=departed, departure=scheduled + left, departure_delay=left,
         landed=landed, arrival=scheduled + block + delay, arrival_delay=delay,
     )

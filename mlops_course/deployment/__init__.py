@@ -29,7 +29,7 @@ from mlops_course.deployment.releases import (
 from .routing import candidate_answers, place_of
 from .workers import ReleaseModels, can_replace
 from ..serving import load_predictor
-from ..serving.bundle import bundles_folder
+from ..serving.bundle import bundles_folder, for_case
 
 _all_ = ["read_counts", "Decision", "decide", "judge", "judge_recent", "InboxError", "Scored", "watch"]
 _all_ += ["STEPS", "Limits", "Release", "ReleaseError", "begin", "change", "read_history", "read_release"]
@@ -65,9 +65,10 @@ def start_release(
     """Put a candidate beside the live model. Raises: ReleaseError, BundleError."""
     if strategy not in STEPS:
         raise ReleaseError(f"there is no strategy {strategy!r}", f"Take {', '.join(STEPS)}")
+    settings = for_case(settings, candidate)
     stable = live_reference(settings)
     if stable is None:
-        raise ReleaseError(f"no model is live in {settings.home}", "Publish a bundle first")
+        raise ReleaseError(f"no model of {settings.use_case} is live in {settings.home}", "Publish a bundle first")
     if stable == candidate:
         raise ReleaseError(f"{candidate} is the live model already", "Name another bundle")
     folder = bundles_folder(settings)

@@ -18,11 +18,12 @@ from msgspec import Meta, Struct
 
 from ..environment import CourseError, Settings, workspace_error, write_atomic
 from ..serving import live_bundle, publish
+from ..serving.bundle import case_folder, case_of, for_case, served_case
 
 # %% auto #0
-__all__ = ['Share', 'Count', 'Reference', 'STEPS', 'Strategy', 'Status', 'SLICES', 'ReleaseError', 'Limits', 'Release',
-           'window_of', 'release_file', 'read_release', 'changing', 'read_history', 'live_reference',
-           'refuse_during_release', 'begin', 'change']
+__all__ = ['Share', 'Count', 'Reference', 'STEPS', 'Strategy', 'Status', 'SLICES', 'RELEASE', 'HISTORY', 'ReleaseError', 'Limits',
+           'Release', 'window_of', 'release_folder', 'release_file', 'read_release', 'changing', 'read_history',
+           'live_reference', 'refuse_during_release', 'begin', 'change']
 
 # %% ../../nbs/internals/11_releases.ipynb #4075a73f
 class ReleaseError(CourseError):
@@ -63,7 +64,7 @@ SLICES = 64  # so many slices are judged at the most
 
 # %% ../../nbs/internals/11_releases.ipynb #b6cb8b67
 class _Written(Struct, frozen=True, forbid_unknown_fields=True):
-    """What stands in `serving/release.json`."""
+    """What stands in `release.json`."""
 
     strategy: Strategy
     status: Status
@@ -90,6 +91,8 @@ class Release(_Written, frozen=True, forbid_unknown_fields=True):
             raise ValueError(f"step {self.step} of {len(self.steps)}")
         if self.stable == self.candidate:
             raise ValueError(f"{self.candidate} is both candidate and stable")
+        if case_of(self.stable) != case_of(self.candidate):
+            raise ValueError(f"{self.stable} and {self.candidate} are of two use cases")
 
     @property
     def share(self) -> float:  # of the requests that the candidate answers
@@ -116,11 +119,23 @@ def window_of(
     return int(max(_seconds_since(release.started, now), 0.0) / release.limits.window_seconds)
 
 # %% ../../nbs/internals/11_releases.ipynb #62198471
+RELEASE = "release.json"
+
+
+def release_folder(
+    settings: Settings,  # whose workspace; they may name a use case
+) -> Path | None:  # None: nothing is served, and nothing was ever released
+    """Where the state of a use case's releases lies. Raises: BundleError when several use cases are meant."""
+    name = served_case(settings) or served_case(settings, RELEASE)
+    return case_folder(settings, name) if name else None
+
+
 def release_file(
     settings: Settings,  # whose workspace
-) -> Path:
+) -> Path | None:  # None: there was no release
     """The file that says which release is under way."""
-    return settings.serving / "release.json"
+    folder = release_folder(settings)
+    return folder / RELEASE if folder else None
 
 # %% ../../nbs/internals/11_releases.ipynb #bf0d3319
 def read_release(
@@ -128,6 +143,8 @@ def read_release(
 ) -> Release | None:  # None: there never was one
     """The release that is under way, or the last one. Raises: ReleaseError when the file is damaged."""
     path = release_file(settings)
+    if path is None:
+        return None
     try:
         return msgspec.json.decode(path.read_bytes(), type=Release)
     except FileNotFoundError:
@@ -144,7 +161,7 @@ def changing(
     """Wait until nobody else changes the release; the lock of a killed process is free. Raises: ReleaseError."""
     from filelock import FileLock, Timeout
 
-    path = settings.serving / "release.lock"
+    path = _folder(settings) / "release.lock"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path, timeout=20):
@@ -152,12 +169,20 @@ def changing(
     except Timeout as error:
         raise ReleaseError(f"{path} is held by another process for 20 s", "See what it does, then try again") from error
 
+
+def _folder(settings: Settings) -> Path:
+    """Where releases are written down. Raises: ReleaseError when nothing is served."""
+    folder = release_folder(settings)
+    if folder is None:
+        raise ReleaseError(f"nothing is served from {settings.home}", "Publish a bundle first")
+    return folder
+
 # %% ../../nbs/internals/11_releases.ipynb #1ac5dabc
 def _write(settings: Settings, release: Release) -> Release:
     """Put a state into its file, and a line into the history. Only inside `changing`."""
     _note(settings, read_release(settings))
     text = msgspec.json.format(msgspec.json.encode(release), indent=1)
-    write_atomic(release_file(settings), text + b"\n")
+    write_atomic(_folder(settings) / RELEASE, text + b"\n")
     _note(settings, release)
     return release
 
@@ -169,7 +194,7 @@ def _note(settings: Settings, release: Release | None) -> None:
         return
     names = ("revision", "strategy", "status", "stable", "candidate", "share", "reason", "by")
     line = {"time": _now(), "release": release.id, **{name: getattr(release, name) for name in names}}
-    path = settings.serving / "release-history.jsonl"
+    path = _folder(settings) / HISTORY
     try:
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
@@ -179,12 +204,16 @@ def _note(settings: Settings, release: Release | None) -> None:
         raise workspace_error(error, path) from error
 
 # %% ../../nbs/internals/11_releases.ipynb #c126827d
+HISTORY = "release-history.jsonl"
+
+
 def read_history(
     settings: Settings,  # whose workspace
 ) -> list[dict[str, Any]]:  # oldest first; a line that was cut off by a full disk is left out
     """Every step of every release, with its reason."""
-    path, found = settings.serving / "release-history.jsonl", []
-    if not path.is_file():
+    folder, found = release_folder(settings), []
+    path = folder / HISTORY if folder else None
+    if path is None or not path.is_file():
         return []
     for line in path.read_text(encoding="utf-8").splitlines():
         with contextlib.suppress(ValueError):
@@ -229,15 +258,16 @@ def begin(
     by: str = "person",  # who
 ) -> Release:
     """Start a release. Raises: ReleaseError when one is under way, or something isn't as it must be."""
+    now, number = _now(), datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f")
+    release = _checked({
+        "strategy": strategy, "status": "running", "stable": stable, "candidate": candidate,
+        "id": f"{number}-{candidate}", "steps": steps or STEPS.get(strategy, (0.0,)), "step": 0, "started": now,
+        "changed": now, "reason": reason, "by": by, "limits": msgspec.to_builtins(limits or Limits()),
+    })  # fmt: skip
+    settings = for_case(settings, candidate)
     with changing(settings):
         refuse_during_release(settings)
-        now = _now()
-        number = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f")
-        return _write(settings, _checked({
-            "strategy": strategy, "status": "running", "stable": stable, "candidate": candidate,
-            "id": f"{number}-{candidate}", "steps": steps or STEPS.get(strategy, (0.0,)), "step": 0, "started": now,
-            "changed": now, "reason": reason, "by": by, "limits": msgspec.to_builtins(limits or Limits()),
-        }))  # fmt: skip
+        return _write(settings, release)
 
 # %% ../../nbs/internals/11_releases.ipynb #5658a7be
 def _checked(values: dict[str, Any]) -> Release:
@@ -264,6 +294,7 @@ def change(
     **values: Any,  # what becomes different: status, or step and before
 ) -> Release | None:  # None: somebody else has changed it meanwhile, and nothing was done
     """Take a release one step further; what is live changes under the same lock. Raises: ReleaseError, BundleError."""
+    settings = for_case(settings, seen.candidate)
     with changing(settings):
         now = read_release(settings)
         if now is None or (now.id, now.revision) != (seen.id, seen.revision):

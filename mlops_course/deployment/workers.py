@@ -13,7 +13,6 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 # %% auto #0
@@ -26,7 +25,7 @@ from .counting import Counts, read_counts, since, write_counts
 from .judging import Decision, decide
 from .pairing import Sample, compare_sample, tally
 from mlops_course.deployment.releases import (
-    Release, ReleaseError, change, live_reference, read_release, release_file, window_of,
+    Release, ReleaseError, change, live_reference, read_release, release_file, release_folder, window_of,
 )
 from .routing import candidate_answers, place_of
 from ..environment import CourseError, Settings
@@ -112,14 +111,14 @@ class _Routing(_Loading):
 
     def look(self) -> None:
         """Read which release is under way, if the file or the live model has changed."""
-        mark = (change_mark(release_file(self.settings)), self.choice)
-        if mark == self._looked:
-            return
-        self._looked = mark
         try:
-            release = read_release(self.settings)
-            self.take(release if release and release.status == "running" else None)
-        except ReleaseError as error:
+            path = release_file(self.settings)
+            mark = (path and change_mark(path), self.choice)
+            if mark != self._looked:
+                self._looked = mark
+                release = read_release(self.settings)
+                self.take(release if release and release.status == "running" else None)
+        except CourseError as error:
             log.error("%s", error)
 
     def take(self, release: Release | None) -> None:
@@ -164,20 +163,20 @@ class _Counting(_Routing):
 class _OnGuard(_Counting):
     """May be the guard."""
 
-    @cached_property
-    def lock(self) -> FileLock:
-        """Who holds it is the guard."""
-        from filelock import FileLock
-
-        return FileLock(self.settings.serving / "release-guard.lock", thread_local=False)
+    lock: FileLock | None = None  # who holds it is the guard
 
     def on_guard(self) -> bool:
         """Whether this worker is the guard, or has just become it."""
-        from filelock import Timeout
+        from filelock import FileLock, Timeout
 
         try:
+            if self.lock is None:
+                folder = release_folder(self.settings)
+                if folder is None or not folder.is_dir():
+                    return False
+                self.lock = FileLock(folder / "release-guard.lock", thread_local=False)
             return self.lock.is_locked or bool(self.lock.acquire(timeout=0))
-        except (Timeout, OSError):
+        except (Timeout, OSError, CourseError):
             return False
 
 # %% ../../nbs/internals/11_workers.ipynb #02a5dc5d
@@ -207,7 +206,7 @@ def guard(
     """Look at the counts of all workers, and do what must be done."""
     try:
         release = read_release(settings)
-    except ReleaseError:
+    except CourseError:
         return None
     if release is None or release.status != "running":
         return None

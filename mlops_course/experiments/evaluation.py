@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from .model import ExperimentError, scores
+from .model import ExperimentError, known_labels, scores
 from ..framing import Costs, constant_scores, cost_per_row, rate_scores
 from ..project import UseCase, local_day
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from sklearn.pipeline import Pipeline
 
 # %% auto #0
-__all__ = ['METRICS', 'calibration_table', 'measure', 'bootstrap', 'compare', 'slices', 'plot_calibration', 'calibrate',
+__all__ = ['METRICS', 'SLICE', 'calibration_table', 'measure', 'bootstrap', 'compare', 'slices', 'plot_calibration', 'calibrate',
            'Evaluation', 'evaluate', 'score_counts']
 
 # %% ../../nbs/internals/06_evaluation.ipynb #1a0e758e
@@ -48,10 +48,11 @@ def measure(
     """Measure how good scores are.
 
     Raises:
-        ExperimentError: the labels are all the same.
+        ExperimentError: the labels are all the same, or one is neither 0 nor 1.
     """
     from sklearn.metrics import average_precision_score, brier_score_loss, log_loss, roc_auc_score
 
+    known_labels(pd.DataFrame({"label": label}))
     if len(np.unique(label)) < 2:
         raise ExperimentError(f"cannot measure on {len(label)} rows of one class", "Test on more days")
     calibration = calibration_table(label, score)
@@ -137,6 +138,9 @@ def compare(
     return pd.DataFrame(rows).T
 
 # %% ../../nbs/internals/06_evaluation.ipynb #90d90f33
+SLICE = ["column", "value", "rows", "base_rate", "mean_score", "pr_auc", "roc_auc", "log_loss"]
+
+
 def slices(
     frame: pd.DataFrame,  # rows with `label` and the columns to break down by
     score: np.ndarray,  # (n,) probabilities
@@ -149,7 +153,7 @@ def slices(
         for value, part in frame.assign(score=score).groupby(column, observed=True):
             if len(part) >= least and part["label"].nunique() == 2:
                 rows.append({"column": column, "value": str(value)} | _slice(part["label"], part["score"]))
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=SLICE)
 
 # %% ../../nbs/internals/06_evaluation.ipynb #017e6f1c
 def _slice(label: pd.Series, score: pd.Series) -> dict[str, float]:
@@ -199,7 +203,7 @@ def calibrate(
     if method not in ("sigmoid", "isotonic"):
         raise ExperimentError(f"there is no calibration {method!r}", "Use 'sigmoid' or 'isotonic'")
     names = list(model.feature_names_in_)
-    return CalibratedClassifierCV(FrozenEstimator(model), method=method).fit(frame[names], frame["label"].astype(int))
+    return CalibratedClassifierCV(FrozenEstimator(model), method=method).fit(frame[names], known_labels(frame))
 
 # %% ../../nbs/internals/06_evaluation.ipynb #a1c413f4
 @dataclass(frozen=True)
@@ -224,8 +228,9 @@ def evaluate(
 ) -> Evaluation:  # all that is known about it
     "Test a model on later months, beside the constant baseline and its rivals."
     label = future["label"].to_numpy()
-    rates = rate_scores(past, future, use_case.slices)
-    candidates = {"model": scores(model, future), "constant": constant_scores(past, len(future)), "rates": rates}
+    candidates = {"model": scores(model, future), "constant": constant_scores(past, len(future))}
+    if use_case.slices:
+        candidates["rates"] = rate_scores(past, future, use_case.slices)
     usable = {name: rival for name, rival in (rivals or {}).items() if set(rival.feature_names_in_) <= set(future)}
     candidates |= {name: scores(rival, future) for name, rival in usable.items()}
     draws = bootstrap(label, candidates, local_day(use_case, future).to_numpy())

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from sklearn.pipeline import Pipeline
 
 # %% auto #0
-__all__ = ['LIMITS', 'DEFAULTS', 'ExperimentError', 'TrainingConfig', 'rank_categories', 'build_model', 'train', 'scores']
+__all__ = ['LIMITS', 'DEFAULTS', 'ExperimentError', 'TrainingConfig', 'rank_categories', 'build_model', 'known_labels', 'train',
+           'scores']
 
 # %% ../../nbs/internals/06_model.ipynb #e0baceb7
 class ExperimentError(CourseError):
@@ -93,6 +94,24 @@ def build_model(
     )
     return Pipeline([("columns", columns), ("classifier", classifier)])
 
+# %% ../../nbs/internals/06_model.ipynb #4da78e25
+def known_labels(
+    frame: pd.DataFrame,  # with the column `label`
+) -> np.ndarray:  # (n,) int64: 0 or 1
+    """Take the labels of rows that shall be learnt from.
+
+    Raises:
+        ExperimentError: a label is missing, or neither 0 nor 1: it would be a third class.
+    """
+    label = frame["label"]
+    if unknown := int(label.isna().sum()):
+        problem = f"{unknown} of {len(frame)} rows have no label"
+        raise ExperimentError(problem, 'Leave them out: frame[frame["label"].notna()]')
+    if wrong := sorted(set(label.unique()) - {0, 1}, key=str):
+        problem = f"a label must be 0 or 1, but there are {', '.join(map(str, wrong[:3]))}"
+        raise ExperimentError(problem, "Correct the use case's function `label`")
+    return label.to_numpy().astype(np.int64)
+
 # %% ../../nbs/internals/06_model.ipynb #1ab03215
 def train(
     frame: pd.DataFrame,  # features with the column `label`, from `labelled_features`
@@ -102,8 +121,9 @@ def train(
     """Train a model on labelled features.
 
     Raises:
-        ExperimentError: there are no rows, or only one class of them.
+        ExperimentError: there are no rows, or only one class of them, or a label is neither 0 nor 1.
     """
+    label = known_labels(frame)
     if frame["label"].nunique() < 2:
         labels = frame["label"].unique().tolist()
         problem = f"training needs rows of both classes, but {len(frame)} rows hold the labels {labels}"
@@ -112,7 +132,7 @@ def train(
     names = feature_names(frame, use_case)
     numbers = [name for name in names if name not in use_case.categorical]
     categories = {name: rank_categories(frame[name], frame["label"]) for name in use_case.categorical}
-    return build_model(config, categories, numbers).fit(frame[names], frame["label"].to_numpy().astype(np.int64))
+    return build_model(config, categories, numbers).fit(frame[names], label)
 
 # %% ../../nbs/internals/06_model.ipynb #d9566b6f
 def scores(

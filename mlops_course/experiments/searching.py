@@ -117,7 +117,7 @@ def search(
     splits: list[tuple[list[str], list[str]]],  # from `time_splits`
     jobs: int = -1,  # processes; -1: one a core
     settings: Settings | None = None,  # where to write the tries down; None: nowhere
-    data: Mapping[str, str] | None = None,  # references to the data, such as {"features": "features@4"}
+    data: Mapping[str, str] | None = None,  # references to the data, such as {"features": "flight-delay/features@4"}
 ) -> pd.DataFrame:  # a row a setting, best mean log loss first: settings, mean of each metric; run, if written down
     """Try settings on splits by time, in parallel.
 

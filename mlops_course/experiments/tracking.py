@@ -158,7 +158,7 @@ def tracked_run(
     settings: Settings,  # where the store is
     use_case: UseCase,  # which experiment
     name: str,  # what people see in the list of runs
-    data: Mapping[str, str],  # references to the data, such as {"features": "features@4"}
+    data: Mapping[str, str],  # references to the data, such as {"features": "flight-delay/features@4"}
 ) -> Iterator[Run]:  # the run; it is marked as failed when the block raises
     "Open a run that knows its data, code, environment and machine."
     mlflow = quiet_mlflow()

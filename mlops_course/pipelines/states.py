@@ -68,12 +68,11 @@ def serving(
     """A short hash of what is live: the bundle and the months of online features."""
     if settings.features_url:
         return None
-    live, features = settings.serving / "live.json", settings.serving / "features.db"
     try:
-        named = live.read_text(encoding="utf-8") if live.is_file() else ""
+        named = [path.read_text(encoding="utf-8") for path in sorted(settings.serving.glob("*/live.json"))]
         manifests = sorted((settings.serving / "bundles").glob("*/bundle.json"))
         content = [named, [[path.parent.name, digest(path.read_text(encoding="utf-8"))] for path in manifests]]
-        if features.is_file():
+        for features in sorted(settings.serving.glob("*/features.db")):
             with closing(sqlite3.connect(f"{features.as_uri()}?mode=ro", uri=True, timeout=5)) as database:
                 content.append([list(row) for row in database.execute("SELECT * FROM months ORDER BY 1, 2")])
     except (OSError, ValueError, sqlite3.Error):

@@ -28,9 +28,10 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['FORMAT', 'MANIFEST', 'MODEL', 'CARD', 'INPUT', 'OUTPUT', 'OPSETS', 'UNTESTED', 'CARD_TEXT', 'TOLERANCE', 'LIMITS',
-           'REMEDY', 'REFERENCE', 'BundleError', 'Feature', 'Manifest', 'Origin', 'convert', 'describe_features',
-           'model_card', 'bundles_folder', 'write_bundle', 'group_features', 'prove_equal', 'read_bundle',
-           'open_bundle', 'publish', 'live_file', 'live_bundle']
+           'REMEDY', 'REFERENCE', 'LIVE', 'BundleError', 'Feature', 'Manifest', 'Origin', 'convert',
+           'describe_features', 'model_card', 'bundles_folder', 'write_bundle', 'group_features', 'prove_equal',
+           'read_bundle', 'open_bundle', 'case_of', 'case_folder', 'find_bundle', 'served_case', 'publish', 'live_file',
+           'for_case', 'pinned', 'live_bundle']
 
 # %% ../../nbs/internals/07_bundle.ipynb #52f7bd54
 class BundleError(CourseError):
@@ -62,11 +63,14 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     horizon_minutes: float  # how long before the event the prediction is made
     key: tuple[str, ...]  # columns that name a row
     time: str  # column with the time of the event
-    data: dict[str, str]  # references to the tables of the training, such as {"features": "features@4"}
+    data: dict[str, str]  # references to the tables of the training, such as {"features": "flight-delay/features@4"}
     run_id: str  # the MLflow run that trained it
     first: str  # first month of the training
     last: str  # last month of the training
     fingerprint: dict[str, Any]  # code, packages and machine
+    title: str = ""  # of a page that shows it
+    noun: str = "row"  # what one row is, in words
+    row_title: str = ""  # how to show a key; empty: all its parts
     files: dict[str, str] = {}  # SHA-256 of every other file
 
 # %% ../../nbs/internals/07_bundle.ipynb #be4f7a8f
@@ -117,7 +121,7 @@ def describe_features(
     (_, encoder, texts), (_, _, numbers) = model.named_steps["columns"].transformers_[:2]
     found = [
         Feature(name, "category", _mode(rows[name]), tuple(map(str, known)), groups.get(name, ""))
-        for name, known in zip(texts, encoder.categories_, strict=True)
+        for name, known in zip(texts, encoder.categories_ if len(texts) else (), strict=True)
     ]
     medians, missing = rows[list(numbers)].median(), rows[list(numbers)].isna().mean()
     for name in numbers:
@@ -234,10 +238,12 @@ def group_features(
 
 def _manifest(use_case: UseCase, features: tuple[Feature, ...], reference: str, origin: Origin) -> Manifest:
     """What the bundle will say about itself, without the checksums."""
+    words = use_case.words
     return Manifest(
         model=reference, question=use_case.question, features=features, threshold=use_case.costs.threshold,
         horizon_minutes=use_case.horizon.total_seconds() / 60, key=use_case.key, time=use_case.time,
         data=origin.data, run_id=origin.run_id, first=origin.first, last=origin.last, fingerprint=fingerprint(),
+        title=words.title or use_case.name, noun=words.noun, row_title=words.row_title,
     )
 
 # %% ../../nbs/internals/07_bundle.ipynb #35c28259
@@ -401,6 +407,51 @@ def _check_names(folder: Path, manifest: Manifest) -> None:
         raise BundleError(f"{folder} lacks {', '.join(missing)}", REMEDY)
 
 # %% ../../nbs/internals/07_bundle.ipynb #ee48e029
+LIVE = "live.json"
+
+
+def case_of(
+    reference: str,  # a version of a model, such as `flight-delay@3`
+) -> str:  # such as `flight-delay`
+    """Name the use case of a model. Raises: BundleError."""
+    if not REFERENCE.fullmatch(reference):
+        raise BundleError(f"{reference!r} is not a version of a model", "Write name@version, such as my-case@3")
+    return reference.rpartition("@")[0]
+
+
+def case_folder(
+    settings: Settings,  # whose workspace
+    use_case: str,  # its name
+) -> Path:
+    "Name the folder of all that is served of one use case, besides the bundles."
+    return settings.serving / use_case
+
+# %% ../../nbs/internals/07_bundle.ipynb #78d733be
+def find_bundle(
+    settings: Settings,  # whose workspace
+    bundle: str | Path,  # a reference such as `flight-delay@3`, or a folder
+) -> Path:  # its folder, which may not be there
+    "Say where a bundle is."
+    named = isinstance(bundle, str) and REFERENCE.fullmatch(bundle)
+    return bundles_folder(settings) / bundle if named else Path(bundle)
+
+# %% ../../nbs/internals/07_bundle.ipynb #d039f425
+def served_case(
+    settings: Settings,  # whose workspace; they may name a use case
+    file: str = LIVE,  # what a use case that is served has
+) -> str | None:  # its name; None: nothing is served yet
+    """Name the use case that is meant: the one that the settings name, or the only one that has that file.
+
+    Raises:
+        BundleError: there are several.
+    """
+    names = sorted(path.parent.name for path in settings.serving.glob(f"*/{file}"))
+    if settings.use_case is None and len(names) > 1:
+        problem = f"{len(names)} use cases are served from {settings.home}: {', '.join(names)}"
+        raise BundleError(problem, "Name one with --use-case or MLOPS_COURSE_USE_CASE")
+    return settings.use_case or next(iter(names), None)
+
+
 class _Live(msgspec.Struct, forbid_unknown_fields=True):
     """The content of `live.json`."""
 
@@ -412,31 +463,46 @@ def publish(
     settings: Settings,  # whose workspace
     bundle: str | Path,  # a reference such as `flight-delay@3`, or a folder; one from elsewhere is copied in
 ) -> Path:  # the folder that is live now
-    """Make a bundle the one that is served.
+    """Make a bundle the one of its use case that is served.
 
     Raises:
         BundleError: it is not there, damaged, or it can't answer.
     """
     from mlops_course.serving.inference import load_predictor, prove_answers
 
-    named = isinstance(bundle, str) and REFERENCE.fullmatch(bundle)
-    folder = bundles_folder(settings) / bundle if named else Path(bundle)
+    folder = find_bundle(settings, bundle)
     manifest = read_bundle(folder)
     prove_answers(load_predictor(folder))
     home = bundles_folder(settings) / manifest.model
     if folder.resolve() != home.resolve():
         _place(home, manifest, {name: _read(folder, name) for name in manifest.files})
-    content = msgspec.json.encode(_Live(manifest.model, _digest(home)))
-    if not live_file(settings).is_file() or live_file(settings).read_bytes() != content:
-        write_atomic(live_file(settings), content)
+    content, path = msgspec.json.encode(_Live(manifest.model, _digest(home))), live_file(settings, manifest.model)
+    if not path.is_file() or path.read_bytes() != content:
+        write_atomic(path, content)
     return home
 
 # %% ../../nbs/internals/07_bundle.ipynb #fe3d8d9b
 def live_file(
     settings: Settings,  # whose workspace
+    reference: str,  # any version of the use case's model
 ) -> Path:
     "Name the file that says which bundle is live."
-    return settings.serving / "live.json"
+    return case_folder(settings, case_of(reference)) / LIVE
+
+
+def for_case(
+    settings: Settings,  # whose workspace
+    reference: str,  # a version of a model
+) -> Settings:  # that name its use case
+    "Mean the use case of a model from here on, whatever else is served."
+    return settings.model_copy(update={"use_case": case_of(reference)})
+
+
+def pinned(
+    settings: Settings,  # whose workspace
+) -> Settings:  # that name the use case that is served now, if there is one
+    "Mean what is served now from here on. Raises: BundleError when several use cases are served."
+    return settings.model_copy(update={"use_case": served_case(settings)})
 
 
 def _digest(folder: Path) -> str:
@@ -449,17 +515,20 @@ def live_bundle(
     """Look up which bundle is live.
 
     Raises:
-        BundleError: `live.json` is damaged, or the bundle is gone or another one.
+        BundleError: `live.json` is damaged, the bundle is gone or another one, or several use cases are served.
     """
-    path = live_file(settings)
+    name = served_case(settings)
+    if name is None:
+        return None
+    path = case_folder(settings, name) / LIVE
     try:
         live = msgspec.json.decode(path.read_bytes(), type=_Live)
     except FileNotFoundError:
         return None
     except (msgspec.MsgspecError, UnicodeDecodeError, OSError) as error:
         raise BundleError(f"{path} does not name a bundle: {error}", "Publish a bundle again") from error
-    if not REFERENCE.fullmatch(live.bundle):
-        raise BundleError(f"{path} names {live.bundle!r}, which is no version of a model", "Publish a bundle again")
+    if not REFERENCE.fullmatch(live.bundle) or case_of(live.bundle) != name:
+        raise BundleError(f"{path} names {live.bundle!r}, which is no version of {name}", "Publish a bundle again")
     folder = bundles_folder(settings) / live.bundle
     if _digest(folder) != live.manifest:
         raise BundleError(f"{folder} is not the bundle that was published", "Publish it again, after a look at it")

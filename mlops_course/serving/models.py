@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from ..environment import CourseError, Settings
-from .bundle import CARD, live_bundle, live_file
+from .bundle import CARD, LIVE, case_folder, for_case, live_bundle, served_case
 from .inference import Predictor, load_predictor, prove_answers
 from .problems import Problem
 
@@ -102,7 +102,8 @@ class _Watching(Models):
 
     def changed(self) -> bool:
         """Whether the file is another one than last time, or it is time to try a broken bundle again."""
-        mark = change_mark(live_file(self.settings))
+        name = served_case(self.settings)
+        mark = None if name is None else change_mark(case_folder(self.settings, name) / LIVE)
         seen, self._seen = self._seen, mark
         return mark != seen or (self.failures > 0 and bool(self.problem) and time.monotonic() >= self.again)
 
@@ -124,6 +125,7 @@ class _Loading(_Watching):
                 return
             predictor, card = load_predictor(folder), (folder / CARD).read_text(encoding="utf-8")
             prove_answers(predictor)
+            self.settings = for_case(self.settings, predictor.reference)  # another use case that is published stays out
             self.choice, self.card, self.problem = Choice(predictor), card, ""
             gc.collect()  # the type of the old model's records refers to itself: nothing else would ever free it
             log.info("%s answers from now on", predictor.reference)

@@ -28,9 +28,9 @@ __all__ = ['log', 'Text', 'Whole', 'Key', 'ABSENT', 'QUESTION', 'BATCH', 'PLACE'
            'unreadable', 'refuse_repeated', 'Service', 'open_table', 'Work', 'name_keys', 'read_records', 'decoder_of',
            'find_records', 'look_up', 'check_scores', 'score', 'write_down', 'check_form', 'body_of', 'request_id_of',
            'wanted_reasons', 'PredictOne', 'read', 'check_names', 'check_objects', 'PredictMany', 'refusal',
-           'add_health', 'add_model', 'record_schema', 'key_schema', 'schemas', 'operation', 'describe', 'tick',
-           'tick_table', 'count_swap', 'tick_on', 'tick_table_on', 'lifespan', 'build_api', 'handlers', 'Door',
-           'problem_response', 'add_refusals', 'create_app']
+           'add_health', 'add_model', 'record_schema', 'key_schema', 'schemas', 'operation', 'describe', 'about',
+           'tick', 'tick_table', 'begin_log', 'count_swap', 'tick_on', 'tick_table_on', 'lifespan', 'build_api',
+           'handlers', 'Door', 'problem_response', 'add_refusals', 'create_app']
 
 # %% ../../nbs/internals/07_service.ipynb #ae022867
 from fastapi import FastAPI, Query, Request, Response
@@ -40,6 +40,7 @@ from starlette.routing import Route
 
 from .. import __version__
 from ..environment import Settings
+from .bundle import BundleError, case_of, served_case
 from .inference import LARGEST, InputError, Predictor, Reason, typical_record
 from .limits import Authorize, Guard, Limits, Scope
 from .metrics import Metrics, expose
@@ -185,9 +186,10 @@ def open_table(
         return
     service.again = time.monotonic() + 10
     try:
-        table = open_feature_table(service.settings)
+        model = service.models.live().predictor.reference if service.models.ready else ""
+        table = open_feature_table(service.settings, case_of(model) if model else served_case(service.settings))
         service.table, service.table_problem, service.key_parts = table, "", table.parts
-    except FeatureTableError as error:
+    except (FeatureTableError, BundleError) as error:
         service.table, service.table_problem = None, str(error)
 
 # %% ../../nbs/internals/07_service.ipynb #a2abcfb4
@@ -221,7 +223,7 @@ def name_keys(
             if question.record is ABSENT:
                 problem = "there is neither a record nor a key"
                 where = work.path(number, "record")
-                raise Problem(422, problem, "Give a record, or the key of a flight", where, work.row(number))
+                raise Problem(422, problem, "Give a record, or the key of a row", where, work.row(number))
         elif service.key_parts is not None:
             try:
                 work.names[number] = name_key(service.key_parts, question.key)
@@ -275,7 +277,7 @@ async def find_records(
     for number, name, record in zip(places, names, found, strict=True):
         if record is None:
             what, field = f"there is no {name} in the online feature table", work.path(number, "key")
-            raise Problem(404, what, "Ask for another flight, or send a record", field, work.row(number))
+            raise Problem(404, what, "Ask for another row, or send a record", field, work.row(number))
     rest = [question for question in work.questions if question.record is not ABSENT]
     given, _ = read_records(predictor, Work(rest, work.request_id, within=work.within)) if rest else ([], None)
     looked_up, read = iter(found), iter(given)
@@ -518,7 +520,7 @@ def refusal(
 
 
 REFUSALS: dict[int | str, dict[str, Any]] = {
-    400: refusal("The body is no JSON."), 404: refusal("There is no such flight."),
+    400: refusal("The body is no JSON."), 404: refusal("There is no such row."),
     408: refusal("The body came too slowly."), 413: refusal("The body or the batch is too large."),
     415: refusal("The body is no JSON by its headers."),
     422: refusal("A field is missing, unknown, or has a wrong value."), 429: refusal("Too many requests."),
@@ -566,7 +568,7 @@ def add_model(
 
     known: dict[int | str, dict[str, Any]] = {422: REFUSALS[422], 503: REFUSALS[503]}
 
-    @app.get("/examples", tags=["model"], summary="Flights to try", responses=known)
+    @app.get("/examples", tags=["model"], summary="Rows to try", responses=known)
     async def examples(count: Annotated[int, Query(ge=1, le=50)] = 12) -> list[dict[str, Any]]:
         predictor, table = service.models.live().predictor, service.table
         keys = [] if table is None else await asyncio.to_thread(some_keys, table, count)
@@ -659,11 +661,20 @@ def describe(
     own: dict[str, Any],  # what FastAPI writes
 ) -> dict[str, Any]:  # an OpenAPI document
     """Describe the whole service."""
-    one = operation("Question", "Answer", "Score one flight", [REASONS])
-    many = operation("Batch", "Answers", "Score many flights")
+    one = operation("Question", "Answer", "Score one row", [REASONS])
+    many = operation("Batch", "Answers", "Score many rows")
     paths = {**own["paths"], "/predict": {"post": one}, "/predict/batch": {"post": many}}
     parts = own.get("components", {})
-    return {**own, "paths": paths, "components": {**parts, "schemas": {**parts.get("schemas", {}), **schemas(service)}}}
+    components = {**parts, "schemas": {**parts.get("schemas", {}), **schemas(service)}}
+    return {**own, "info": {**own["info"], **about(service)}, "paths": paths, "components": components}
+
+
+def about(service: Service) -> dict[str, str]:
+    """What the live model is asked, in its use case's words."""
+    if not service.models.ready:
+        return {"title": "Predictions", "description": "No model has been published yet."}
+    manifest = service.models.live().predictor.manifest
+    return {"title": manifest.title or manifest.model, "description": manifest.question}
 
 # %% ../../nbs/internals/07_service.ipynb #d7af67a0
 async def tick(
@@ -671,24 +682,34 @@ async def tick(
 ) -> None:
     """Look at models and log, once a second."""
     before, aside = service.models.failures, asyncio.get_running_loop().run_in_executor
-    if service.log is not None:
+    if service.log is not None and service.log.find is None:
         try:
             await aside(service.background, service.log.sync)
         except OSError as error:
             service.log.problem = f"the log can't be brought to the disk: {error}"
         tend(service.log)
     await aside(service.background, service.models.refresh)
+    begin_log(service)
     if service.metrics is not None:
         service.metrics.refused.inc(service.models.failures - before)
         service.metrics.ready.set(not service.problems())
         service.metrics.log_bytes.set(service.log.total if service.log is not None else 0)
 
-
+# %% ../../nbs/internals/07_service.ipynb #8ec4d010
 async def tick_table(
     service: Service,  # that runs
 ) -> None:
     """Look at the online feature table, once a second: whoever waits for a server waits alone."""
     await asyncio.get_running_loop().run_in_executor(service.askers, open_table, service)
+
+
+def begin_log(
+    service: Service,  # that runs
+) -> None:
+    """As soon as there is a model, it is clear where the log lies: beside what is served of its use case."""
+    if service.log is not None and service.log.find is not None and service.models.ready:
+        service.log.folder, service.log.find = service.log.find(service.models.live().predictor.reference), None
+        tend(service.log)
 
 # %% ../../nbs/internals/07_service.ipynb #39e45242
 def count_swap(
@@ -764,8 +785,7 @@ def build_api(
 ) -> FastAPI:  # without limits, keys and counters
     """The endpoints of a service, described."""
     app = FastAPI(
-        title="Flight delays", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan(service),
-        description="How likely does a flight from New York arrive more than 15 minutes late? Asked two hours before.",
+        title="Predictions", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan(service),
         routes=[Route(path, handler, methods=["POST"]) for path, handler in handlers(service).items()],
         telemetry=SILENT,
     )  # fmt: skip
@@ -844,11 +864,11 @@ def create_app(
     limits: Limits | None = None,  # None: the usual ones
     authorize: Authorize | None = None,  # a request's scope to a principal; None: everybody may do everything
     models: Models | None = None,  # who answers; None: the bundle that is live
-    log: PredictionLog | None = None,  # None: in the workspace
+    log: PredictionLog | None = None,  # None: in the workspace, beside what is served
 ) -> Guard:  # an ASGI app
     """The whole service: endpoints, limits, counters, log."""
     limits, metrics = limits or Limits(), Metrics()
     models = models if models is not None else LiveModels(settings)
-    log = log if log is not None else PredictionLog(log_folder(settings))
+    log = log if log is not None else PredictionLog(lambda model: log_folder(settings, case_of(model)))
     service = Service(settings, models, limits, log, metrics)
     return Guard(Door(service), limits, authorize, metrics, PATHS)
