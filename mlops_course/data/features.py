@@ -274,7 +274,7 @@ def flight_features(
     """Compute every feature of every flight, as known a while before its scheduled departure.
 
     Raises:
-        DataError: there is no flight, or the horizon is not 0 to 3 days.
+        DataError: there is no flight, or the horizon is longer than a day, or negative.
     """
     from joblib import Parallel, delayed
 
@@ -304,7 +304,7 @@ def _frame(flights: pd.DataFrame, horizon: timedelta, features: Mapping[str, np.
 def _minutes_ahead(horizon: timedelta) -> int:
     """A horizon in minutes. Raises: DataError when there is not enough history for it."""
     minutes = int(horizon.total_seconds()) // 60
-    if not 0 <= minutes <= 3 * DAY:
+    if not 0 <= minutes <= DAY:
         problem = f"the horizon of the flights is {horizon}, but 28 days of history are counted back from there"
-        raise DataError(problem, "Take 0 to 3 days")
+        raise DataError(problem, "Take up to one day")
     return minutes
