@@ -4,6 +4,7 @@ Both runs go through `papermill.execute_notebook`. They must agree cell by cell,
 differ, the table says why the difference is for the better; a reason whose difference is gone fails, too.
 """
 
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -159,3 +160,10 @@ def test_what_ends_badly_says_where(name: str, mine: type[Exception], tmp_path: 
     assert found["raises"][0] == mine.__name__
     assert f"{name}.ipynb, cell [2]" in found["raises"][1]
     assert [state for state, _ in found["states"] if state] == ["completed", "failed", "pending"]
+
+
+def test_the_command_line_ends_with_the_status_that_papermill_has_for_a_dead_kernel(tmp_path: Path) -> None:
+    command = ["papermill", str(NOTEBOOKS / "killed.ipynb"), str(tmp_path / "out.ipynb"), "--engine", "mlops-course"]
+    done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True)
+    assert done.returncode == 138
+    assert "cell [2] `import os`: WorkerDied: its process was ended by SIGKILL" in done.stderr
