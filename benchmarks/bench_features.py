@@ -6,7 +6,7 @@ events and questions under each other and takes `groupby().rolling()`. The cleve
 `merge_asof` at both ends of each window: the same idea as ours. Both have integer keys and no Python loop over rows.
 Then the year is repeated, each time 364 days later, with the same airports, carriers and aircraft, and kept in tables
 by month. From there the features are built as a pipeline builds them, read and written, some months at a time with the
-lookback before them: a flight should take as long at ten years as at one, the memory should not grow, and the features
+history before them: a flight should take as long at ten years as at one, the memory should not grow, and the features
 should be the same, to the last bit, whichever way the years are cut. The budget is 5 s for a year on 2 threads.
 """
 

@@ -312,6 +312,13 @@ def _picture(axes: Axes) -> str:
     plt.close(axes.figure)  # type: ignore[arg-type]
     return f'<img alt="" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
 
+# %% ../nbs/12_monitoring.ipynb #0861cf51
+def _verdict(table: pd.DataFrame) -> str:
+    """How many features raise an alarm, and how many can't be judged."""
+    unjudged = int((~table["judged"]).sum())
+    few = f" {unjudged} cannot be judged: the month has too few rows." if unjudged else ""
+    return f"{int(table['alarm'].sum())} of {len(table)} features raise an alarm.{few}"
+
 # %% ../nbs/12_monitoring.ipynb #0ae2a614
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
@@ -328,10 +335,7 @@ def write_report(
 ) -> Path:  # the same path
     "Write a month's report as one HTML file without links to anywhere."
     title = html.escape(f"{report.model} in {report.month}")
-    alarms = f"{int(report.drift['alarm'].sum())} of {len(report.drift)} features raise an alarm."
-    if unjudged := int((~report.drift["judged"]).sum()):
-        alarms += f" {unjudged} cannot be judged: the month has too few rows."
-    parts = [f"<h1>{title}</h1>", f"<p>{alarms} PSI of the scores against the test: {report.score_drift:.3f}.</p>"]
+    parts = [f"<h1>{title}</h1>", f"<p>{_verdict(report.drift)} PSI of the scores against the test: {report.score_drift:.3f}.</p>"]
     parts += ["<h2>What moved</h2>", _picture(plot_drift(report.drift)), report.drift.head(20).round(3).to_html()]
     if len(report.performance):
         total = report.performance.loc[["all"]].round(4).to_html()

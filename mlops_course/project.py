@@ -201,7 +201,7 @@ def is_placeholder(
 ) -> pd.Series:  # bool; False where a value is missing
     "Say of each text whether it only stands for nothing: blanks, or a word such as UNKNOWN."
     words = [word for word in column.dropna().unique() if str(word).strip().lower() in PLACEHOLDERS]
-    return column.isin([word for word in words if word != "NAN"])  # NAN is the airport of Nadi, on the Fiji islands
+    return column.isin([word for word in words if word != "NAN"])  # NAN is the code of an airport in Fiji
 
 
 def _names_something() -> pandera.Check:

@@ -534,7 +534,7 @@ def test_a_year_month_by_month_is_the_year_at_once(
 def test_only_a_bounded_history_is_read(
     year_tables: tuple[Settings, dict[str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Never more than the months that were asked for at once and the lookback before them."""
+    """Never more than the months that were asked for at once and the history before them."""
     settings, references = year_tables
     held: list[list[str]] = []
 

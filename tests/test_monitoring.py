@@ -209,7 +209,7 @@ def test_a_spike_that_moves_is_seen_in_whatever_direction(spike: float, move: fl
 @pytest.mark.parametrize("factor", [25.4, 0.1, 3.0])
 @pytest.mark.parametrize("gaps", [0.0, math.nan], ids=["zeros", "missing"])
 def test_another_unit_of_a_column_with_many_gaps_is_seen(factor: float, gaps: float) -> None:
-    """Rain in millimetres instead of inches, in the three hours of a hundred that have any."""
+    """Rain in another unit, in the three hours of a hundred that have any."""
     random = np.random.default_rng(7)
 
     def rain(number: int) -> pd.DataFrame:

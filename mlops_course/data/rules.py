@@ -176,7 +176,7 @@ class Checked:
     partial: dict[str, str]  # months that were never delivered, only late rows of them, and what they lack
     delivered: set[str]  # months that were delivered
 
-
+# %% ../../nbs/internals/05_rules.ipynb #43d4aa42
 def _raw_rows(settings: Settings, table: Table, reference: str, periods: list[str]) -> pd.DataFrame:
     """The rows of some months; of a list: those of its newest delivery."""
     if table.period:
