@@ -313,11 +313,12 @@ def _picture(axes: Axes) -> str:
     return f'<img alt="" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
 
 # %% ../nbs/12_monitoring.ipynb #0861cf51
-def _verdict(table: pd.DataFrame) -> str:
-    """How many features raise an alarm, and how many can't be judged."""
-    unjudged = int((~table["judged"]).sum())
+def _verdict(report: MonthReport) -> str:
+    """How many features raise an alarm, how many can't be judged, and how far the scores have moved."""
+    table, unjudged = report.drift, int((~report.drift["judged"]).sum())
     few = f" {unjudged} cannot be judged: the month has too few rows." if unjudged else ""
-    return f"{int(table['alarm'].sum())} of {len(table)} features raise an alarm.{few}"
+    alarms = f"{int(table['alarm'].sum())} of {len(table)} features raise an alarm.{few}"
+    return f"{alarms} PSI of the scores against the test: {report.score_drift:.3f}."
 
 # %% ../nbs/12_monitoring.ipynb #0ae2a614
 STYLE = """
@@ -335,7 +336,7 @@ def write_report(
 ) -> Path:  # the same path
     "Write a month's report as one HTML file without links to anywhere."
     title = html.escape(f"{report.model} in {report.month}")
-    parts = [f"<h1>{title}</h1>", f"<p>{_verdict(report.drift)} PSI of the scores against the test: {report.score_drift:.3f}.</p>"]
+    parts = [f"<h1>{title}</h1>", f"<p>{_verdict(report)}</p>"]
     parts += ["<h2>What moved</h2>", _picture(plot_drift(report.drift)), report.drift.head(20).round(3).to_html()]
     if len(report.performance):
         total = report.performance.loc[["all"]].round(4).to_html()

@@ -220,7 +220,8 @@ from .windows import EventLog, Group, Timeline, block_minutes, group_by, pack, w
 
 _all_ = (
     DataError, parse_month, months, month_after, table_version, newest_reference, split_reference, read_table,
-    replace_months, partition_rows, widen_column, conform, check_rows, split_rows, keep_quarantine, flight_features, arrival_features,
+    replace_months, partition_rows, widen_column, conform,
+    check_rows, split_rows, keep_quarantine, flight_features, arrival_features,
     departure_features, overdue_features, previous_leg, weather_features, schedule_features, Timeline, timeline,
     block_minutes, EventLog, Group, group_by, pack, window_means,
 )

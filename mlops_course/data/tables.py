@@ -213,7 +213,8 @@ def _check_columns(name: str, rows: pyarrow.Table, schema: pyarrow.Schema) -> No
     """Raises: DataError when the columns have other names than those of the table, or one lacks what it must have."""
     new, gone = sorted({*rows.column_names} - {*schema.names}), sorted({*schema.names} - {*rows.column_names})
     if new or gone:
-        changes = [f"{which} {', '.join(names)}" for which, names in (("there is", new), ("there is no", gone)) if names]
+        both = (("there is", new), ("there is no", gone))
+        changes = [f"{which} {', '.join(names)}" for which, names in both if names]
         problem = f"the columns of {name} have changed: {' and '.join(changes)}"
         raise DataError(problem, "Old and new rows do not fit together; write the new ones to a table of another name")
     for field in schema:
