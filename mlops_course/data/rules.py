@@ -133,12 +133,18 @@ def count_parts(
 
 
 def usual_rows(
-    others: pd.DataFrame,  # rows of other months, with `period` and the table's `parts`
-    table: Table,  # says what its parts are
+    daily: Mapping[str, pd.Series],  # rows a day of each place and of `all`, by month
+    period: str,  # the month that is looked at
 ) -> pd.Series:  # rows a day of each place, and of `all`; empty when there is no other month
-    "Say how many rows a day other months have, typically."
-    months = [count_parts(rows, table, str(period)).mean(axis=1) for period, rows in others.groupby("period")]
-    return pd.concat(months, axis=1).fillna(0).median(axis=1) if months else pd.Series(dtype="float64")
+    "Say how many rows a day the twelve nearest other months have, typically."
+    near = [daily[month] for month in _nearest({*daily} - {period}, period)[:12]]
+    return pd.concat(near, axis=1).fillna(0).median(axis=1) if near else pd.Series(dtype="float64")
+
+
+def _nearest(months: Iterable[str], period: str) -> list[str]:
+    """Months in the order of their distance from one of them."""
+    here = parse_month(period).ordinal
+    return sorted(months, key=lambda month: (abs(parse_month(month).ordinal - here), month))
 
 # %% ../../nbs/internals/05_rules.ipynb #195abd41
 def what_is_missing(
@@ -185,23 +191,29 @@ def _raw_rows(settings: Settings, table: Table, reference: str, periods: list[st
     return frame[frame["delivery"] == frame["delivery"].max()].assign(period="all")
 
 
-def _usual(settings: Settings, table: Table, reference: str, delivered: set[str], period: str) -> pd.Series:
-    """Rows a day in the twelve months that were delivered next to a month."""
-    distance = {month: abs(parse_month(month).ordinal - parse_month(period).ordinal) for month in delivered - {period}}
-    near = sorted(distance, key=lambda month: (distance[month], month))[:12]
-    others = read_table(settings, reference, near, ["period", "delivery", *table.parts], by="delivery")
-    return usual_rows(others[others["period"] == others["delivery"]], table)
+def _daily_rows(
+    settings: Settings, table: Table, reference: str, frame: pd.DataFrame, delivered: set[str]
+) -> dict[str, pd.Series]:
+    """Rows a day of each place, by month: of the months to check, and of others that were delivered next to them."""
+    here = sorted(set(frame["period"]))
+    if not here or not table.parts:
+        return {}
+    columns = ["period", "delivery", *table.parts]
+    others = _nearest(delivered - {*here}, here[-1])[: max(12 - len(here), 0)]
+    rows = pd.concat([frame[columns], read_table(settings, reference, others, columns, by="delivery")])
+    months = rows[rows["period"] == rows["delivery"]].groupby("period")
+    return {str(period): count_parts(some, table, str(period)).mean(axis=1) for period, some in months}
 
 # %% ../../nbs/internals/05_rules.ipynb #0800e6e6
 def _check_month(
-    settings: Settings, table: Table, reference: str, rows: pd.DataFrame, delivered: set[str]
+    table: Table, rows: pd.DataFrame, delivered: set[str], daily: Mapping[str, pd.Series]
 ) -> tuple[pd.DataFrame, pd.DataFrame, str]:
     """Good rows, report and what is missing of one month; asks for a whole month only where there can be one."""
     period, missing = str(rows["period"].iloc[0]), ""
     whole = table.period is None or period in delivered or len(rows) >= ENOUGH
     if table.period and table.parts:
         counts = count_parts(rows, table, period)
-        missing = what_is_missing(counts, _usual(settings, table, reference, delivered, period), table.gaps)
+        missing = what_is_missing(counts, usual_rows(daily, period), table.gaps)
         whole = period in delivered or (whole and 2 * (counts.loc["all"] > 0).sum() >= counts.shape[1])
     good, report = split_rows(rows, table, period, bool(whole))
     if missing and period in delivered:
@@ -224,9 +236,10 @@ def check_months(
     frame = _raw_rows(settings, table, reference, periods)
     delivered = set(partition_rows(settings, reference, "delivery"))
     absent = sorted(set(periods) - set(frame["period"])) if table.period else []
+    daily = _daily_rows(settings, table, reference, frame, delivered) if table.period else {}
     parts, partial = [(frame.head(0), pd.DataFrame(columns=REPORT, dtype="str"))], {}
     for period, rows in frame.groupby("period"):
-        good, report, missing = _check_month(settings, table, reference, rows, delivered)
+        good, report, missing = _check_month(table, rows, delivered, daily)
         parts.append((good, report))
         if missing:
             partial[str(period)] = f"{table.name}: {missing}"
