@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import yaml
 from conftest import settings_in
@@ -134,6 +135,34 @@ def test_a_workspace_that_is_a_file_is_one_line(tmp_path: Path) -> None:
     )
     assert done.status == 1
     assert (tmp_path / "taken").read_text() == "mine"
+
+
+# ---------------------------------------------------------------- refused, corrected, taken
+
+
+@pytest.mark.slow
+def test_a_corrected_delivery_ends_what_a_late_row_and_a_bad_month_began(tmp_path: Path) -> None:
+    """The refused run leaves its months in the cache; the corrected files are taken, and so are they a second time."""
+    home, source = tmp_path / "workspace", write_source(tmp_path / "source")
+    run = [*TRAINING, "--source", source, "--to", "features"]
+    flights = source / JANUARY / "flights.csv"
+    january = pd.read_csv(flights, low_memory=False)
+    eve = january[january["day"] == 31].head(1)
+    instant = (pd.to_datetime(eve["time_hour"]) - pd.Timedelta(days=31)).dt.strftime("%Y-%m-%dT%H:%M:%SZ")
+    late = eve.assign(year=2012, month=12, time_hour=instant)
+    pd.concat([late, january[january["day"] < 15]]).to_csv(flights, index=False)
+    refused = finish(start(home, *run), 240)
+    assert refused.status == 1 and "flights of 2013-01 is not whole" in refused.error
+    pd.concat([late, january]).to_csv(flights, index=False)
+    taken = finish(start(home, *run), 240)
+    assert taken.status == 0 and taken.results["validate"]["made"].startswith(f"{len(january) + 24951 + 1:,} rows")
+    january.to_csv(flights, index=False)
+    for _ in range(2):
+        corrected = finish(start(home, *run), 240)
+        assert corrected.status == 0, corrected.errors
+        assert corrected.results["validate"]["made"].startswith(f"{len(january) + 24951:,} rows")
+    forced = finish(start(home, *run, "--force"), 240)
+    assert forced.status == 0, "December is named no more, and nobody asks for it"
 
 
 # ---------------------------------------------------------------- stopped at the first stage
