@@ -131,7 +131,7 @@ def count_parts(
     total = rows.groupby(day).size().to_frame("all").T
     return pd.concat([counts, total]).reindex(columns=days).fillna(0).astype("int64")
 
-
+# %% ../../nbs/internals/05_rules.ipynb #a91e18b8
 def usual_rows(
     daily: Mapping[str, pd.Series],  # rows a day of each place and of `all`, by month
     period: str,  # the month that is looked at
