@@ -52,8 +52,7 @@ def measure(
     """
     from sklearn.metrics import average_precision_score, brier_score_loss, log_loss, roc_auc_score
 
-    known_labels(pd.DataFrame({"label": label}))
-    if len(np.unique(label)) < 2:
+    if len(np.unique(known_labels(pd.DataFrame({"label": label})))) < 2:
         raise ExperimentError(f"cannot measure on {len(label)} rows of one class", "Test on more days")
     calibration = calibration_table(label, score)
     gaps = (calibration["score"] - calibration["happened"]).abs()
