@@ -118,6 +118,14 @@ def test_functions_are_short_and_documented(path: Path) -> None:
 
 
 @by_notebook
+def test_the_first_text_is_title_and_summary_alone(notebook: Path) -> None:
+    """What stands beside them in that cell would be lost: on the web page the cell becomes the page's head."""
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    first = next("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    assert re.fullmatch(r"# [^\n]+(\n+(> [^\n]+\n?)+)?", first.rstrip()), "move the rest into the next cell"
+
+
+@by_notebook
 def test_sources_are_kept_line_by_line(notebook: Path) -> None:
     """As Jupyter writes them: a cell in one JSON string has useless diffs, and changes wholly when Jupyter saves it."""
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
