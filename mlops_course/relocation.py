@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
-from .environment import Settings
+from .environment import MARKER, Settings
 
 # %% ../nbs/internals/02_relocation.ipynb #7f4b4cfe
 def tracking_file(
@@ -61,16 +61,17 @@ def old_roots(
     settings: Settings,  # where the workspace is now
 ) -> list[str]:  # addresses of `mlartifacts` as they were before a move
     """Where this workspace lay before, as far as its experiments tell."""
-    found = {match[1] for each in locations if (match := re.fullmatch(r"(.+/mlartifacts)(?:/0)?", str(each)))}
-    return sorted(root for root in found - {settings.artifacts.as_uri()} if not _is_here(root, settings.artifacts))
+    found = {match[1] for each in locations if (match := re.fullmatch(r"(file:.+/mlartifacts)(?:/0)?", str(each)))}
+    return sorted(root for root in found - {settings.artifacts.as_uri()} if _is_old(root, settings.artifacts))
 
 
-def _is_here(root: str, artifacts: Path) -> bool:
-    """Whether an address means the present folder, by another name."""
+def _is_old(root: str, artifacts: Path) -> bool:
+    """Whether a workspace lies there or lay there, and not this one by another name."""
     folder = local_path(root)
-    if folder is None or not folder.is_dir() or not artifacts.is_dir():
-        return False
-    return folder.samefile(artifacts)
+    if folder is None or not folder.is_dir():
+        return folder is not None
+    same = artifacts.is_dir() and folder.samefile(artifacts)
+    return (folder.parent / MARKER).is_file() and not same
 
 # %% ../nbs/internals/02_relocation.ipynb #bf117972
 def moved_address(
@@ -85,6 +86,12 @@ def moved_address(
     return address
 
 # %% ../nbs/internals/02_relocation.ipynb #e3674c0a
+def _is_own(settings: Settings) -> bool:
+    """Whether the store is a file of the workspace, and moves with it."""
+    path = tracking_file(settings)
+    return path is not None and path.parent == settings.home
+
+
 def run_folders(
     settings: Settings,  # where the store is
     run_id: str,  # of an MLflow run
@@ -97,7 +104,8 @@ def run_folders(
         if not runs:
             return None
         models = ask("SELECT artifact_location AS uri FROM logged_models WHERE source_run_id = ?", run_id)
-        roots = old_roots((row["uri"] for row in ask("SELECT artifact_location AS uri FROM experiments")), settings)
+        locations = [row["uri"] for row in ask("SELECT artifact_location AS uri FROM experiments")]
+    roots = old_roots(locations, settings) if _is_own(settings) else []
     here = settings.artifacts.as_uri()
     found = [local_path(moved_address(row["uri"], roots, here)) for row in (*runs, *models)]
     return [path for path in found if path is not None]
@@ -108,7 +116,7 @@ def relocate(
 ) -> int:  # how many addresses were replaced; 0: none was old, or the store isn't a file of this workspace
     """Make MLflow's store name the folder that it lies in. Raises: sqlite3.Error when it can't be read or written."""
     path = tracking_file(settings)
-    if path is None or path.parent != settings.home or not path.is_file():
+    if path is None or not _is_own(settings) or not path.is_file():
         return 0
     with closing(sqlite3.connect(path, timeout=60, isolation_level=None)) as database:
         locations = [row[0] for row in database.execute("SELECT artifact_location FROM experiments")]

@@ -18,6 +18,7 @@ from conftest import Quarter, settings_in
 from mlops_course.environment import Settings, SettingsError, load_settings
 from mlops_course.experiments import connect, find_run, load_run_model, quiet_mlflow, tracked_run, train_run
 from mlops_course.experiments.model import TrainingConfig
+from mlops_course.pipelines.cache import movable, settled
 from mlops_course.pipelines.runs import list_runs
 from mlops_course.project import flight_delay
 from mlops_course.registry import champion_reference, fair_rivals, find_version, promote, register
@@ -136,6 +137,37 @@ def test_an_experiment_that_is_kept_elsewhere_stays_there(settings: Settings, tm
     client = quiet_mlflow().MlflowClient(moved.tracking, moved.tracking)
     assert client.get_experiment_by_name("on another disk").artifact_location == (tmp_path / "disk").as_uri()
     assert client.get_experiment_by_name("flight-delay").artifact_location == moved.artifacts.as_uri()
+
+
+def test_a_folder_of_the_same_name_that_is_no_workspaces_is_left_alone(settings: Settings, tmp_path: Path) -> None:
+    connect(settings, flight_delay)
+    team = tmp_path / "team" / "mlartifacts"
+    team.mkdir(parents=True)
+    client = quiet_mlflow().MlflowClient(settings.tracking, settings.tracking)
+    client.create_experiment("on a shared disk", artifact_location=team.as_uri())
+    client.create_experiment("in a bucket", artifact_location="s3://team/mlartifacts")
+    assert relocate(settings) == 0
+
+
+def test_a_shared_store_keeps_its_own_folders(trained: Settings, tmp_path: Path) -> None:
+    store = shutil.copy(trained.home / "mlflow.db", tmp_path / "shared.db")
+    shared = Settings(home=tmp_path / "workspace", tracking_uri=f"sqlite:///{store}").prepare()
+    run_id = next(iter(trained.artifacts.glob("*/artifacts"))).parent.name
+    assert all(folder.is_relative_to(trained.artifacts) for folder in run_folders(shared, run_id))
+
+
+def test_a_result_that_is_a_path_in_the_workspace_moves_with_it(settings: Settings, tmp_path: Path) -> None:
+    values = {"where": str(settings.home / "exports"), "text": "home:data", "deep": [{"a": str(settings.home)}], "n": 3}
+    kept = movable(settings, values)
+    assert str(settings.home) not in json.dumps(kept)
+    assert settled(settings, kept) == values
+    moved = settings_in(settings.home.rename(tmp_path / "moved"))
+    assert settled(moved, kept) == {
+        "where": str(moved.home / "exports"),
+        "text": "home:data",
+        "deep": [{"a": str(moved.home)}],
+        "n": 3,
+    }
 
 
 def test_a_store_outside_the_workspace_is_not_touched(trained: Settings, tmp_path: Path) -> None:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'KINDS', 'USUAL', 'RECENT', 'YOUNG', 'OutputError', 'Output', 'portable', 'here', 'describe', 'Parts',
-           'read_parts', 'hash_variable', 'explain', 'Entry', 'Found', 'Damaged', 'Room', 'movable', 'refuse', 'forget',
-           'Pruned', 'Cache']
+           'read_parts', 'hash_variable', 'explain', 'Entry', 'Found', 'Damaged', 'Room', 'movable', 'settled',
+           'refuse', 'forget', 'Pruned', 'Cache']
 
 # %% ../../nbs/internals/09_cache.ipynb #9aa6b701
 import contextlib
@@ -236,7 +236,7 @@ def describe(
     if kind == "file":
         return _describe_file(memo, value, (folder or Path.cwd()) / str(value))
     if kind == "value":
-        return Output(kind, value, digest(["value", canonical(value)]))
+        return Output(kind, value, digest(["value", canonical(movable(settings, value))]))
     raise OutputError(f"there is no kind of output {kind!r}", f"Known are: {', '.join(KINDS)}")
 
 # %% ../../nbs/internals/09_cache.ipynb #613032e3
@@ -396,11 +396,14 @@ class Found:
         return self.entry is not None
 
 
-def _entry_text(entry: Entry) -> str:
-    """An entry's file: itself and its checksum."""
+def _entry_text(settings: Settings, entry: Entry) -> str:
+    """An entry's file: itself and its checksum. Paths below the workspace are kept as such: it may be moved."""
     body = {each.name: getattr(entry, each.name) for each in fields(entry)}
     body |= {"parts": entry.parts.plain(), "notebook": asdict(entry.notebook)}
     body["outputs"] = {name: asdict(output) for name, output in entry.outputs.items()}
+    for kept in body["outputs"].values():
+        kept["value"] = movable(settings, kept["value"])
+    body["results"] = movable(settings, entry.results)
     body = json.loads(json.dumps(body))
     return json.dumps({"checksum": digest(body), "entry": body})
 
@@ -413,7 +416,7 @@ class Damaged(CourseError):
     """A file of the cache isn't what was written. Nobody but this module sees it."""
 
 
-def _read_entry(path: Path) -> Entry | None:
+def _read_entry(settings: Settings, path: Path) -> Entry | None:
     """An entry from its file; None: there is none. Raises: Damaged."""
     try:
         kept = json.loads(path.read_bytes())
@@ -421,9 +424,10 @@ def _read_entry(path: Path) -> Entry | None:
         parts = read_parts(body["parts"])
         if kept["checksum"] != digest(body) or body["key"] != path.stem or parts is None or parts.key != path.stem:
             raise Damaged("its checksum is wrong")
-        outputs = {name: _read_output(plain) for name, plain in body["outputs"].items()}
-        notebook = _read_output(body["notebook"])
-        return Entry(**{**body, "parts": parts, "outputs": outputs, "notebook": notebook})
+        found = {name: _read_output(plain) for name, plain in body["outputs"].items()}
+        outputs = {name: replace(each, value=settled(settings, each.value)) for name, each in found.items()}
+        body |= {"results": settled(settings, body["results"]), "notebook": _read_output(body["notebook"])}
+        return Entry(**{**body, "parts": parts, "outputs": outputs})
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -580,15 +584,33 @@ def _publish(work: Path, place: Path) -> None:
 # %% ../../nbs/internals/09_cache.ipynb #9465e95b
 def movable(
     settings: Settings,  # where the workspace is now
-    value: Any,  # a parameter's
+    value: Any,  # a parameter's or a result's
 ) -> Any:
-    """A value in which paths below the workspace don't depend on where that is."""
+    """A value in which paths below the workspace don't depend on where that is. `settled` is the way back."""
     if isinstance(value, dict):
         return {key: movable(settings, part) for key, part in value.items()}
     if isinstance(value, list):
         return [movable(settings, part) for part in value]
-    inside = isinstance(value, str) and os.path.isabs(value) and Path(value).is_relative_to(settings.home)  # noqa: PTH117
+    if not isinstance(value, str):
+        return value
+    if value.startswith("home:"):  # a text that only looks like such a path
+        return f"home::{value[5:]}"
+    inside = os.path.isabs(value) and Path(value).is_relative_to(settings.home)  # noqa: PTH117
     return portable(settings, Path(value)) if inside else value
+
+# %% ../../nbs/internals/09_cache.ipynb #e52b186e
+def settled(
+    settings: Settings,  # where the workspace is now
+    value: Any,  # from `movable`
+) -> Any:
+    """The value in this workspace."""
+    if isinstance(value, dict):
+        return {key: settled(settings, part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [settled(settings, part) for part in value]
+    if not isinstance(value, str) or not value.startswith("home:"):
+        return value
+    return f"home:{value[6:]}" if value.startswith("home::") else str(here(settings, value))
 
 # %% ../../nbs/internals/09_cache.ipynb #f3cf95d0
 class _Describe(Room):
@@ -707,7 +729,7 @@ class _Lookup(_Describe):
         if unknown:
             return Found(None, [f"the {name} can't be looked into, so it runs each time" for name in unknown])
         try:
-            entry = _read_entry(self.entry_file(parts.key))
+            entry = _read_entry(self.settings, self.entry_file(parts.key))
         except Damaged as error:
             self.set_aside(self.entry_file(parts.key))
             return Found(None, [f"its kept result was damaged: {error.problem}"])
@@ -799,7 +821,7 @@ def _store(
     kept = {name: _keep_output(room, output, notebook.parent, entry.stage) for name, output in entry.outputs.items()}
     results = {name: kept[name].value if _is_file(kept, name) else value for name, value in entry.results.items()}
     entry = replace(entry, results=results, outputs=kept, notebook=report, modules=loaded)
-    write_atomic(room.entry_file(entry.key), _entry_text(entry))
+    write_atomic(room.entry_file(entry.key), _entry_text(room.settings, entry))
     return Found(entry)
 
 # %% ../../nbs/internals/09_cache.ipynb #095e9e36
@@ -980,7 +1002,7 @@ def _entries(room: Room) -> list[Entry]:
     found: list[tuple[float, Entry]] = []
     for path in (room.folder / "entries").glob("*/*.json"):
         with contextlib.suppress(Damaged, OSError):
-            entry = _read_entry(path)
+            entry = _read_entry(room.settings, path)
             if entry is not None:
                 found.append((path.stat().st_mtime, entry))
     return [entry for _, entry in sorted(found, key=lambda pair: pair[0], reverse=True)]
@@ -1003,7 +1025,7 @@ class _Verify(_List):
         fresh.memo = Memo()
         for path in sorted((self.folder / "entries").glob("*/*.json")):
             try:
-                entry = _read_entry(path)
+                entry = _read_entry(self.settings, path)
             except Damaged as error:
                 found.append(f"entry {path.stem[:12]}: {error.problem}")
                 continue
