@@ -10,7 +10,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, date, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -842,6 +844,45 @@ def test_a_type_never_changes_in_silence(settings: Settings, kind: str, month: s
     assert one_line(caught.value)
     assert table_version(settings, "table") == split_reference(reference)[1]
     pd.testing.assert_frame_equal(read_table(settings, reference), kept)
+
+
+def test_a_correction_of_a_large_number_beside_a_gap_is_a_change(settings: Settings) -> None:
+    for number in (2**53 + 1, 2**53):
+        frame = rows_of(JANUARY, 2, value=pd.array([number, None], dtype="Int64"))
+        reference, changed = replace_months(settings, "table", frame)
+        assert changed == [JANUARY]
+        held = DeltaTable(str(settings.data / "table"), version=split_reference(reference)[1]).to_pyarrow_table()
+        assert held["value"].to_pylist() == [number, None]
+    assert replace_months(settings, "table", frame) == (reference, [])
+
+
+NOON = datetime(2013, 1, 1, 12)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ([date(2013, 1, 1), NOON], "days and times without a zone"),
+        ([NOON, NOON.replace(tzinfo=UTC)], "times with a zone and times without a zone"),
+        (["a", b"a"], "bytes and text"),
+        ([date(2013, 1, 1), 1], "days and numbers"),
+        ([np.True_, 2], "numbers and truth values"),
+        ([pd.Timestamp("2013-01-01 12:00:00.000000001"), None], "times with nanoseconds"),
+        (pd.Categorical(["a", b"a"]), "bytes and text"),
+    ],
+)
+def test_a_column_of_several_kinds_of_values_is_refused(settings: Settings, values: Any, words: str) -> None:
+    column = values if isinstance(values, pd.Categorical) else pd.Series(values, dtype="object")
+    with pytest.raises(DataError, match=f"column value of the table table cannot be kept as it is: it holds {words}"):
+        replace_months(settings, "table", rows_of(JANUARY, 2, value=column))
+    assert table_version(settings, "table") is None
+
+
+@pytest.mark.parametrize("names", [["period", "a", "a"], ["period", "1", 1]])
+def test_two_columns_of_one_name_are_refused(settings: Settings, names: list[object]) -> None:
+    frame = pd.DataFrame([[JANUARY, 1, 2]], columns=names)
+    with pytest.raises(DataError, match=f"the rows of the table table have two columns {names[-1]}"):
+        replace_months(settings, "table", frame)
 
 
 def test_the_refusal_names_column_types_and_remedy(settings: Settings) -> None:
