@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -883,6 +883,24 @@ def test_two_columns_of_one_name_are_refused(settings: Settings, names: list[obj
     frame = pd.DataFrame([[JANUARY, 1, 2]], columns=names)
     with pytest.raises(DataError, match=f"the rows of the table table have two columns {names[-1]}"):
         replace_months(settings, "table", frame)
+
+
+@pytest.mark.parametrize("value", [timedelta(minutes=5), NOON.time(), [NOON.time()]], ids=["span", "time", "list"])
+def test_a_type_that_no_table_has_is_refused_with_its_column(settings: Settings, value: object) -> None:
+    said = "column value of the table table cannot be kept as it is: no table has the type (duration|time64|list)"
+    with pytest.raises(DataError, match=said):
+        replace_months(settings, "table", rows_of(JANUARY, 2, value=pd.Series([value, None])))
+
+
+def test_rows_without_a_month_and_tables_without_rows_are_refused(settings: Settings) -> None:
+    with pytest.raises(DataError, match="1 of 2 rows of the table table have no month: their period is missing"):
+        replace_months(settings, "table", pd.DataFrame({"period": [JANUARY, None], "value": [1, 2]}))
+    with pytest.raises(DataError, match="the rows of the table table have no column period"):
+        replace_months(settings, "table", pd.DataFrame({"value": [1, 2]}))
+    with pytest.raises(DataError, match="there is no table table, and no rows to make it of"):
+        replace_months(settings, "table", rows_of(JANUARY, 0))
+    reference, _ = replace_months(settings, "table", rows_of(JANUARY))
+    assert replace_months(settings, "table", rows_of(FEBRUARY, 0)) == (reference, [])
 
 
 def test_the_refusal_names_column_types_and_remedy(settings: Settings) -> None:

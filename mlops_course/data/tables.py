@@ -153,7 +153,7 @@ def read_table(
     """
     return _read_rows(settings, reference, periods, columns, by).to_pandas()
 
-
+# %% ../../nbs/internals/05_tables.ipynb #648b760a
 def _read_rows(
     settings: Settings, reference: str, periods: Iterable[str] | None, columns: list[str] | None, by: str
 ) -> pyarrow.Table:
@@ -215,7 +215,7 @@ def as_rows(
         columns[str(column)] = _exact(f"the column {column} of the table {name} cannot be kept as it is", values)
     return pyarrow.table(columns)
 
-
+# %% ../../nbs/internals/05_tables.ipynb #5ea17c67
 NANOSECONDS = "times with nanoseconds"  # a table keeps microseconds
 
 
@@ -228,11 +228,14 @@ def _exact(problem: str, column: pd.Series) -> pyarrow.Array:
         raise DataError(f"{problem}: it holds {' and '.join(sorted(kinds))}", remedy)
     try:
         values = pyarrow.array(column, from_pandas=True)
-        return values.cast(_kept(values.type))
+        values = values.cast(_kept(values.type))
     except (pyarrow.ArrowException, OverflowError) as error:
         raise DataError(f"{problem}: {one_line(error)}", remedy) from error
+    if not _is_kept(values.type):
+        raise DataError(f"{problem}: no table has the type {values.type}", "Make it a number, such as minutes, or text")
+    return values
 
-
+# %% ../../nbs/internals/05_tables.ipynb #afdda133
 def _kinds(column: pd.Series) -> set[str]:
     """What kinds of values a column of objects mixes that Arrow would convert into each other without a word."""
     if isinstance(column.dtype, pd.CategoricalDtype):
@@ -264,6 +267,21 @@ def _kept(kind: pyarrow.DataType) -> pyarrow.DataType:
     if types.is_unsigned_integer(kind):
         return int64()
     return float32() if types.is_float16(kind) else kind
+
+# %% ../../nbs/internals/05_tables.ipynb #c88264bf
+def _is_kept(kind: pyarrow.DataType) -> bool:
+    """Whether tables can have a type, and all types inside of it."""
+    from pyarrow import types
+
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        return _is_kept(kind.value_type)
+    if types.is_struct(kind):
+        return all(_is_kept(field.type) for field in kind)
+    if types.is_map(kind):
+        return _is_kept(kind.key_type) and _is_kept(kind.item_type)
+    text = types.is_string(kind) or types.is_large_string(kind) or types.is_binary(kind) or types.is_large_binary(kind)
+    number = types.is_integer(kind) or types.is_floating(kind) or types.is_decimal128(kind)
+    return text or number or types.is_boolean(kind) or types.is_timestamp(kind) or types.is_date(kind)
 
 # %% ../../nbs/internals/05_tables.ipynb #a4993355
 def _check_columns(name: str, rows: pyarrow.Table, schema: pyarrow.Schema) -> None:
@@ -337,7 +355,7 @@ def _unchanged(settings: Settings, name: str, rows: pyarrow.Table, by: str) -> l
     old = _by_month(held.cast(rows.schema), by)
     return [month for month, some in old.items() if some.equals(new[month])]
 
-
+# %% ../../nbs/internals/05_tables.ipynb #951c9dc9
 def _by_month(rows: pyarrow.Table, by: str) -> dict[str, pyarrow.Table]:
     """The rows of each month, in their order; never as pandas, which rounds whole numbers where one is missing."""
     months = rows[by].to_pandas()
@@ -361,10 +379,11 @@ def replace_months(
     """Put whole months into a table; what is there already is not written again.
 
     Raises:
-        DataError: the columns or types differ from those of the table.
+        DataError: the columns or types differ from those of the table, or a row has no month.
         WorkspaceError: the workspace cannot be written to.
     """
     rows, schema = as_rows(name, frame), _table_schema(settings, name)
+    _require_months(name, rows, by, schema)
     same: list[str] = []
     if schema is not None and not (derived and _differs(rows, schema)):
         rows = fit_rows(name, rows, schema)
@@ -375,6 +394,17 @@ def replace_months(
     return f"{name}@{table_version(settings, name)}", changed
 
 # %% ../../nbs/internals/05_tables.ipynb #874f88fa
+def _require_months(name: str, rows: pyarrow.Table, by: str, schema: pyarrow.Schema | None) -> None:
+    """Raises: DataError when rows do not say their month, or there are none from which to make a table."""
+    if by not in rows.column_names:
+        raise DataError(f"the rows of the table {name} have no column {by}", "Add it: it says the month of each row")
+    if lost := rows[by].null_count:
+        problem = f"{lost} of {len(rows)} rows of the table {name} have no month: their {by} is missing"
+        raise DataError(problem, "Fill it in, or drop those rows")
+    if schema is None and not len(rows):
+        raise DataError(f"there is no table {name}, and no rows to make it of", "Write rows to it first")
+
+
 def _differs(rows: pyarrow.Table, schema: pyarrow.Schema) -> bool:
     """Whether a table with this schema has other columns, or columns of other types, than the rows."""
     return {field.name: _kept(field.type) for field in schema} != {field.name: field.type for field in rows.schema}
