@@ -137,6 +137,12 @@ def test_numbers_of_all_kinds_become_features_that_models_take(reports: Tables) 
         np.testing.assert_array_equal(found[name], made[name].to_numpy().astype(np.float32))
 
 
+@pytest.mark.parametrize("values", [[2**24, -(2**25)], [2**24 + 1, 0.5], [2.0**60, None]])
+def test_whole_numbers_that_float32_holds_and_fractions_are_features(reports: Tables, values: list[Any]) -> None:
+    found = computed(reports, lambda made: made.assign(number=[*values, *[1] * (len(made) - 2)]))
+    assert found["number"].dtype == "float32"
+
+
 def test_missing_values_stay_missing_whatever_they_are_called(reports: Tables) -> None:
     rows = len(reports["reports"])
     kinds = {"whole": "Int64", "decimal": "Float64", "flag": "boolean"}
@@ -161,6 +167,9 @@ def test_missing_values_stay_missing_whatever_they_are_called(reports: Tables) -
         (lambda made: made.assign(big=1e39), r"the feature big of mist holds 1e\+39, which no float32 can"),
         (lambda made: made.assign(endless=np.float32(np.inf)), "the feature endless of mist holds inf"),
         (lambda made: made.assign(number=2**24 + 1), "number of mist holds the whole number 16777217, which float32"),
+        (lambda made: made.assign(number=2**53 + 1), "the whole number 9007199254740993, which float32 rounds"),
+        (lambda made: made.assign(number=np.uint64(2**64 - 1)), "the whole number 18446744073709551615, which"),
+        (lambda made: made.assign(number=[2.0**24 + 1, *[np.nan] * (len(made) - 1)]), "the whole number 16777217, wh"),
         (lambda made: made.assign(due=made["due"].dt.tz_localize(None)), "column due of mist's features must .* zone"),
         (lambda made: made.drop(columns="due"), r"features of mist \(mist:changed\) have no column due"),
         (lambda made: made.drop(columns=["period", "origin"]), "have no column origin, period"),

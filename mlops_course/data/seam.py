@@ -90,6 +90,15 @@ def labels(
 OWN = ("period", "predicted_at")  # columns that say when, beside the key and the time
 
 
+def _rounded(column: pd.Series) -> int | None:
+    """A number that float32 rounds, in a column of whole numbers; a gap in it may have made them float64."""
+    there = column.dropna()
+    if pd.api.types.is_bool_dtype(there.dtype) or (there % 1 != 0).any():
+        return None
+    large = there[(there > 2**24) | (there < -(2**24))]
+    return next((int(value) for value in large.unique() if int(np.float32(int(value))) != int(value)), None)
+
+
 def _number(column: pd.Series, where: str) -> pd.Series:
     """A feature as float32."""
     with np.errstate(over="ignore", invalid="ignore"):
@@ -98,10 +107,8 @@ def _number(column: pd.Series, where: str) -> pd.Series:
     remedy = "Leave it out, or scale it"
     if (endless := np.isinf(numbers)).any():
         raise DataError(f"{where} holds {values[endless][0]:g}, which no float32 can", remedy)
-    if pd.api.types.is_integer_dtype(column.dtype):
-        inexact = ~np.isnan(values) & (np.abs(values) > 2**24) & (numbers != values)
-        if inexact.any():
-            raise DataError(f"{where} holds the whole number {values[inexact][0]:.0f}, which float32 rounds", remedy)
+    if (rounded := _rounded(column)) is not None:
+        raise DataError(f"{where} holds the whole number {rounded}, which float32 rounds", remedy)
     return column if column.dtype == "float32" else pd.Series(numbers, index=column.index)
 
 # %% ../../nbs/internals/05_seam.ipynb #755343e4
