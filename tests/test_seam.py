@@ -215,11 +215,23 @@ def test_labels_of_all_types_mean_the_same(dtype: str) -> None:
     assert (found.tolist(), found.dtype, found.index.tolist()) == ([1.0, 0.0, 1.0], "float64", [4, 7, 9])
 
 
+@pytest.mark.parametrize("gap", [None, np.nan, pd.NA])
+@pytest.mark.parametrize("dtype", ["object", "category", "str"])
+def test_a_label_that_is_not_known_may_be_missing_in_any_way(gap: object, dtype: str) -> None:
+    found = labels(replace(mist, label=lambda rows: pd.Series([gap, gap], dtype=dtype)), pd.DataFrame({"x": [1, 2]}))
+    assert found.isna().all() and found.dtype == "float64"
+
+
 @pytest.mark.parametrize(
     ("label", "words"),
     [
         (lambda rows: rows["x"] * 15, "2 labels of mist are neither 0 nor 1, but 30, 45"),
         (lambda rows: rows["x"].map({0: "no", 2: "1", 3: None}), "are neither 0 nor 1, but no, 1"),
+        (lambda rows: rows["x"].map(lambda _: pd.NaT), r"the labels of mist are datetime64\[\w+\], not numbers"),
+        (lambda rows: rows["x"].map(lambda _: pd.NaT).astype("object"), "3 labels of mist are no numbers, but NaTType"),
+        (lambda rows: rows["x"].map(lambda x: [x]), "3 labels of mist are no numbers, but list"),
+        (lambda rows: rows["x"] * 1j, "the labels of mist are complex128, not numbers"),
+        (lambda rows: pd.to_timedelta(rows["x"]), r"the labels of mist are timedelta64\[\w+\], not numbers"),
         (lambda rows: rows["x"].head(2), "must be a column with one for each of 3 rows"),
         (lambda rows: rows["x"].to_numpy(), "must be a column with one for each of 3 rows"),
         (lambda rows: rows["x"].reset_index(drop=True), "must be a column with one for each of 3 rows"),
