@@ -37,6 +37,7 @@ from mlops_course.data import (
     parse_month,
     read_table,
     replace_months,
+    require_history,
     split_reference,
     split_rows,
     table_version,
@@ -545,6 +546,31 @@ def test_a_row_of_long_ago_is_no_beginning_of_the_history(desk: Desk, delivered:
     tables = desk.check("2011-12", JANUARY).tables
     assert len(desk.read("flights", "2011-12")) == 1
     build_features(desk.settings, flight_delay, tables, JANUARY, JANUARY)
+
+
+def test_a_quiet_season_is_a_part_of_the_history() -> None:
+    """Months that are whole and small count, fragments of one don't, as far as anybody knows what was delivered."""
+    year = dict.fromkeys(months(JANUARY, "2013-12"), 1000)
+    quiet = year | {"2013-06": 40, "2013-07": 40}
+    require_history(flight_delay, quiet, ["2013-08"])
+    require_history(flight_delay, quiet, ["2013-08"], quiet | {"2013-07": 60})
+    require_history(flight_delay, quiet | {"2013-07": 4}, ["2013-08"], quiet | {"2013-07": 4})
+    never = {month: rows for month, rows in quiet.items() if month != "2013-07"}
+    for deliveries, rows in ((None, 4), (never, 40), (year, 40)):
+        with pytest.raises(DataError, match=r"need flights of 2013-07, which are not there"):
+            require_history(flight_delay, quiet | {"2013-07": rows}, ["2013-08"], deliveries)
+
+
+def test_features_are_built_over_a_quiet_month(desk: Desk, delivered: dict[str, Tables]) -> None:
+    for month in (JANUARY, FEBRUARY, MARCH):
+        desk.take(month, delivered[month])
+    tables = desk.check(JANUARY, FEBRUARY, MARCH).tables
+    name = "flight-delay/raw_flights"
+    for table in (name, "flight-delay/flights"):  # as if February had always had so few flights
+        rows = read_table(desk.settings, newest_reference(desk.settings, table), [FEBRUARY]).iloc[::40]
+        by = "delivery" if table == name else "period"
+        tables["flights"] = replace_months(desk.settings, table, rows, by)[0]
+    assert build_features(desk.settings, flight_delay, tables, MARCH, MARCH)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
