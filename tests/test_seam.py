@@ -123,6 +123,19 @@ def test_a_key_or_a_month_that_the_contract_lacks_is_named(settings: Settings) -
     assert not any(settings.data.iterdir())
 
 
+@pytest.mark.parametrize("late", [3, 50])
+def test_late_rows_of_a_month_that_nobody_delivered_are_never_a_whole_one(settings: Settings, late: int) -> None:
+    """This table has no parts, so nothing but its deliveries says whether a month is whole."""
+    january, february = (second.read_reports(month)["reports"] for month in (JANUARY, FEBRUARY))
+    table = replace(mist.tables[0], period=lambda frame: frame["time_hour"].dt.strftime("%Y-%m"))
+    both = {"reports": pd.concat([january.head(late), february[february["day"] < 28]], ignore_index=True)}
+    case = replace(mist, tables=(table,), read=lambda month, source: both)
+    delivery = ingest(settings, case, FEBRUARY)
+    checked = validate(settings, case, delivery.tables, delivery.periods)
+    assert checked.partial == {JANUARY: f"reports: it was not delivered; {late} late rows are there"}
+    assert checked.rows["reports"] == len(both["reports"])
+
+
 # ---------------------------------------------------------------- features
 
 

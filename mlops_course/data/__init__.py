@@ -13,7 +13,7 @@ import pandas as pd
 
 from .deliveries import conform, land
 from .features import flight_features
-from .rules import check_months, keep_quarantine, refuse_absent, split_rows
+from .rules import Checked, check_months, keep_quarantine, refuse_absent, split_rows
 from .seam import check_delivery, check_months_about, labels, make_features
 from mlops_course.data.tables import (
     DataError,
@@ -110,6 +110,11 @@ def validate(
         for name, part in parts.items()
     }
     keep_quarantine(settings, use_case, report, periods)
+    return _found(parts, written, report)
+
+# %% ../../nbs/05_data.ipynb #2fa0b6c2
+def _found(parts: Mapping[str, Checked], written: Mapping[str, tuple[str, list[str]]], report: pd.DataFrame) -> Validation:
+    """What came of all tables together."""
     return Validation(
         tables={name: reference for name, (reference, _) in written.items()},
         rows={name: len(part.good) for name, part in parts.items()},
