@@ -125,32 +125,42 @@ def noise_floor(
     return max(apart) if len(apart) > 1 else 0.0
 
 # %% ../nbs/12_monitoring.ipynb #374d5171
-def _compare(by_month: np.ndarray, now: np.ndarray) -> tuple[float, float, bool]:
-    """PSI, noise floor, and whether there are rows enough to judge it."""
-    then = by_month.sum(axis=0)
-    return stability_index(then, now), noise_floor(by_month), index_by_chance(then, now) <= ALARM
+def _telling(by_month: np.ndarray) -> np.ndarray:
+    """Which months have values enough to say how far months lie apart; if none has, all that have any."""
+    then, some = by_month.sum(axis=0), by_month.any(axis=1)
+    enough = np.array([index_by_chance(then, month) <= ALARM for month in by_month]) & some
+    return enough if enough.any() else some
 
 
+def _compare(by_month: np.ndarray, now: np.ndarray, gaps: np.ndarray) -> tuple[float, float, bool]:
+    """PSI, noise floor, and whether there are rows enough to judge it; `gaps` are the bins that hold no values."""
+    then, telling = by_month.sum(axis=0), _telling(np.delete(by_month, gaps, axis=1))
+    return stability_index(then, now), noise_floor(by_month[telling]), index_by_chance(then, now) <= ALARM
+
+# %% ../nbs/12_monitoring.ipynb #6cc14ece
 def _judge(reference: pd.Series, current: pd.Series, period: np.ndarray) -> dict[str, float | bool]:
     """PSI of a column as a whole, and of those of its values that are there and are not zero."""
     then, now, bins = column_codes(reference, current)
     by_month = np.bincount(period * bins + then, minlength=(period.max() + 1) * bins).reshape(-1, bins)
     today = np.bincount(now, minlength=bins)
-    psi, floor, judged = _compare(by_month, today)
+    psi, floor, judged = _compare(by_month, today, np.unique(then[reference.isna().to_numpy()]))
     found = {"psi": psi, "floor": floor, "psi_values": psi, "floor_values": floor}
     alarm = judged and psi > max(ALARM, floor)
     if pd.api.types.is_numeric_dtype(reference) and (by_month[:, -2:].any() or today[-2:].any()):
-        values, floor, enough = _compare(by_month[:, :-2], today[:-2])
+        values, floor, enough = _compare(by_month[:, :-2], today[:-2], np.empty(0, "int64"))
         found |= {"psi_values": values if enough else np.nan, "floor_values": floor if enough else np.nan}
         alarm |= enough and values > max(ALARM, floor)
     return found | {"alarm": bool(alarm), "judged": bool(judged)}
 
 # %% ../nbs/12_monitoring.ipynb #987ea2d5
 def _require_comparable(reference: pd.DataFrame, current: pd.DataFrame, names: list[str]) -> None:
-    """There are rows on both sides, and the month has all columns."""
+    """There are rows on both sides, those of the past say their months, and the month has all columns."""
     if reference.empty or current.empty:
         problem = f"cannot compare {len(reference)} rows with {len(current)} rows"
         raise MonitoringError(problem, "Name months that hold data")
+    if "period" not in reference.columns or (lost := int(reference["period"].isna().sum())):
+        which = f"{lost} of the {len(reference)} rows" if "period" in reference.columns else "the rows"
+        raise MonitoringError(f"{which} of the training say no month", "Give each its month in the column `period`")
     if absent := [name for name in names if name not in current.columns]:
         problem = f"the features of the month lack {', '.join(absent[:3])}, which the model was trained on"
         raise MonitoringError(problem, "Build them again with the code that trained the model")
@@ -166,8 +176,9 @@ def drift(
     Raises:
         MonitoringError: one of the two has no rows, or the month lacks a column.
     """
-    names, period = list(names), pd.factorize(reference["period"])[0]
+    names = list(names)
     _require_comparable(reference, current, names)
+    period = pd.factorize(reference["period"])[0]
     found = {name: _judge(reference[name], current[name], period) for name in names}
     table = pd.DataFrame.from_dict(found, orient="index")
     table["missing_then"], table["missing_now"] = reference[names].isna().mean(), current[names].isna().mean()

@@ -351,6 +351,8 @@ def test_nbgraders_own_stub_is_no_attempt(learner: Learner) -> None:
     assert statuses(learner.check("21.1")) == {"21.1": "unattempted"}
 
 
+ODD = "class Odd(AssertionError):\n    def __str__(self):\n        return 1 / 0"
+
 TROUBLE = {
     "a syntax error": ("mean = (", r"SyntaxError.*line 2"),
     "a name that isn't there": ("mean = total / 5", r"NameError: name 'total'.*line 2: mean = total / 5"),
@@ -367,6 +369,7 @@ TROUBLE = {
     "a C function that never returns": ("mean = sum(iter(int, 1))", "could not be interrupted"),
     "a killed process": ("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)", "ended the whole process"),
     "an exited process": ("import os\nos._exit(0)", "ended the whole process"),
+    "an error that can't say what it is": (f"{ODD}\nraise Odd(5)", r"Odd: \(its text can't be shown\) \(line 5: raise"),
     "half an answer": ("mean = ...\nmean = [mean]", "one number, but it is"),
     "no number": ("mean = None", "should be one number"),
 }
@@ -387,6 +390,14 @@ def test_an_endless_loop_inside_a_function_is_found_by_its_check(learner: Learne
     report = learner.all_right().answer("21.2", "def late(delay):\n    while True:\n        pass").check(timeout=1)
     assert statuses(report) == {"21.1": "passed", "21.2": "failed"}
     assert "did not end within 1 s" in messages(report)["21.2"]
+
+
+@pytest.mark.parametrize("kind", ["AssertionError", "ValueError"])
+def test_an_error_that_cannot_say_what_it_is_stops_no_check(learner: Learner, kind: str) -> None:
+    code = f"{ODD.replace('AssertionError', kind)}\ndef late(delay):\n    raise Odd"
+    report = learner.all_right().answer("21.2", code).check()
+    assert statuses(report) == {"21.1": "passed", "21.2": "failed"}
+    assert "(its text can't be shown)" in messages(report)["21.2"]
 
 
 def test_a_cell_that_asks_for_input_is_told_why_it_gets_none(learner: Learner) -> None:

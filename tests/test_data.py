@@ -10,7 +10,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -35,6 +37,7 @@ from mlops_course.data import (
     parse_month,
     read_table,
     replace_months,
+    require_history,
     split_reference,
     split_rows,
     table_version,
@@ -545,6 +548,31 @@ def test_a_row_of_long_ago_is_no_beginning_of_the_history(desk: Desk, delivered:
     build_features(desk.settings, flight_delay, tables, JANUARY, JANUARY)
 
 
+def test_a_quiet_season_is_a_part_of_the_history() -> None:
+    """Months that are whole and small count, fragments of one don't, as far as anybody knows what was delivered."""
+    year = dict.fromkeys(months(JANUARY, "2013-12"), 1000)
+    quiet = year | {"2013-06": 40, "2013-07": 40}
+    require_history(flight_delay, quiet, ["2013-08"])
+    require_history(flight_delay, quiet, ["2013-08"], quiet | {"2013-07": 60})
+    require_history(flight_delay, quiet | {"2013-07": 4}, ["2013-08"], quiet | {"2013-07": 4})
+    never = {month: rows for month, rows in quiet.items() if month != "2013-07"}
+    for deliveries, rows in ((None, 4), (never, 40), (year, 40)):
+        with pytest.raises(DataError, match=r"need flights of 2013-07, which are not there"):
+            require_history(flight_delay, quiet | {"2013-07": rows}, ["2013-08"], deliveries)
+
+
+def test_features_are_built_over_a_quiet_month(desk: Desk, delivered: dict[str, Tables]) -> None:
+    for month in (JANUARY, FEBRUARY, MARCH):
+        desk.take(month, delivered[month])
+    tables = desk.check(JANUARY, FEBRUARY, MARCH).tables
+    name = "flight-delay/raw_flights"
+    for table in (name, "flight-delay/flights"):  # as if February had always had so few flights
+        rows = read_table(desk.settings, newest_reference(desk.settings, table), [FEBRUARY]).iloc[::40]
+        by = "delivery" if table == name else "period"
+        tables["flights"] = replace_months(desk.settings, table, rows, by)[0]
+    assert build_features(desk.settings, flight_delay, tables, MARCH, MARCH)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Another shape, another meaning
 
@@ -842,6 +870,63 @@ def test_a_type_never_changes_in_silence(settings: Settings, kind: str, month: s
     assert one_line(caught.value)
     assert table_version(settings, "table") == split_reference(reference)[1]
     pd.testing.assert_frame_equal(read_table(settings, reference), kept)
+
+
+def test_a_correction_of_a_large_number_beside_a_gap_is_a_change(settings: Settings) -> None:
+    for number in (2**53 + 1, 2**53):
+        frame = rows_of(JANUARY, 2, value=pd.array([number, None], dtype="Int64"))
+        reference, changed = replace_months(settings, "table", frame)
+        assert changed == [JANUARY]
+        held = DeltaTable(str(settings.data / "table"), version=split_reference(reference)[1]).to_pyarrow_table()
+        assert held["value"].to_pylist() == [number, None]
+    assert replace_months(settings, "table", frame) == (reference, [])
+
+
+NOON = datetime(2013, 1, 1, 12)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ([date(2013, 1, 1), NOON], "days and times without a zone"),
+        ([NOON, NOON.replace(tzinfo=UTC)], "times with a zone and times without a zone"),
+        (["a", b"a"], "bytes and text"),
+        ([date(2013, 1, 1), 1], "days and numbers"),
+        ([np.True_, 2], "numbers and truth values"),
+        ([pd.Timestamp("2013-01-01 12:00:00.000000001"), None], "times with nanoseconds"),
+        (pd.Categorical(["a", b"a"]), "bytes and text"),
+    ],
+)
+def test_a_column_of_several_kinds_of_values_is_refused(settings: Settings, values: Any, words: str) -> None:
+    column = values if isinstance(values, pd.Categorical) else pd.Series(values, dtype="object")
+    with pytest.raises(DataError, match=f"column value of the table table cannot be kept as it is: it holds {words}"):
+        replace_months(settings, "table", rows_of(JANUARY, 2, value=column))
+    assert table_version(settings, "table") is None
+
+
+@pytest.mark.parametrize("names", [["period", "a", "a"], ["period", "1", 1]])
+def test_two_columns_of_one_name_are_refused(settings: Settings, names: list[object]) -> None:
+    frame = pd.DataFrame([[JANUARY, 1, 2]], columns=names)
+    with pytest.raises(DataError, match=f"the rows of the table table have two columns {names[-1]}"):
+        replace_months(settings, "table", frame)
+
+
+@pytest.mark.parametrize("value", [timedelta(minutes=5), NOON.time(), [NOON.time()]], ids=["span", "time", "list"])
+def test_a_type_that_no_table_has_is_refused_with_its_column(settings: Settings, value: object) -> None:
+    said = "column value of the table table cannot be kept as it is: no table has the type (duration|time64|list)"
+    with pytest.raises(DataError, match=said):
+        replace_months(settings, "table", rows_of(JANUARY, 2, value=pd.Series([value, None])))
+
+
+def test_rows_without_a_month_and_tables_without_rows_are_refused(settings: Settings) -> None:
+    with pytest.raises(DataError, match="1 of 2 rows of the table table have no month: their period is missing"):
+        replace_months(settings, "table", pd.DataFrame({"period": [JANUARY, None], "value": [1, 2]}))
+    with pytest.raises(DataError, match="the rows of the table table have no column period"):
+        replace_months(settings, "table", pd.DataFrame({"value": [1, 2]}))
+    with pytest.raises(DataError, match="there is no table table, and no rows to make it of"):
+        replace_months(settings, "table", rows_of(JANUARY, 0))
+    reference, _ = replace_months(settings, "table", rows_of(JANUARY))
+    assert replace_months(settings, "table", rows_of(FEBRUARY, 0)) == (reference, [])
 
 
 def test_the_refusal_names_column_types_and_remedy(settings: Settings) -> None:

@@ -12,6 +12,7 @@ import urllib.request
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,7 @@ from mlops_course.experiments import (
     training_rows,
 )
 from mlops_course.project import Costs, flight_delay
+from mlops_course.registry import register
 
 pytestmark = pytest.mark.filterwarnings("ignore:Series.values returning:DeprecationWarning")  # inside pyarrow
 
@@ -562,6 +564,20 @@ def test_a_run_that_fails_is_marked_as_failed(own_quarter: Quarter) -> None:
         load_run_model(settings, flight_delay, started[0])
     with pytest.raises(ExperimentError, match="has no last"):
         evaluate_run(settings, flight_delay, started[0], MARCH, MARCH)
+
+
+def test_a_run_of_another_use_case_is_refused(settings: Settings) -> None:
+    other = replace(flight_delay, name="bikes")
+    with tracked_run(settings, flight_delay, "trained", {"features": "x@1"}) as run:
+        run_id = run.info.run_id
+    said = f"the run {run_id} is one of flight-delay, not of bikes"
+    with pytest.raises(ExperimentError, match=said):
+        find_run(settings, other, run_id)
+    with pytest.raises(ExperimentError, match=said):
+        evaluate_run(settings, other, run_id, MARCH, MARCH)
+    with pytest.raises(ExperimentError, match=said):
+        register(settings, other, run_id)
+    assert find_run(settings, flight_delay, run_id).info.run_id == run_id
 
 
 def test_an_unknown_run_is_named(quarter: Quarter) -> None:

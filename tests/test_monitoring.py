@@ -185,6 +185,31 @@ def test_the_floor_is_the_largest_distance_between_months_without_the_oddest() -
     assert table.loc["kind", "psi"] == 0
 
 
+@pytest.mark.parametrize("left", [0, 3])
+@pytest.mark.parametrize("text", [False, True])
+def test_months_without_values_do_not_switch_an_alarm_off(left: int, text: bool) -> None:
+    then, now = months_of(steady=[9] * 6), months_of(steady=[13])
+    if text:
+        then["steady"], now["steady"] = (
+            pd.Series(np.where(each["steady"] > 11, "high", "low"), dtype="str") for each in (then, now)
+        )
+    usual = drift(then, now, ["steady"]).loc["steady"]
+    silent = then["period"].isin(["2013-02", "2013-05"]) & (then.groupby("period").cumcount() >= left)
+    found = drift(then.assign(steady=then["steady"].mask(silent)), now, ["steady"]).loc["steady"]
+    assert usual["alarm"] and found["alarm"]
+    assert max(found["floor"], found["floor_values"]) < 0.1
+    empty = drift(then, now.assign(steady=now["steady"].mask(now.index >= left)), ["steady"])
+    assert empty["alarm"].all(), "and a month without values is no month like the others"
+
+
+def test_rows_of_the_past_must_say_their_month() -> None:
+    then = months_of(steady=[9, 9])
+    with pytest.raises(MonitoringError, match="1 of the 800 rows of the training say no month"):
+        drift(then.assign(period=then["period"].mask(then.index == 5)), then, ["steady"])
+    with pytest.raises(MonitoringError, match="the rows of the training say no month"):
+        drift(then[["steady"]], then, ["steady"])
+
+
 def test_one_bad_month_does_not_make_everything_normal() -> None:
     bad = months_of(steady=[9, 9, 9, 30, 9])
     table = drift(bad, months_of(steady=[12]), ["steady"])

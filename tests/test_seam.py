@@ -123,6 +123,19 @@ def test_a_key_or_a_month_that_the_contract_lacks_is_named(settings: Settings) -
     assert not any(settings.data.iterdir())
 
 
+@pytest.mark.parametrize("late", [3, 50])
+def test_late_rows_of_a_month_that_nobody_delivered_are_never_a_whole_one(settings: Settings, late: int) -> None:
+    """This table has no parts, so nothing but its deliveries says whether a month is whole."""
+    january, february = (second.read_reports(month)["reports"] for month in (JANUARY, FEBRUARY))
+    table = replace(mist.tables[0], period=lambda frame: frame["time_hour"].dt.strftime("%Y-%m"))
+    both = {"reports": pd.concat([january.head(late), february[february["day"] < 28]], ignore_index=True)}
+    case = replace(mist, tables=(table,), read=lambda month, source: both)
+    delivery = ingest(settings, case, FEBRUARY)
+    checked = validate(settings, case, delivery.tables, delivery.periods)
+    assert checked.partial == {JANUARY: f"reports: it was not delivered; {late} late rows are there"}
+    assert checked.rows["reports"] == len(both["reports"])
+
+
 # ---------------------------------------------------------------- features
 
 
@@ -135,6 +148,12 @@ def test_numbers_of_all_kinds_become_features_that_models_take(reports: Tables) 
     assert set(found[names].dtypes.astype("str")) == {"float32"}
     for name in names:
         np.testing.assert_array_equal(found[name], made[name].to_numpy().astype(np.float32))
+
+
+@pytest.mark.parametrize("values", [[2**24, -(2**25)], [2**24 + 1, 0.5], [2.0**60, None]])
+def test_whole_numbers_that_float32_holds_and_fractions_are_features(reports: Tables, values: list[Any]) -> None:
+    found = computed(reports, lambda made: made.assign(number=[*values, *[1] * (len(made) - 2)]))
+    assert found["number"].dtype == "float32"
 
 
 def test_missing_values_stay_missing_whatever_they_are_called(reports: Tables) -> None:
@@ -161,6 +180,9 @@ def test_missing_values_stay_missing_whatever_they_are_called(reports: Tables) -
         (lambda made: made.assign(big=1e39), r"the feature big of mist holds 1e\+39, which no float32 can"),
         (lambda made: made.assign(endless=np.float32(np.inf)), "the feature endless of mist holds inf"),
         (lambda made: made.assign(number=2**24 + 1), "number of mist holds the whole number 16777217, which float32"),
+        (lambda made: made.assign(number=2**53 + 1), "the whole number 9007199254740993, which float32 rounds"),
+        (lambda made: made.assign(number=np.uint64(2**64 - 1)), "the whole number 18446744073709551615, which"),
+        (lambda made: made.assign(number=[2.0**24 + 1, *[np.nan] * (len(made) - 1)]), "the whole number 16777217, wh"),
         (lambda made: made.assign(due=made["due"].dt.tz_localize(None)), "column due of mist's features must .* zone"),
         (lambda made: made.drop(columns="due"), r"features of mist \(mist:changed\) have no column due"),
         (lambda made: made.drop(columns=["period", "origin"]), "have no column origin, period"),
@@ -206,11 +228,23 @@ def test_labels_of_all_types_mean_the_same(dtype: str) -> None:
     assert (found.tolist(), found.dtype, found.index.tolist()) == ([1.0, 0.0, 1.0], "float64", [4, 7, 9])
 
 
+@pytest.mark.parametrize("gap", [None, np.nan, pd.NA])
+@pytest.mark.parametrize("dtype", ["object", "category", "str"])
+def test_a_label_that_is_not_known_may_be_missing_in_any_way(gap: object, dtype: str) -> None:
+    found = labels(replace(mist, label=lambda rows: pd.Series([gap, gap], dtype=dtype)), pd.DataFrame({"x": [1, 2]}))
+    assert found.isna().all() and found.dtype == "float64"
+
+
 @pytest.mark.parametrize(
     ("label", "words"),
     [
         (lambda rows: rows["x"] * 15, "2 labels of mist are neither 0 nor 1, but 30, 45"),
         (lambda rows: rows["x"].map({0: "no", 2: "1", 3: None}), "are neither 0 nor 1, but no, 1"),
+        (lambda rows: rows["x"].map(lambda _: pd.NaT), r"the labels of mist are datetime64\[\w+\], not numbers"),
+        (lambda rows: rows["x"].map(lambda _: pd.NaT).astype("object"), "3 labels of mist are no numbers, but NaTType"),
+        (lambda rows: rows["x"].map(lambda x: [x]), "3 labels of mist are no numbers, but list"),
+        (lambda rows: rows["x"] * 1j, "the labels of mist are complex128, not numbers"),
+        (lambda rows: pd.to_timedelta(rows["x"]), r"the labels of mist are timedelta64\[\w+\], not numbers"),
         (lambda rows: rows["x"].head(2), "must be a column with one for each of 3 rows"),
         (lambda rows: rows["x"].to_numpy(), "must be a column with one for each of 3 rows"),
         (lambda rows: rows["x"].reset_index(drop=True), "must be a column with one for each of 3 rows"),

@@ -79,6 +79,14 @@ class TookTooLong(BaseException):
     """Code that did not end in time. Not an Exception, so that `except Exception` in a loop doesn't catch it."""
 
 
+def _text(error: BaseException) -> str:
+    """What an error says; a learner's own class may fail at that, too."""
+    try:
+        return str(error)
+    except Exception:
+        return "(its text can't be shown)"
+
+
 def describe(
     error: BaseException,  # what a cell raised
     scope: dict[str, Any] | None = None,  # the names it ran with, to find its own lines
@@ -93,7 +101,7 @@ def describe(
         return f"asks for input(){where}: nobody answers while a check runs. Set a value instead"
     if isinstance(error, SystemExit):
         return f"called sys.exit or exit(){where}: a notebook's cell has to come to its end"
-    text = str(error).strip()
+    text = _text(error).strip()
     return f"{type(error).__name__}{': ' if text else ''}{text}{where}"
 
 # %% ../../nbs/internals/01_running.ipynb #b42ccfdd
@@ -176,7 +184,7 @@ def _run_tests(exercise: dict[str, Any], scope: dict[str, Any]) -> Outcome:
     try:
         exec(compile(exercise["tests"], filename, "exec"), copy)
     except AssertionError as error:
-        said = str(error).strip() or f"This isn't what is asked for. mlops-course hint {number} helps."
+        said = _text(error).strip() or f"This isn't what is asked for. mlops-course hint {number} helps."
         return Outcome(number, FAILED, said)
     except (Exception, TookTooLong, SystemExit) as error:
         if isinstance(error, NotImplementedError) and not asks_for_input(error):  # nbgrader's stub of a function

@@ -13,7 +13,7 @@ import pandas as pd
 
 from .deliveries import conform, land
 from .features import flight_features
-from .rules import check_months, keep_quarantine, refuse_absent, split_rows
+from .rules import Checked, check_months, keep_quarantine, refuse_absent, split_rows
 from .seam import check_delivery, check_months_about, labels, make_features
 from mlops_course.data.tables import (
     DataError,
@@ -110,6 +110,11 @@ def validate(
         for name, part in parts.items()
     }
     keep_quarantine(settings, use_case, report, periods)
+    return _found(parts, written, report)
+
+# %% ../../nbs/05_data.ipynb #2fa0b6c2
+def _found(parts: Mapping[str, Checked], written: Mapping[str, tuple[str, list[str]]], report: pd.DataFrame) -> Validation:
+    """What came of all tables together."""
     return Validation(
         tables={name: reference for name, (reference, _) in written.items()},
         rows={name: len(part.good) for name, part in parts.items()},
@@ -146,6 +151,7 @@ def require_history(
     use_case: UseCase,  # how much history its features need
     rows: Mapping[str, int],  # rows of each month that is there, from `partition_rows`
     wanted: list[str],  # months, one after the other
+    delivered: Mapping[str, int] | None = None,  # rows of each month's own delivery; None: nobody knows
 ) -> None:
     """See to it that no month is missing among those that features are computed from.
 
@@ -153,7 +159,8 @@ def require_history(
         DataError: a month is missing; before the very first one there is nothing.
     """
     usual = sorted(rows.values())[len(rows) // 2] if rows else 0
-    there = {month for month, number in rows.items() if 10 * number > usual}  # a few late rows are no month
+    share, own = (0.01, {}) if delivered is None else (0.1, delivered)  # a few late rows are no month
+    there = {month for month, number in rows.items() if number > share * min(usual, own.get(month, usual))}
     needed = {month for month in history_months(use_case, wanted) if month > min(there, default=wanted[0])}
     if absent := sorted({*wanted} - {*rows} | (needed - {*wanted} - there)):
         name = use_case.tables[0].name
@@ -161,6 +168,13 @@ def require_history(
         raise DataError(problem, "Ingest and validate those months first")
 
 # %% ../../nbs/05_data.ipynb #2f504e39
+def _delivered(settings: Settings, use_case: UseCase) -> dict[str, int] | None:
+    """Rows of each month's delivery of the first table; None when there is no raw table."""
+    name = table_name(use_case, f"raw_{use_case.tables[0].name}")
+    version = table_version(settings, name)
+    return None if version is None else partition_rows(settings, f"{name}@{version}", "delivery")
+
+# %% ../../nbs/05_data.ipynb #81d72090
 def build_features(
     settings: Settings,  # where the workspace is
     use_case: UseCase,  # which features, and how much history they need
@@ -175,7 +189,8 @@ def build_features(
         DataError: a month has no rows, or the features are not what they must be.
     """
     wanted, reference = months(first, last), ""
-    require_history(use_case, partition_rows(settings, tables[use_case.tables[0].name]), wanted)
+    rows = partition_rows(settings, tables[use_case.tables[0].name])
+    require_history(use_case, rows, wanted, _delivered(settings, use_case))
     for start in range(0, len(wanted), at_once):
         some = wanted[start : start + at_once]
         features = make_features(use_case, read_history(settings, use_case, tables, some), some)

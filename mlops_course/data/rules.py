@@ -211,7 +211,7 @@ def _check_month(
 ) -> tuple[pd.DataFrame, pd.DataFrame, str]:
     """Good rows, report and what is missing of one month; asks for a whole month only where there can be one."""
     period, missing = str(rows["period"].iloc[0]), ""
-    whole = table.period is None or period in delivered or len(rows) >= ENOUGH
+    whole = table.period is None or period in delivered or (bool(table.parts) and len(rows) >= ENOUGH)
     if table.period and table.parts:
         counts = count_parts(rows, table, period)
         missing = what_is_missing(counts, usual_rows(daily, period), table.gaps)
@@ -220,7 +220,7 @@ def _check_month(
     if missing and period in delivered:
         remedy = "Ask the supplier for the rest, and ingest that delivery again"
         raise DataError(f"{table.name} of {period} is not whole: {missing}", remedy)
-    return good, report, missing or ("" if whole else f"it has {len(rows)} rows only")
+    return good, report, missing or ("" if whole else f"it was not delivered; {len(rows)} late rows are there")
 
 # %% ../../nbs/internals/05_rules.ipynb #9b87d62d
 def check_months(

@@ -8,6 +8,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import replace
+from decimal import Decimal
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -66,6 +68,21 @@ def check_months_about(
     return months_about(replace(table, period=lambda _: about), frame, month)
 
 # %% ../../nbs/internals/05_seam.ipynb #26d0c66c
+def _require_numbers(use_case: UseCase, given: pd.Series, remedy: str) -> None:
+    """Labels are numbers, or true and false, or text, which is shown where it is refused; nothing else."""
+    numeric = pd.api.types.is_numeric_dtype(given.dtype) and not pd.api.types.is_complex_dtype(given.dtype)
+    if numeric or isinstance(given.dtype, pd.StringDtype):
+        return
+    if given.dtype != "object" and not isinstance(given.dtype, pd.CategoricalDtype):
+        raise DataError(f"the labels of {use_case.name} are {given.dtype}, not numbers", remedy)
+    fits = (Real, Decimal, np.bool_, str)
+    gaps = (type(None), type(pd.NA))
+    strange = [value for value in given if not isinstance(value, fits + gaps)]
+    if strange:
+        problem = f"{len(strange)} labels of {use_case.name} are no numbers, but {type(strange[0]).__name__}"
+        raise DataError(problem, remedy)
+
+# %% ../../nbs/internals/05_seam.ipynb #a4edad32
 def labels(
     use_case: UseCase,  # its label function
     rows: pd.DataFrame,  # of its first table
@@ -79,6 +96,7 @@ def labels(
     if not isinstance(given, pd.Series) or not given.index.equals(rows.index):
         problem = f"the labels of {use_case.name} must be a column with one for each of {len(rows)} rows"
         raise DataError(problem, remedy)
+    _require_numbers(use_case, given, remedy)
     wrong = [value for value in given.dropna().unique() if isinstance(value, str) or value not in (0, 1)]
     if wrong:
         count = int(given.isin(wrong).sum())
@@ -90,6 +108,16 @@ def labels(
 OWN = ("period", "predicted_at")  # columns that say when, beside the key and the time
 
 
+def _rounded(column: pd.Series) -> int | None:
+    """A number that float32 rounds, in a column of whole numbers; a gap in it may have made them float64."""
+    there = column.dropna()
+    whole = pd.api.types.is_integer_dtype(there.dtype) or not (there.astype("float64") % 1).any()
+    if pd.api.types.is_bool_dtype(there.dtype) or not whole:
+        return None
+    large = there[(there > 2**24) | (there < -(2**24))]
+    return next((int(value) for value in large.unique() if int(np.float32(int(value))) != int(value)), None)
+
+
 def _number(column: pd.Series, where: str) -> pd.Series:
     """A feature as float32."""
     with np.errstate(over="ignore", invalid="ignore"):
@@ -98,10 +126,8 @@ def _number(column: pd.Series, where: str) -> pd.Series:
     remedy = "Leave it out, or scale it"
     if (endless := np.isinf(numbers)).any():
         raise DataError(f"{where} holds {values[endless][0]:g}, which no float32 can", remedy)
-    if pd.api.types.is_integer_dtype(column.dtype):
-        inexact = ~np.isnan(values) & (np.abs(values) > 2**24) & (numbers != values)
-        if inexact.any():
-            raise DataError(f"{where} holds the whole number {values[inexact][0]:.0f}, which float32 rounds", remedy)
+    if (rounded := _rounded(column)) is not None:
+        raise DataError(f"{where} holds the whole number {rounded}, which float32 rounds", remedy)
     return column if column.dtype == "float32" else pd.Series(numbers, index=column.index)
 
 # %% ../../nbs/internals/05_seam.ipynb #755343e4

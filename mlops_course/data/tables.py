@@ -8,8 +8,11 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Iterable
+from datetime import date, datetime
+from numbers import Number
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pandas as pd
 
 from ..environment import CourseError, Settings, WorkspaceError
@@ -20,9 +23,9 @@ if TYPE_CHECKING:
     from mlops_course.project import UseCase
 
 # %% auto #0
-__all__ = ['NAME', 'WIDER', 'ATTEMPTS', 'DataError', 'parse_month', 'months', 'month_after', 'table_name', 'one_line',
-           'table_version', 'newest_reference', 'split_reference', 'read_table', 'partition_rows', 'as_rows',
-           'fit_rows', 'replace_months', 'widen_column']
+__all__ = ['NAME', 'NANOSECONDS', 'WIDER', 'ATTEMPTS', 'DataError', 'parse_month', 'months', 'month_after', 'table_name',
+           'one_line', 'table_version', 'newest_reference', 'split_reference', 'read_table', 'partition_rows',
+           'as_rows', 'fit_rows', 'replace_months', 'widen_column']
 
 # %% ../../nbs/internals/05_tables.ipynb #82433cf7
 class DataError(CourseError):
@@ -148,6 +151,13 @@ def read_table(
     Raises:
         DataError: there is no such table or version.
     """
+    return _read_rows(settings, reference, periods, columns, by).to_pandas()
+
+# %% ../../nbs/internals/05_tables.ipynb #648b760a
+def _read_rows(
+    settings: Settings, reference: str, periods: Iterable[str] | None, columns: list[str] | None, by: str
+) -> pyarrow.Table:
+    """Rows of one version of a table, in the types that it keeps."""
     from deltalake import DeltaTable
     from deltalake.exceptions import DeltaError
 
@@ -158,7 +168,7 @@ def read_table(
         raise DataError(f"cannot read {reference}: {there}", "Name one that is there, or run the pipeline again")
     filters = None if periods is None else [(by, "in", sorted(periods) or [""])]  # no month at all: no rows
     try:
-        return DeltaTable(str(settings.data / name), version=version).to_pandas(columns=columns, filters=filters)
+        return DeltaTable(str(settings.data / name), version=version).to_pyarrow_table(columns=columns, filters=filters)
     except (DeltaError, OSError) as error:
         raise DataError(f"cannot read {reference}: {one_line(error)}", "Its files are gone or damaged") from error
 
@@ -193,19 +203,55 @@ def as_rows(
     """Bring rows into the types that tables keep.
 
     Raises:
-        DataError: a column cannot be kept exactly, or holds different kinds of values.
+        DataError: a column cannot be kept exactly, holds different kinds of values, or has the name of another one.
     """
     import pyarrow
 
-    columns = {}
-    for column in frame:
-        try:
-            values = pyarrow.array(frame[column], from_pandas=True)
-            columns[str(column)] = values.cast(_kept(values.type))
-        except (pyarrow.ArrowException, OverflowError) as error:
-            problem = f"the column {column} of the table {name} cannot be kept as it is: {one_line(error)}"
-            raise DataError(problem, "Give it one type, in which each of its values is exact") from error
+    columns: dict[str, pyarrow.Array] = {}
+    for column, values in frame.items():
+        if str(column) in columns:
+            remedy = "Give each column a name of its own; 1 and '1' are the same one"
+            raise DataError(f"the rows of the table {name} have two columns {column}", remedy)
+        columns[str(column)] = _exact(f"the column {column} of the table {name} cannot be kept as it is", values)
     return pyarrow.table(columns)
+
+# %% ../../nbs/internals/05_tables.ipynb #5ea17c67
+NANOSECONDS = "times with nanoseconds"  # a table keeps microseconds
+
+
+def _exact(problem: str, column: pd.Series) -> pyarrow.Array:
+    """A column in the type in which tables keep it, each value as it is."""
+    import pyarrow
+
+    remedy = "Give it one type, in which each of its values is exact"
+    if len(kinds := _kinds(column)) > 1 or NANOSECONDS in kinds:
+        raise DataError(f"{problem}: it holds {' and '.join(sorted(kinds))}", remedy)
+    try:
+        values = pyarrow.array(column, from_pandas=True)
+        values = values.cast(_kept(values.type))
+    except (pyarrow.ArrowException, OverflowError) as error:
+        raise DataError(f"{problem}: {one_line(error)}", remedy) from error
+    if not _is_kept(values.type):
+        raise DataError(f"{problem}: no table has the type {values.type}", "Make it a number, such as minutes, or text")
+    return values
+
+# %% ../../nbs/internals/05_tables.ipynb #afdda133
+def _kinds(column: pd.Series) -> set[str]:
+    """What kinds of values a column of objects mixes that Arrow would convert into each other without a word."""
+    if isinstance(column.dtype, pd.CategoricalDtype):
+        column = column.cat.categories.to_series()
+    return {_kind(value) for value in column.dropna()} if column.dtype == "object" else set()
+
+
+def _kind(value: object) -> str:
+    """What a value is, in words."""
+    if getattr(value, "nanosecond", 0):
+        return NANOSECONDS
+    if isinstance(value, datetime):
+        return "times without a zone" if value.tzinfo is None else "times with a zone"
+    truth = (bool, np.bool_)
+    named = {date: "days", str: "text", bytes: "bytes", truth: "truth values", Number: "numbers"}
+    return next((word for kind, word in named.items() if isinstance(value, kind)), "other values")
 
 # %% ../../nbs/internals/05_tables.ipynb #be2edec1
 def _kept(kind: pyarrow.DataType) -> pyarrow.DataType:
@@ -221,6 +267,21 @@ def _kept(kind: pyarrow.DataType) -> pyarrow.DataType:
     if types.is_unsigned_integer(kind):
         return int64()
     return float32() if types.is_float16(kind) else kind
+
+# %% ../../nbs/internals/05_tables.ipynb #c88264bf
+def _is_kept(kind: pyarrow.DataType) -> bool:
+    """Whether tables can have a type, and all types inside of it."""
+    from pyarrow import types
+
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        return _is_kept(kind.value_type)
+    if types.is_struct(kind):
+        return all(_is_kept(field.type) for field in kind)
+    if types.is_map(kind):
+        return _is_kept(kind.key_type) and _is_kept(kind.item_type)
+    text = types.is_string(kind) or types.is_large_string(kind) or types.is_binary(kind) or types.is_large_binary(kind)
+    number = types.is_integer(kind) or types.is_floating(kind) or types.is_decimal128(kind)
+    return text or number or types.is_boolean(kind) or types.is_timestamp(kind) or types.is_date(kind)
 
 # %% ../../nbs/internals/05_tables.ipynb #a4993355
 def _check_columns(name: str, rows: pyarrow.Table, schema: pyarrow.Schema) -> None:
@@ -289,13 +350,22 @@ def _table_schema(settings: Settings, name: str) -> pyarrow.Schema | None:
 
 def _unchanged(settings: Settings, name: str, rows: pyarrow.Table, by: str) -> list[str]:
     """Months that the table holds already, with the same rows in the same order."""
-    new = dict(tuple(rows.to_pandas().groupby(by, sort=True)))
-    old = read_table(settings, newest_reference(settings, name), new, rows.column_names, by)
-    return [
-        month
-        for month, some in old.groupby(by)
-        if some.reset_index(drop=True).equals(new[month].reset_index(drop=True))
-    ]
+    new = _by_month(rows, by)
+    held = _read_rows(settings, newest_reference(settings, name), new, rows.column_names, by)
+    old = _by_month(held.cast(rows.schema), by)
+    return [month for month, some in old.items() if some.equals(new[month])]
+
+# %% ../../nbs/internals/05_tables.ipynb #951c9dc9
+def _by_month(rows: pyarrow.Table, by: str) -> dict[str, pyarrow.Table]:
+    """The rows of each month, in their order; never as pandas, which rounds whole numbers where one is missing."""
+    months = rows[by].to_pandas()
+    return {month: _taken(rows, places) for month, places in months.groupby(months.to_numpy()).indices.items()}
+
+
+def _taken(rows: pyarrow.Table, places: np.ndarray) -> pyarrow.Table:
+    """Rows at some places, which ascend; those that lie side by side are not copied."""
+    first, number = int(places[0]), len(places)
+    return rows.slice(first, number) if int(places[-1]) - first + 1 == number else rows.take(places)
 
 # %% ../../nbs/internals/05_tables.ipynb #cd2a1ff7
 def replace_months(
@@ -309,10 +379,11 @@ def replace_months(
     """Put whole months into a table; what is there already is not written again.
 
     Raises:
-        DataError: the columns or types differ from those of the table.
+        DataError: the columns or types differ from those of the table, or a row has no month.
         WorkspaceError: the workspace cannot be written to.
     """
     rows, schema = as_rows(name, frame), _table_schema(settings, name)
+    _require_months(name, rows, by, schema)
     same: list[str] = []
     if schema is not None and not (derived and _differs(rows, schema)):
         rows = fit_rows(name, rows, schema)
@@ -323,6 +394,17 @@ def replace_months(
     return f"{name}@{table_version(settings, name)}", changed
 
 # %% ../../nbs/internals/05_tables.ipynb #874f88fa
+def _require_months(name: str, rows: pyarrow.Table, by: str, schema: pyarrow.Schema | None) -> None:
+    """Raises: DataError when rows do not say their month, or there are none from which to make a table."""
+    if by not in rows.column_names:
+        raise DataError(f"the rows of the table {name} have no column {by}", "Add it: it says the month of each row")
+    if lost := rows[by].null_count:
+        problem = f"{lost} of {len(rows)} rows of the table {name} have no month: their {by} is missing"
+        raise DataError(problem, "Fill it in, or drop those rows")
+    if schema is None and not len(rows):
+        raise DataError(f"there is no table {name}, and no rows to make it of", "Write rows to it first")
+
+
 def _differs(rows: pyarrow.Table, schema: pyarrow.Schema) -> bool:
     """Whether a table with this schema has other columns, or columns of other types, than the rows."""
     return {field.name: _kept(field.type) for field in schema} != {field.name: field.type for field in rows.schema}

@@ -179,18 +179,23 @@ def find_run(
     """Look up a run.
 
     Raises:
-        ExperimentError: there is no such run.
+        ExperimentError: there is no such run, or it is one of another use case.
     """
     mlflow = quiet_mlflow()
     from mlflow.exceptions import MlflowException
 
-    connect(settings, use_case)
+    experiment = connect(settings, use_case)
     try:
-        return mlflow.get_run(run_id)
+        run = mlflow.get_run(run_id)
     except MlflowException as error:
         raise ExperimentError(
             f"there is no run {run_id!r} in {settings.tracking}", "Train first, or correct the id"
         ) from error
+    if run.info.experiment_id != experiment:
+        owner = mlflow.get_experiment(run.info.experiment_id).name
+        problem = f"the run {run_id} is one of {owner}, not of {use_case.name}"
+        raise ExperimentError(problem, f"Name a run of {use_case.name}, or the use case {owner}")
+    return run
 
 # %% ../../nbs/internals/06_tracking.ipynb #9c081c7c
 def noted(
