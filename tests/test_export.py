@@ -392,8 +392,8 @@ def test_a_stage_whose_input_is_missing_says_whose_it_is(demo: Pipeline, tmp_pat
 
 def test_a_stage_is_tried_again_when_asked(demo: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTHER", "another")
-    flaky = "tries = Path('tries')\ntries.write_text(tries.read_text() + 'x' if tries.exists() else 'x')\n"
-    flaky += "assert len(tries.read_text()) > 1\n"
+    flaky = "tries = Path('../tries')\ntries.write_text(tries.read_text() + 'x' if tries.exists() else 'x')\n"
+    flaky += "Path('left').open('a').write('x')\nassert len(tries.read_text()) > 1\n"
     write(
         demo.folder / "start.ipynb",
         "word: str = ''\nfactor: int = 1\nmaybe: 'str or None' = None",
@@ -403,7 +403,9 @@ def test_a_stage_is_tried_again_when_asked(demo: Pipeline, tmp_path: Path, monke
     with pytest.raises(CourseError, match="AssertionError"):
         run_stage(replace(demo, stages=stages), "start", tmp_path / "once", {"month": "2013-10"})
     found = run_stage(replace(demo, stages=stages), "start", tmp_path / "run", {"month": "2013-10"}, retry=True)
-    assert found["letters"] == 18 and (tmp_path / "run" / "files" / "start" / "tries").read_text() == "xx"
+    assert found["letters"] == 18 and (tmp_path / "run" / "files" / "tries").read_text() == "xx"
+    left = {path.parent.name: path.read_text() for path in tmp_path.glob("run/files/*/left")}
+    assert left == {"start": "x", ".start.attempt1": "x"}, "each attempt begins in an empty folder"
 
 
 def test_the_program_takes_parameters_from_the_environment(

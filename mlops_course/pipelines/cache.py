@@ -929,6 +929,20 @@ def _put_link(room: Room, output: Output, path: Path, target: Path) -> None:
 class _Restore(_Store):
     """Using an entry."""
 
+    def place(
+        self,
+        entry: Entry,  # as found
+        run: Path,  # the run's folder
+        stage: str | None = None,  # that uses it; None: the one that made it
+    ) -> dict[str, Output]:  # the entry's, with the paths of files as they are here
+        """Where `restore` puts an entry's files. Nothing is written."""
+        outputs, name_here = dict(entry.outputs), stage or entry.stage
+        for name, output in entry.outputs.items():
+            if output.kind == "file":
+                path, value = _file_here(self.settings, str(output.value), run, name_here)
+                outputs[name] = replace(output, value=value, blob=str(path))
+        return outputs
+
     def restore(
         self,
         entry: Entry,  # as found
@@ -938,14 +952,13 @@ class _Restore(_Store):
         """Put an entry's notebook and files in place. Raises: OutputError, WorkspaceError."""
         run, name_here = run_notebook.parent, stage or entry.stage
         _put(self, entry.notebook, run_notebook)
-        results, outputs = dict(entry.results), dict(entry.outputs)
+        results, outputs = dict(entry.results), self.place(entry, run, stage)
         for name, output in entry.outputs.items():
             if output.kind == "file":
-                path, value = _file_here(self.settings, str(output.value), run, name_here)
+                path = Path(outputs[name].blob)
                 target = stage_folder(run, name_here) / output.link
                 _put_link(self, output, path, target) if output.link else _put(self, output, path)
-                outputs[name] = replace(output, value=value, blob=str(path))
-                results[name] = value
+                results[name] = outputs[name].value
         return replace(entry, results=results, outputs=outputs)
 
 # %% ../../nbs/internals/09_cache.ipynb #086b3bd9

@@ -39,7 +39,7 @@ from mlops_course.pipelines.definition import (
     list_pipelines,
 )
 from .notebooks import ParameterError, PipelineError, suggest
-from .results import ResultError, read_result, stage_folder
+from .results import ResultError, fresh_folder, read_result, stage_folder
 
 # %% ../../nbs/internals/09_export.ipynb #9b4cb48d
 def stage_values(
@@ -101,10 +101,10 @@ def _attempt(pipeline: Pipeline, stage: Stage, values: Mapping[str, Any], output
     from mlops_course.pipelines.workers import CellError, TimedOut, WorkerDied, Workers
 
     settings = load_settings().prepare()
-    request = _request(pipeline, stage, values, output, settings)
     workers = Workers(threads=settings.threads)
     with workers:
         for attempt in range(1, attempts + 1):
+            request = _request(pipeline, stage, values, output, settings)
             try:
                 workers.execute(request, lambda event: print(event.text, flush=True) if event.kind == "line" else None)
                 return
@@ -121,13 +121,11 @@ def _request(pipeline: Pipeline, stage: Stage, values: Mapping[str, Any], output
     from mlops_course.pipelines.workers import Request
 
     environment = stage_environment(settings, pipeline, stage)
-    folder = stage_folder(output.parent, stage.name)
-    folder.mkdir(parents=True, exist_ok=True)
     return Request(
         notebook=pipeline.notebook(stage),
         output=output,
         parameters=dict(values),
-        folder=folder,
+        folder=fresh_folder(output.parent, stage.name),
         environment=environment,
         paths=(str(pipeline.folder), str(Path.cwd())),
         timeout=stage.timeout,
@@ -720,6 +718,9 @@ class StageOperator(PapermillOperator):
         stage, run = STAGES[self.task_id], re.sub(r"[^A-Za-z0-9._-]", "-", context["run_id"])
         folder = HOME / "runs" / f"airflow-{DAG_ID}-{run}"
         own = folder / "files" / self.task_id  # where it stands, and what its relative paths mean
+        if own.is_dir() and any(own.iterdir()):  # an attempt before this one left something: it is put aside
+            number = sum(1 for _ in own.parent.glob(f".{self.task_id}.attempt*")) + 1
+            own.rename(own.with_name(f".{self.task_id}.attempt{number}"))
         own.mkdir(parents=True, exist_ok=True)
         output, root = folder / f"{self.task_id}.ipynb", find_root()
         self.input_nb, self.output_nb = literal((root / PIPELINE).parent / stage["notebook"]), literal(output)
