@@ -13,6 +13,7 @@ import errno
 import hashlib
 import json
 import os
+import posixpath
 import re
 import secrets
 import shutil
@@ -46,6 +47,7 @@ from mlops_course.pipelines.closure import (
     python_version,
     reach,
     unseen,
+    written_since,
 )
 from .results import stage_folder
 from .states import read_states
@@ -203,7 +205,9 @@ def _kept_value(settings: Settings, value: Any, run: Path, stage: str) -> str:
     """How a recorded path is kept: relative to the stage's folder, to the run's, to the workspace, or absolute."""
     path = Path(str(value))
     if not path.is_absolute():
-        return f"stage:{path.as_posix()}"
+        return f"stage:{posixpath.normpath(path.as_posix())}"  # as it is handed on
+    plain = Path(os.path.normpath(path))
+    path = plain if os.path.realpath(plain) == os.path.realpath(path) else path
     for kind, folder in {"folder": stage_folder(run, stage), "run": run}.items():
         inside = _below(path, folder)
         if inside is not None:
@@ -731,7 +735,10 @@ def _doubts(
     made = {name: output.kind for name, output in outputs.items()}
     found += [] if made == parts.outputs else [f"it declares {parts.outputs}, but made {made}"]
     for name, output in parts.given.items():
-        found += [f"input {name}: {problem} while it ran" for problem in _problems(room, output)]
+        troubles = [f"input {name}: {problem} while it ran" for problem in _problems(room, output)]
+        if not troubles and output.kind == "file" and written_since(room.folder / output.blob, parts.made):
+            troubles = [f"input {name} was written to while it ran"]  # and put back
+        found += troubles
     if parts.reach is not None:
         found += [f"{name} changed while it ran" for name in parts.reach.touched()]
         found += [] if parts.packages == installed_packages(room.memo) else ["packages changed while it ran"]
