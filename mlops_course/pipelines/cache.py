@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCHEMA', 'KINDS', 'USUAL', 'RECENT', 'YOUNG', 'OutputError', 'Output', 'portable', 'here', 'describe', 'Parts',
            'read_parts', 'hash_variable', 'explain', 'Entry', 'Found', 'Damaged', 'Room', 'movable', 'refuse', 'forget',
-           'Pruned', 'Cache']
+           'placed', 'Pruned', 'Cache']
 
 # %% ../../nbs/internals/09_cache.ipynb #9aa6b701
 import contextlib
@@ -932,23 +932,24 @@ def _put_link(room: Room, output: Output, path: Path, target: Path) -> None:
     finally:
         _remove_tree(beside)
 
+# %% ../../nbs/internals/09_cache.ipynb #f241a457
+def placed(
+    room: Room,
+    entry: Entry,  # as found
+    run: Path,  # the run's folder
+    stage: str | None = None,  # that uses it; None: the one that made it
+) -> dict[str, Output]:  # the entry's, with the paths of files as they are here
+    """Where `restore` puts an entry's files. Nothing is written."""
+    outputs, name_here = dict(entry.outputs), stage or entry.stage
+    for name, output in entry.outputs.items():
+        if output.kind == "file":
+            path, value = _file_here(room.settings, str(output.value), run, name_here)
+            outputs[name] = replace(output, value=value, blob=str(path))
+    return outputs
+
 # %% ../../nbs/internals/09_cache.ipynb #730eeee2
 class _Restore(_Store):
     """Using an entry."""
-
-    def place(
-        self,
-        entry: Entry,  # as found
-        run: Path,  # the run's folder
-        stage: str | None = None,  # that uses it; None: the one that made it
-    ) -> dict[str, Output]:  # the entry's, with the paths of files as they are here
-        """Where `restore` puts an entry's files. Nothing is written."""
-        outputs, name_here = dict(entry.outputs), stage or entry.stage
-        for name, output in entry.outputs.items():
-            if output.kind == "file":
-                path, value = _file_here(self.settings, str(output.value), run, name_here)
-                outputs[name] = replace(output, value=value, blob=str(path))
-        return outputs
 
     def restore(
         self,
@@ -959,7 +960,7 @@ class _Restore(_Store):
         """Put an entry's notebook and files in place. Raises: OutputError, WorkspaceError."""
         run, name_here = run_notebook.parent, stage or entry.stage
         _put(self, entry.notebook, run_notebook)
-        results, outputs = dict(entry.results), self.place(entry, run, stage)
+        results, outputs = dict(entry.results), placed(self, entry, run, stage)
         for name, output in entry.outputs.items():
             if output.kind == "file":
                 path = Path(outputs[name].blob)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['COMMAND', 'PREFIX', 'ONLY', 'GITHUB_INPUTS', 'Step', 'CACHE_KEY', 'IMAGE', 'CLAIM', 'AIRFLOW_HEAD', 'AIRFLOW_VALUES',
-           'AIRFLOW_INPUTS', 'AIRFLOW_RESULTS', 'AIRFLOW_SECRETS', 'AIRFLOW_ENVIRONMENT', 'AIRFLOW_OPERATOR',
-           'AIRFLOW_POD', 'AIRFLOW_DAG', 'AIRFLOW_TYPES', 'AIRFLOW_REST', 'SYSTEMS', 'stage_values', 'run_stage',
-           'find_stage', 'main', 'Place', 'place_for', 'export', 'save_export']
+           'AIRFLOW_INPUTS', 'AIRFLOW_RESULTS', 'AIRFLOW_SECRETS', 'AIRFLOW_ENVIRONMENT', 'AIRFLOW_FOLDER',
+           'AIRFLOW_OPERATOR', 'AIRFLOW_POD', 'AIRFLOW_DAG', 'AIRFLOW_TYPES', 'AIRFLOW_REST', 'SYSTEMS', 'stage_values',
+           'run_stage', 'find_stage', 'main', 'Place', 'place_for', 'export', 'save_export']
 
 # %% ../../nbs/internals/09_export.ipynb #3e38e867
 import argparse
@@ -706,6 +706,19 @@ def literal(path):
     return str(path).replace("{", "{{").replace("}", "}}")
 '''
 
+# %% ../../nbs/internals/09_export.ipynb #d62df89c
+AIRFLOW_FOLDER = '''
+
+def make_empty(folder):
+    """A folder for one attempt: what an attempt before it left is put aside."""
+    if folder.is_dir() and any(folder.iterdir()):
+        number = 1
+        while (aside := folder.with_name(f".{folder.name}.attempt{number}")).exists():
+            number += 1
+        folder.rename(aside)
+    folder.mkdir(parents=True, exist_ok=True)
+'''
+
 # %% ../../nbs/internals/09_export.ipynb #5829cb78
 AIRFLOW_OPERATOR = '''
 
@@ -718,10 +731,7 @@ class StageOperator(PapermillOperator):
         stage, run = STAGES[self.task_id], re.sub(r"[^A-Za-z0-9._-]", "-", context["run_id"])
         folder = HOME / "runs" / f"airflow-{DAG_ID}-{run}"
         own = folder / "files" / self.task_id  # where it stands, and what its relative paths mean
-        if own.is_dir() and any(own.iterdir()):  # an attempt before this one left something: it is put aside
-            number = sum(1 for _ in own.parent.glob(f".{self.task_id}.attempt*")) + 1
-            own.rename(own.with_name(f".{self.task_id}.attempt{number}"))
-        own.mkdir(parents=True, exist_ok=True)
+        make_empty(own)
         output, root = folder / f"{self.task_id}.ipynb", find_root()
         self.input_nb, self.output_nb = literal((root / PIPELINE).parent / stage["notebook"]), literal(output)
         values, hidden = check(dict(context["params"]), root), secrets(stage)
@@ -841,7 +851,7 @@ def _airflow(pipeline: Pipeline, place: Place) -> str:
 
 
 AIRFLOW_REST = [AIRFLOW_VALUES, AIRFLOW_INPUTS, AIRFLOW_RESULTS, AIRFLOW_SECRETS]
-AIRFLOW_REST += [AIRFLOW_ENVIRONMENT, AIRFLOW_OPERATOR, AIRFLOW_POD, AIRFLOW_DAG]
+AIRFLOW_REST += [AIRFLOW_ENVIRONMENT, AIRFLOW_FOLDER, AIRFLOW_OPERATOR, AIRFLOW_POD, AIRFLOW_DAG]
 
 # %% ../../nbs/internals/09_export.ipynb #8709ad79
 SYSTEMS: dict[str, tuple[Callable[[Pipeline, Place], str], str]] = {  # how it is written, and where it usually lies

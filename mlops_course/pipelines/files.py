@@ -30,7 +30,7 @@ class Maker:
         shared = self.key is not None and self.key == other.key
         return self.stage == other.stage and (self.run == other.run or shared)
 
-
+# %% ../../nbs/internals/09_files.ipynb #30d75150
 @dataclass(frozen=True)
 class Made:
     """A file or folder that a stage has made."""
@@ -113,7 +113,7 @@ def claim(
         listings = {name: each.files if there else None for name, each in files.items()}
         ledger.made += [Made(maker, name, Path(each.blob), listings[name]) for name, each in files.items()]
 
-
+# %% ../../nbs/internals/09_files.ipynb #1964c25c
 def withdraw(
     ledger: Ledger,
     maker: Maker,  # the stage

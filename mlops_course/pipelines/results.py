@@ -86,7 +86,7 @@ def fresh_folder(
         raise workspace_error(error, folder) from error
     return folder
 
-
+# %% ../../nbs/internals/09_results.ipynb #ed9246a1
 def handed_on(
     value: Any,  # a file's path, as a stage recorded it
     maker: str,  # that stage

@@ -25,7 +25,7 @@ from typing import Any, Protocol
 
 # %% ../../nbs/internals/09_scheduler.ipynb #23b23ee2
 from ..environment import CourseError, Settings, WorkspaceError, cores
-from .cache import Output, forget, refuse
+from .cache import Output, forget, placed, refuse
 from .closure import imported_at_once, reach, written_since
 from .definition import Pipeline, Stage
 from .files import Ledger, Maker, claim, require_unchanged, withdraw
@@ -375,7 +375,7 @@ def _take(session: Session, decision: Decision, stage_run: StageRun) -> Mapping[
     if entry is None:
         return None
     maker, given, place = _maker(session, decision), _given(session, decision.stage), stage_run.notebook.parent
-    planned = session.context.cache.place(entry, place, decision.stage.name)
+    planned = placed(session.context.cache, entry, place, decision.stage.name)
     claim(session.ledger, maker, planned, given, there=False)  # before anything is written over another one's file
     try:
         entry = session.context.cache.restore(entry, stage_run.notebook, decision.stage.name)
