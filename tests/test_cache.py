@@ -603,6 +603,33 @@ def test_an_input_changed_in_place_is_not_kept(stage: Stage, tmp_path: Path) -> 
     assert reasons[1] == "input file: a.csv was changed while it ran"
 
 
+def test_an_input_that_was_put_back_while_it_ran_is_not_kept(stage: Stage, tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("raw", encoding="utf-8")
+    parts = stage.parts(inputs={"file": stage.cache.describe("file", str(path))})
+    path.write_text("x", encoding="utf-8")
+    path.write_text("raw", encoding="utf-8")
+    assert stage.store(parts).reasons == ["input file was written to while it ran"]
+    assert not stage.lookup(parts)
+    parts = stage.parts(inputs={"file": stage.cache.describe("file", str(path))})
+    assert stage.store(parts).reasons == []
+
+
+@pytest.mark.parametrize("value", ["d/../d", "d/.", "./d", "{0}/d/../d", "d/../e/../d"])
+def test_a_roundabout_path_comes_back(stage: Stage, value: str) -> None:
+    own = stage_folder(stage.cache.settings.runs / "run-1", "stage")
+    for name in ("d", "e"):
+        (own / name).mkdir(parents=True)
+    (own / "d" / "x").write_text("x", encoding="utf-8")
+    parts = stage.parts(outputs={"f": "file"})
+    entry = stage.store(parts, f=value.format(own)).entry
+    assert entry is not None
+    target = stage.run_folder()
+    restored = stage.cache.restore(entry, target / "01_stage.ipynb")
+    assert (stage_folder(target, "stage") / "d" / "x").read_text(encoding="utf-8") == "x"
+    assert restored.results["f"] == ("d" if "{" not in value else str(stage_folder(target, "stage") / "d"))
+
+
 def test_a_state_that_changed_meanwhile_is_not_kept(stage: Stage, empty_store: Path) -> None:
     parts = stage.parts(reads=["registry"])
     shutil.copy(empty_store, stage.cache.settings.home / "mlflow.db")

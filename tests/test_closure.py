@@ -455,11 +455,33 @@ UNSEEN = {
     "get_ipython().magic('run h.py')": "magic",
     "!python h.py --fast": "!python",
     "%%time\nexec(text)": "exec",
+    "!{sys.executable} helper.py": "!python",
+    "!python -m helper": "!python",
+    "x = !python helper.py": "!python",
+    "%time !python helper.py": "!python",
+    "!python \\\n  helper.py": "!python",
+    "!./helper.py": "!python",
+    "%%bash\ncd code\npython3 helper.py": "%%bash",
+    "%%sh\npython -m helper": "%%sh",
+    "%%script bash\npython helper.py": "%%script",
+    "get_ipython().system('python helper.py')": "get_ipython().system",
+    "import os\nos.system('python helper.py')": "os.system",
+    "os.system(f'{sys.executable} -m helper')": "os.system",
+    "subprocess.run([sys.executable, 'helper.py'], check=True)": "subprocess.run",
+    "from subprocess import run\nrun(['./helper.py'])": "run",
+    "subprocess.call(['python', '-m', 'helper'])": "subprocess.call",
+    "subprocess.check_call('python helper.py', shell=True)": "subprocess.check_call",
+    "text = subprocess.check_output([sys.executable, name])": "subprocess.check_output",
+    "import subprocess as sp\nsp.Popen(args=[sys.executable, name])": "sp.Popen",
+    "papermill.execute_notebook('other.ipynb', 'out.ipynb')": "execute_notebook",
+    "import runpy\nrunpy.run_module(name)": "run_module",
 }
 SEEN = ["exec('x = 1')", "exec(compile('x = 1', 'here', 'exec'))", "eval(text)", "frame.eval('a + b')"]
 SEEN += ["%load_ext autoreload", "%matplotlib inline", "!ls *.py", "text = '''\n%run h.py\n'''", "run = load = 1\nrun"]
 SEEN += ["# exec(open('h.py').read())", "%%time\nx = 1", "!pip list", "cursor.exec(sql)", "self.run_path = 1"]
-SEEN += ["import importlib\nimportlib.import_module('json')"]
+SEEN += ["import importlib\nimportlib.import_module('json')", "!{sys.executable} -m pip list", "!python --version"]
+SEEN += ["import subprocess\nsubprocess.run(['git', 'log'], check=True)", "os.system('ls')", "files = !ls"]
+SEEN += ["%%bash\ngit log", "import runpy\nrunpy.run_module('helper')", "print('python helper.py')", "app.run(port=80)"]
 
 
 @pytest.mark.parametrize("cell", [*UNSEEN, *SEEN])

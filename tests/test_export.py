@@ -209,7 +209,10 @@ def test_argo_takes_all_parameters_and_the_image(demo: Pipeline) -> None:
 
 def test_limits_are_handed_over(demo: Pipeline) -> None:
     jobs = yaml.safe_load(export(demo, "github", Place(pipeline="demo.yaml")))["jobs"]
-    assert jobs["start"]["timeout-minutes"] * 60 > 3 * 90 + 1.5 + 3 and "timeout-minutes" not in jobs["left"]
+    assert jobs["start"]["timeout-minutes"] * 60 > 3 * 90 + 1.5 + 3 and jobs["left"]["timeout-minutes"] == 15
+    assert all(job["timeout-minutes"] * 60 <= 900 for job in jobs.values()), "none has more than the whole run"
+    free = yaml.safe_load(export(replace(demo, timeout=None), "github", Place(pipeline="demo.yaml")))["jobs"]
+    assert free["start"]["timeout-minutes"] == 25 and "timeout-minutes" not in free["left"]
     assert jobs["start"]["steps"][4]["run"].endswith("--retry") or any(
         "--retry" in s.get("run", "") for s in jobs["start"]["steps"]
     )
@@ -338,6 +341,31 @@ def test_what_cannot_work_elsewhere_is_refused(demo: Pipeline, monkeypatch: pyte
         export(demo, "github")
 
 
+OWN = [("github", name) for name in ("STAGE", "RUN", "PIPELINE", "MLOPS_COURSE_HOME", "PARAMETER_word", "GITHUB_REF")]
+OWN += [("argo", "MLOPS_COURSE_HOME"), ("argo", "PARAMETER_word"), ("airflow", "MLOPS_COURSE_HOME")]
+
+
+@pytest.mark.parametrize(("system", "name"), OWN)
+@pytest.mark.parametrize("kind", ["secrets", "environment"])
+def test_a_variable_called_like_one_of_the_files_own_is_refused(
+    demo: Pipeline, system: str, name: str, kind: str
+) -> None:
+    stages = (demo.stages[0], replace(demo.stages[1], **{kind: (name,)}), *demo.stages[2:])
+    with pytest.raises(PipelineError, match=f"stage left has the variable {name}, which {system} sets itself"):
+        export(replace(demo, stages=stages), system, Place(pipeline="demo.yaml"))
+
+
+def test_pipelines_that_hand_one_workspace_on_wait_for_each_other(demo: Pipeline) -> None:
+    def group(pipeline: Pipeline, place: Place) -> str:
+        found: str = yaml.safe_load(export(pipeline, "github", place))["concurrency"]["group"]
+        return found
+
+    handed, own = Place(pipeline="demo.yaml"), Place(pipeline="demo.yaml", workspace="/srv")
+    other = replace(demo, name="other")
+    assert group(demo, handed) == group(other, handed)
+    assert group(demo, own) != group(other, own)
+
+
 def test_names_that_differ_only_in_signs_stay_two(demo: Pipeline) -> None:
     stages = list(demo.stages)
     stages[1], stages[2] = replace(stages[1], name="a_b"), replace(stages[2], name="a-b")
@@ -392,8 +420,8 @@ def test_a_stage_whose_input_is_missing_says_whose_it_is(demo: Pipeline, tmp_pat
 
 def test_a_stage_is_tried_again_when_asked(demo: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTHER", "another")
-    flaky = "tries = Path('tries')\ntries.write_text(tries.read_text() + 'x' if tries.exists() else 'x')\n"
-    flaky += "assert len(tries.read_text()) > 1\n"
+    flaky = "tries = Path('../tries')\ntries.write_text(tries.read_text() + 'x' if tries.exists() else 'x')\n"
+    flaky += "Path('left').open('a').write('x')\nassert len(tries.read_text()) > 1\n"
     write(
         demo.folder / "start.ipynb",
         "word: str = ''\nfactor: int = 1\nmaybe: 'str or None' = None",
@@ -403,7 +431,9 @@ def test_a_stage_is_tried_again_when_asked(demo: Pipeline, tmp_path: Path, monke
     with pytest.raises(CourseError, match="AssertionError"):
         run_stage(replace(demo, stages=stages), "start", tmp_path / "once", {"month": "2013-10"})
     found = run_stage(replace(demo, stages=stages), "start", tmp_path / "run", {"month": "2013-10"}, retry=True)
-    assert found["letters"] == 18 and (tmp_path / "run" / "files" / "start" / "tries").read_text() == "xx"
+    assert found["letters"] == 18 and (tmp_path / "run" / "files" / "tries").read_text() == "xx"
+    left = {path.parent.name: path.read_text() for path in tmp_path.glob("run/files/*/left")}
+    assert left == {"start": "x", ".start.attempt1": "x"}, "each attempt begins in an empty folder"
 
 
 def test_the_program_takes_parameters_from_the_environment(
@@ -697,6 +727,20 @@ def test_no_export_holds_a_path_of_this_machine(tmp_path: Path, monkeypatch: pyt
     for system in SYSTEMS:
         with pytest.raises(PipelineError, match=r"default of source has .*words\.txt, which is a place on this"):
             export(replace(pipeline, parameters=(source, pipeline.parameters[1])), system)
+    shutil.copy("steps/sweep.ipynb", tmp_path / "outside.ipynb")
+    outside = replace(pipeline.stages[0], notebook=Path("../../outside.ipynb"))
+    beside = replace(pipeline.stages[0], notebook=Path("../steps/sweep.ipynb"))
+    for system in SYSTEMS:
+        for default in (f"file://{repository}/data", f"sqlite:///{repository}/a.db", f"file:{repository}"):
+            address = Parameter("source", "text", default=default)
+            with pytest.raises(PipelineError, match="the default of source has .* a place on this machine"):
+                export(replace(pipeline, parameters=(address, pipeline.parameters[1])), system)
+        with pytest.raises(PipelineError, match=r"stage sweep, \.\./\.\./outside\.ipynb, lies outside the repository"):
+            export(replace(pipeline, stages=(outside, *pipeline.stages[1:])), system)
+        assert export(replace(pipeline, stages=(beside, *pipeline.stages[1:])), system)
+        for default in (f"s3:/{Path.home()}/data", f"https://example.org{repository}", f"{repository}-not"):
+            address = Parameter("source", "text", default=default)
+            assert export(replace(pipeline, parameters=(address, pipeline.parameters[1])), system)
     absolute = replace(pipeline.stages[0], notebook=repository / "steps" / "sweep.ipynb")
     with pytest.raises(PipelineError, match=r"stage sweep has .*a place on this machine"):
         export(replace(pipeline, stages=(absolute, *pipeline.stages[1:])), "argo")

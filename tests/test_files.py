@@ -8,7 +8,7 @@ import pytest
 from test_pipelines import RECORD, write_notebook, write_pipeline
 
 from mlops_course.environment import Settings
-from mlops_course.pipelines import Options, PipelineRun, ResultError, plan, run
+from mlops_course.pipelines import Options, PipelineRun, ResultError, backfill, plan, run
 
 HEAD = RECORD + "from pathlib import Path\nimport os, time\n"
 
@@ -207,3 +207,50 @@ def test_a_file_that_changed_before_a_stage_got_it_is_an_error(tmp_path: Path, s
 
     with pytest.raises(ResultError, match="which stage a made as raw, was changed before stage b could begin"):
         run(pipeline, settings=settings, on_event=meddle)
+
+
+# ---------------------------------------------------------------- one ledger for a backfill
+
+
+def write_months(folder: Path, path: Path, wait: float) -> Path:
+    """A stage that writes each month's figures into one file."""
+    code = f"Path({str(path)!r}).write_text(month); time.sleep({wait})\nrecord_result(f={str(path)!r})"
+    write_notebook(folder / "count.ipynb", "month: str = None", HEAD + code)
+    entries = 'name: count, notebook: count.ipynb, parameters: {month: "${month}"}, outputs: {f: file}'
+    return write_pipeline(folder, f"name: months\nparameters: {{month: {{type: text}}}}\nstages:\n  - {{{entries}}}\n", "months")
+
+
+@pytest.mark.parametrize("width", [1, 2])
+def test_a_file_of_two_runs_of_a_backfill_is_an_error_and_neither_is_kept(
+    tmp_path: Path, settings: Settings, width: int
+) -> None:
+    pipeline = write_months(tmp_path, tmp_path / "x.csv", 1.5)
+    filled = backfill(pipeline, "month", ["one", "two"], settings=settings, options=Options(width=width))
+    assert sorted(each.status for each in filled) == ["done", "failed"]
+    (error,) = [each.error for each in filled if each.error]
+    assert re.search(r"stage count recorded .*x\.csv as f, and stage count of the run .* that is one file", error)
+    actions = [plan(pipeline, {"month": month}, settings)[0].action for month in ("one", "two")]
+    assert actions == ["run", "run"], "nobody knows whose bytes were kept"
+
+
+def test_cached_stages_of_one_file_complain_before_they_overwrite_it(tmp_path: Path, settings: Settings) -> None:
+    path = tmp_path / "x.csv"
+    pipeline = write_months(tmp_path, path, 0)
+    for month in ("one", "two"):
+        run(pipeline, {"month": month}, settings)
+    filled = backfill(pipeline, "month", ["one", "two"], settings=settings, options=Options(width=1))
+    assert [each.status for each in filled] == ["cached", "failed"]
+    assert path.read_text() == "one"
+
+
+def test_a_result_that_all_runs_of_a_backfill_share_is_no_dispute(tmp_path: Path, settings: Settings) -> None:
+    path = str(tmp_path / "raw.csv")
+    write_notebook(tmp_path / "get.ipynb", "", HEAD + f"Path({path!r}).write_text('raw')\nrecord_result(raw={path!r})")
+    use = HEAD + "record_result(v=Path(raw).read_text() + month)"
+    write_notebook(tmp_path / "use.ipynb", "raw: str = None\nmonth: str = None", use)
+    stages = "  - {name: get, notebook: get.ipynb, outputs: {raw: file}}\n  - {name: use, notebook: use.ipynb, "
+    stages += 'inputs: [raw], parameters: {month: "${month}"}, outputs: {v: value}}\n'
+    text = f"name: shared\nparameters: {{month: {{type: text}}}}\nstages:\n{stages}"
+    pipeline = write_pipeline(tmp_path, text, "shared")
+    filled = backfill(pipeline, "month", ["one", "two"], settings=settings, options=Options(width=2))
+    assert [each.status for each in filled] == ["done", "done"], filled

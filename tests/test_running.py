@@ -545,6 +545,30 @@ def test_a_stage_is_tried_again_when_it_asks_for_it(tmp_path: Path, settings: Se
     assert "the line is busy" in (record.folder / "01_flaky.attempt2.ipynb").read_text()
 
 
+@pytest.mark.parametrize("engine", ["auto", "spawn"])
+def test_a_second_attempt_does_not_find_what_the_first_one_left(
+    tmp_path: Path, settings: Settings, engine: str
+) -> None:
+    code = f"""
+        import pathlib
+        from mlops_course.pipelines import record_result
+        with open("rows.csv", "a") as file:
+            file.write("a row\\n")
+        first = pathlib.Path({str(tmp_path / "first")!r})
+        if not first.exists():
+            first.touch()
+            raise OSError("the line is busy")
+        record_result(f="rows.csv")
+    """
+    write_notebook(tmp_path / "add.ipynb", "", textwrap.dedent(code))
+    stage = "{name: add, notebook: add.ipynb, retries: 1, backoff: 0, outputs: {f: file}}"
+    (tmp_path / "add.yaml").write_text(f"name: add\nstages: [{stage}]\n")
+    record = run(tmp_path / "add.yaml", settings=settings, options=Options(engine=engine))
+    assert record.stages[0].attempts == 2
+    made = {path.parent.name: path.read_text() for path in record.folder.rglob("rows.csv")}
+    assert made == {"add": "a row\n", ".add.attempt1": "a row\n"}
+
+
 def test_retries_come_to_an_end(tmp_path: Path, settings: Settings) -> None:
     with pytest.raises(StageError, match=r"after 2 attempts\): OSError: the line is busy"):
         run(write_flaky(tmp_path, 5, "retries: 1, backoff: 0"), settings=settings)

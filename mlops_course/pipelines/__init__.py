@@ -32,6 +32,7 @@ from mlops_course.pipelines.definition import (
     month_range,
     values_over,
 )
+from .files import Ledger
 from .notebooks import ParameterError, PipelineError
 from .planning import Context, Options, Planned, plan_stages
 from .results import ResultError, read_result, record_result
@@ -107,15 +108,20 @@ def run(
 
 # %% ../../nbs/09_pipelines.ipynb #9e98ca81
 def _run(
-    context: Context, workers: Executor, width: int, on_event: Listener | None, sessions: list[Session] | None = None
+    context: Context,
+    workers: Executor,
+    width: int,
+    on_event: Listener | None,
+    shared: tuple[list[Session], Ledger] | None = None,
 ) -> PipelineRun:
     """One run, on workers that may serve others too."""
     options = {name: value for name, value in vars(context.options).items() if value not in (None, False)}
     record = new_run(context.pipeline, dict(context.values), context.settings, options)
     limit = context.options.timeout or context.pipeline.timeout
-    session = Session(context, record, workers, on_event, deadline=time.monotonic() + limit if limit else None)
-    if sessions is not None:
-        sessions.append(session)
+    deadline = time.monotonic() + limit if limit else None
+    sessions, ledger = shared or ([], Ledger())
+    session = Session(context, record, workers, on_event, ledger=ledger, deadline=deadline)
+    sessions.append(session)
     save_run(record)
     try:
         with run_lock(record.folder):
@@ -176,7 +182,7 @@ def backfill(
 # %% ../../nbs/09_pipelines.ipynb #9ad6c24e
 def _fill_all(contexts: Mapping[str, Context], on_event: Listener | None) -> list[Filled]:
     """All runs of a backfill, so many at a time, on workers that they share."""
-    first, sessions = next(iter(contexts.values())), list[Session]()
+    first, sessions, ledger = next(iter(contexts.values())), list[Session](), Ledger()
     for context in contexts.values():
         require_secrets(context)
     first.settings.prepare()
@@ -187,19 +193,24 @@ def _fill_all(contexts: Mapping[str, Context], on_event: Listener | None) -> lis
         contextlib.closing(LazyWorkers(first, threads)) as workers,
         ThreadPoolExecutor(width) as pool,
     ):
-        shared = (workers, on_event, sessions)
+        shared = (workers, on_event, sessions, ledger)
         futures = {value: pool.submit(_fill_one, value, each, *shared) for value, each in contexts.items()}
         return _collect(futures, sessions)
 
 # %% ../../nbs/09_pipelines.ipynb #24faf4d6
 def _fill_one(
-    value: str, context: Context, workers: Executor, on_event: Listener | None, sessions: list[Session]
+    value: str,
+    context: Context,
+    workers: Executor,
+    on_event: Listener | None,
+    sessions: list[Session],
+    ledger: Ledger,
 ) -> Filled:
     """One run of a backfill, which reports its failure instead of raising it."""
     begin = time.perf_counter()
     status, error, before = "interrupted", "", len(sessions)
     try:
-        record = _run(context, workers, 1, on_event, sessions)
+        record = _run(context, workers, 1, on_event, (sessions, ledger))
         status = "cached" if all(stage.status == "cached" for stage in record.stages) else "done"
     except Exception as failure:  # told in the summary, so that the others go on
         status, error = ending(failure)

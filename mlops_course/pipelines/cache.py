@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCHEMA', 'KINDS', 'USUAL', 'RECENT', 'YOUNG', 'OutputError', 'Output', 'portable', 'here', 'describe', 'Parts',
            'read_parts', 'hash_variable', 'explain', 'Entry', 'Found', 'Damaged', 'Room', 'movable', 'settled',
-           'refuse', 'forget', 'Pruned', 'Cache']
+           'refuse', 'forget', 'placed', 'Pruned', 'Cache']
 
 # %% ../../nbs/internals/09_cache.ipynb #9aa6b701
 import contextlib
@@ -13,6 +13,7 @@ import errno
 import hashlib
 import json
 import os
+import posixpath
 import re
 import secrets
 import shutil
@@ -46,6 +47,7 @@ from mlops_course.pipelines.closure import (
     python_version,
     reach,
     unseen,
+    written_since,
 )
 from .results import stage_folder
 from .states import read_states
@@ -203,7 +205,9 @@ def _kept_value(settings: Settings, value: Any, run: Path, stage: str) -> str:
     """How a recorded path is kept: relative to the stage's folder, to the run's, to the workspace, or absolute."""
     path = Path(str(value))
     if not path.is_absolute():
-        return f"stage:{path.as_posix()}"
+        return f"stage:{posixpath.normpath(path.as_posix())}"  # as it is handed on
+    plain = Path(os.path.normpath(path))
+    path = plain if os.path.realpath(plain) == os.path.realpath(path) else path
     for kind, folder in {"folder": stage_folder(run, stage), "run": run}.items():
         inside = _below(path, folder)
         if inside is not None:
@@ -753,7 +757,10 @@ def _doubts(
     made = {name: output.kind for name, output in outputs.items()}
     found += [] if made == parts.outputs else [f"it declares {parts.outputs}, but made {made}"]
     for name, output in parts.given.items():
-        found += [f"input {name}: {problem} while it ran" for problem in _problems(room, output)]
+        troubles = [f"input {name}: {problem} while it ran" for problem in _problems(room, output)]
+        if not troubles and output.kind == "file" and written_since(room.folder / output.blob, parts.made):
+            troubles = [f"input {name} was written to while it ran"]  # and put back
+        found += troubles
     if parts.reach is not None:
         found += [f"{name} changed while it ran" for name in parts.reach.touched()]
         found += [] if parts.packages == installed_packages(room.memo) else ["packages changed while it ran"]
@@ -947,6 +954,21 @@ def _put_link(room: Room, output: Output, path: Path, target: Path) -> None:
     finally:
         _remove_tree(beside)
 
+# %% ../../nbs/internals/09_cache.ipynb #f241a457
+def placed(
+    room: Room,
+    entry: Entry,  # as found
+    run: Path,  # the run's folder
+    stage: str | None = None,  # that uses it; None: the one that made it
+) -> dict[str, Output]:  # the entry's, with the paths of files as they are here
+    """Where `restore` puts an entry's files. Nothing is written."""
+    outputs, name_here = dict(entry.outputs), stage or entry.stage
+    for name, output in entry.outputs.items():
+        if output.kind == "file":
+            path, value = _file_here(room.settings, str(output.value), run, name_here)
+            outputs[name] = replace(output, value=value, blob=str(path))
+    return outputs
+
 # %% ../../nbs/internals/09_cache.ipynb #730eeee2
 class _Restore(_Store):
     """Using an entry."""
@@ -960,14 +982,13 @@ class _Restore(_Store):
         """Put an entry's notebook and files in place. Raises: OutputError, WorkspaceError."""
         run, name_here = run_notebook.parent, stage or entry.stage
         _put(self, entry.notebook, run_notebook)
-        results, outputs = dict(entry.results), dict(entry.outputs)
+        results, outputs = dict(entry.results), placed(self, entry, run, stage)
         for name, output in entry.outputs.items():
             if output.kind == "file":
-                path, value = _file_here(self.settings, str(output.value), run, name_here)
+                path = Path(outputs[name].blob)
                 target = stage_folder(run, name_here) / output.link
                 _put_link(self, output, path, target) if output.link else _put(self, output, path)
-                outputs[name] = replace(output, value=value, blob=str(path))
-                results[name] = value
+                results[name] = outputs[name].value
         return replace(entry, results=results, outputs=outputs)
 
 # %% ../../nbs/internals/09_cache.ipynb #086b3bd9

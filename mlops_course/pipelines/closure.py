@@ -408,10 +408,10 @@ def imports_of(
 
 # %% ../../nbs/internals/09_closure.ipynb #f23d3403
 _LOADERS = {"spec_from_file_location", "SourceFileLoader", "load_source", "run_path", "safe_execfile", "execfile"}
+_LOADERS |= {"execute_notebook", "NotebookClient", "ExecutePreprocessor"}
 _LINES = re.compile(
-    r"^\s*(?:%{1,2}time\w*\s+)?(%(?:run|loadpy|load)\b|(?:run|loadpy|load)\b(?=\s+\S+\.\w)|!(?=.*\bpython[\d.]*\s.*\.py\b))",
-    re.MULTILINE,
-)  # magics and commands, also without their sign
+    r"^\s*(?:%{1,2}time\w*\s+)?(%(?:run|loadpy|load)\b|(?:run|loadpy|load)\b(?=\s+\S+\.\w))", re.MULTILINE
+)  # magics, also without their sign
 
 
 def unfollowed(
@@ -428,7 +428,8 @@ def unfollowed(
             names.append(called)
             found |= {called} if _executes_unseen(node) else set()
         found |= _LOADERS & set(names)
-    return sorted(found)
+    calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call))
+    return sorted(found or {process for call in calls if (process := _process_of(call))})
 
 # %% ../../nbs/internals/09_closure.ipynb #6a00618e
 def _executes_unseen(call: ast.Call) -> bool:
@@ -438,6 +439,8 @@ def _executes_unseen(call: ast.Call) -> bool:
     first = call.args[0] if call.args else None
     if isinstance(first, ast.Call) and getattr(first.func, "id", "") == "compile" and first.args:
         first = first.args[0]
+    if name == "run_module":
+        return not isinstance(first, ast.Constant)
     if name in ("run_line_magic", "magic") and isinstance(first, ast.Constant):
         return str(first.value).split()[:1] in (["run"], ["load"], ["loadpy"])
     if name == "eval" and builtin and first is not None:
@@ -445,13 +448,55 @@ def _executes_unseen(call: ast.Call) -> bool:
         return any(getattr(n.func, "attr", getattr(n.func, "id", "")) in ("open", "read", "read_text") for n in inner)
     return name == "exec" and builtin and first is not None and not isinstance(first, ast.Constant)
 
+# %% ../../nbs/internals/09_closure.ipynb #34110930
+_PYTHON = r"(?:\bi?python[\d.]*(?:\.exe)?\b|\bpapermill\b|\bjupyter\b)"
+_STARTS = re.compile(rf"^\s*\S+\.py\b|{_PYTHON}.*(?:\.py\b|\.ipynb\b|\s-[mc]\s)|sys\.executable")
+_PIP = re.compile(rf"(?:{_PYTHON}|sys\.executable)\W+-m\W+pip\b")
+_SHELL = re.compile(r"^\s*(?:%{1,2}time\w*\s+)?(?:[\w.\[\], ]+=\s*)?(?:!!?|%(?:sx|system)\s)(.*)$", re.MULTILINE)
+_SHELL_CELL = re.compile(r"\s*(%%(?:bash|sh|script|system|sx|!)).*")
+_PROCESSES = {"system", "popen", "getoutput", "getstatusoutput", "run", "call", "check_call", "check_output", "Popen"}
+_PROCESSES |= {"execv", "execvp", "spawnv", "spawnvp", "create_subprocess_exec", "create_subprocess_shell"}
+
+
+def _starts_python(command: str) -> bool:
+    """Whether a command runs Python source that isn't in it."""
+    return bool(_STARTS.search(command)) and not _PIP.search(command)
+
+
+def _literals(node: ast.AST) -> list[str]:
+    """The texts in a call, in their order, and `sys.executable` where it stands."""
+    if isinstance(node, ast.Constant):
+        return [node.value] if isinstance(node.value, str) else []
+    if getattr(node, "attr", getattr(node, "id", "")) == "executable":
+        return ["sys.executable"]
+    return [text for child in ast.iter_child_nodes(node) for text in _literals(child)]
+
+# %% ../../nbs/internals/09_closure.ipynb #98d368ff
+def _process_of(call: ast.Call) -> str:
+    """How a call that starts Python on source of its own is written; nothing if it doesn't."""
+    if getattr(call.func, "attr", getattr(call.func, "id", "")) not in _PROCESSES:
+        return ""
+    texts = [text for part in [*call.args, *call.keywords] for text in _literals(part)]
+    command = " ".join(texts)
+    scripts = any(text.endswith(".py") for text in texts)
+    return ast.unparse(call.func) if _starts_python(command) or scripts else ""
+
+
+def _commands_in(source: str) -> set[str]:
+    """The ways in which a cell's lines for the shell start Python on source of its own."""
+    source = source.replace("\\\n", " ")
+    cell = _SHELL_CELL.match(source)
+    if cell:
+        return {cell[1]} if any(_starts_python(line) for line in source.splitlines()) else set()
+    return {"!python" for match in _SHELL.finditer(source) if _starts_python(match[1])}
+
 
 def _unfollowed_in_cell(source: str) -> list[str]:
     """The same for a cell, with what isn't Python in it."""
     with contextlib.suppress(SyntaxError, ValueError, RecursionError):
         return unfollowed(syntax_tree(source, ast.PyCF_ALLOW_TOP_LEVEL_AWAIT))
-    said = {"!python" if match[1] == "!" else match[1] for match in _LINES.finditer(source)}
-    return sorted({*said, *unfollowed(_parse(source))})
+    said = {match[1] for match in _LINES.finditer(source)}
+    return sorted({*said, *_commands_in(source), *unfollowed(_parse(source))})
 
 # %% ../../nbs/internals/09_closure.ipynb #70373d1a
 def _notebook_facts(content: bytes) -> dict[str, Any]:
@@ -649,7 +694,7 @@ def _read_module(memo: Memo, name: str, found: _Found) -> tuple[_Module, list[tu
     try:
         if Path(file).suffix not in machinery.SOURCE_SUFFIXES:
             return (file, memo.hash(file), seen, []), []
-        content, (imports, unseen) = memo.fact(file, f"source {sys.version_info[1]}", _module_facts)
+        content, (imports, unseen) = memo.fact(file, f"source 2 {sys.version_info[1]}", _module_facts)
     except OSError as error:
         raise SourceError(f"can't read the module {file}: {error.strerror}", "Look at that file") from error
     unseen = [] if name.split(".")[0] == PACKAGE else unseen  # what ours executes are lessons
@@ -683,7 +728,7 @@ def reach(
     """All source code behind a notebook, without running any. Raises: SourceError if a file can't be read."""
     memo, folders = memo or Memo(), tuple(os.fspath(path) for path in paths)
     try:
-        _, facts = memo.fact(notebook, f"cells {sys.version_info[1]}", _notebook_facts)
+        _, facts = memo.fact(notebook, f"cells 2 {sys.version_info[1]}", _notebook_facts)
     except OSError as error:
         raise SourceError(f"can't read {notebook}: {error.strerror}", "Give a notebook's file") from error
     except SourceError as error:

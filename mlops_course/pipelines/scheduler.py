@@ -24,14 +24,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 # %% ../../nbs/internals/09_scheduler.ipynb #23b23ee2
-from ..environment import CourseError, Settings, WorkspaceError, cores, workspace_error
-from .cache import Output, forget, refuse
+from ..environment import CourseError, Settings, WorkspaceError, cores
+from .cache import Output, forget, placed, refuse
 from .closure import imported_at_once, reach, written_since
 from .definition import Pipeline, Stage
-from .files import Ledger, claim, require_unchanged
+from .files import Ledger, Maker, claim, require_unchanged, withdraw
 from .notebooks import ParameterError, PipelineError
 from .planning import Context, Decision, decide, look_up, path_parameters
-from .results import ResultError, read_result, stage_folder
+from .results import ResultError, fresh_folder, read_result, stage_folder
 from .runs import PipelineRun, StageRun, save_run
 from mlops_course.pipelines.requests import (
     CellError,
@@ -190,7 +190,7 @@ class _State:
     workers: Executor
     listener: Callable[[str, PipelineRun, StageRun | None], None] | None = None
     outputs: dict[str, Output] = field(default_factory=dict)  # made so far
-    ledger: Ledger = field(default_factory=Ledger)  # the files among them
+    ledger: Ledger = field(default_factory=Ledger)  # the files among them; one for all runs of a backfill
     deadline: float | None = None  # of the whole run, by time.monotonic()
     stopped: threading.Event = field(default_factory=threading.Event)
     reason: str = ""  # why it was stopped
@@ -374,13 +374,17 @@ def _take(session: Session, decision: Decision, stage_run: StageRun) -> Mapping[
         raise PipelineError(f"{problem}: {'; '.join(decision.reasons)}", "Run it first, without --only")
     if entry is None:
         return None
+    maker, given, place = _maker(session, decision), _given(session, decision.stage), stage_run.notebook.parent
+    planned = placed(session.context.cache, entry, place, decision.stage.name)
+    claim(session.ledger, maker, planned, given, there=False)  # before anything is written over another one's file
     try:
         entry = session.context.cache.restore(entry, stage_run.notebook, decision.stage.name)
     except CourseError as error:  # pruned or damaged in this very moment
+        withdraw(session.ledger, maker)
         decision.reasons = [f"its kept result could not be used: {error.problem}"]
         return None
     stage_run.status, stage_run.key, stage_run.results = "cached", entry.key, entry.results
-    claim(session.ledger, decision.stage.name, entry.outputs, _given(session, decision.stage))
+    claim(session.ledger, maker, entry.outputs, given)
     return entry.outputs
 
 # %% ../../nbs/internals/09_scheduler.ipynb #ee055d79
@@ -390,16 +394,16 @@ def _make(session: Session, decision: Decision, stage_run: StageRun) -> Mapping[
     stage_run.status, stage_run.reasons = "running", decision.reasons
     session.save()
     session.tell("stage started", stage_run)
-    memo, name = session.context.cache.memo, stage.name
-    require_unchanged(session.ledger, memo, f"before stage {name} could begin", set(stage.inputs.values()))  # type: ignore[union-attr]
+    memo, name, run = session.context.cache.memo, stage.name, session.record.id
+    require_unchanged(session.ledger, memo, f"before stage {name} could begin", set(stage.inputs.values()), run)  # type: ignore[union-attr]
     get_ready(session)
     begin = time.perf_counter()
     outcome = _try(session, decision, stage_run)
     stage_run.peak_memory = outcome.peak_memory
     stage_run.results = read_result(stage_run.notebook)
     outputs = {each: _output(session, stage_run, each, kind) for each, kind in stage.outputs.items()}
-    require_unchanged(session.ledger, memo, f"while stage {name} ran{_beside(session, stage)}")
-    claim(session.ledger, name, outputs, _given(session, stage))
+    require_unchanged(session.ledger, memo, f"while stage {name} ran{_beside(session, stage)}", run=run)
+    claim(session.ledger, _maker(session, decision), outputs, _given(session, stage))
     _keep(session, decision, stage_run, (outputs, outcome.modules, time.perf_counter() - begin))
     _forget_disputed(session)
     stage_run.status = "done"
@@ -411,6 +415,12 @@ def _given(session: Session, stage: Stage) -> list[Output]:
     return [session.outputs[name] for name in stage.inputs.values()]  # type: ignore[union-attr]
 
 
+def _maker(session: Session, decision: Decision) -> Maker:
+    """Who a stage is in the ledger."""
+    key = decision.parts.key if decision.parts is not None else None
+    return Maker(decision.stage.name, session.record.id, key)
+
+
 def _beside(session: Session, stage: Stage) -> str:
     """Who runs at the same time as a stage, in words: it may have been one of them."""
     running = [each.name for each in session.record.stages if each.status == "running" and each.name != stage.name]
@@ -419,10 +429,9 @@ def _beside(session: Session, stage: Stage) -> str:
 
 def _forget_disputed(session: Session) -> None:
     """No result stays in the cache whose file is another stage's as well."""
-    for name in set(session.ledger.disputed):
-        key = session.record.stage(name).key
-        if key is not None:
-            forget(session.context.cache, key)
+    for maker in set(session.ledger.disputed):
+        if maker.key is not None:
+            forget(session.context.cache, maker.key)
 
 # %% ../../nbs/internals/09_scheduler.ipynb #8b612007
 def _keep(session: Session, decision: Decision, stage_run: StageRun, made: tuple[Any, ...]) -> None:
@@ -507,7 +516,7 @@ def _request(session: Session, decision: Decision, stage_run: StageRun) -> Reque
         notebook=context.pipeline.notebook(stage),
         output=stage_run.notebook,
         parameters=decision.parameters,
-        folder=_place(session, stage),
+        folder=fresh_folder(session.record.folder, stage.name),
         environment=environment,
         paths=tuple(map(str, context.paths)),
         timeout=min(limits) if limits else None,
@@ -518,16 +527,6 @@ def _request(session: Session, decision: Decision, stage_run: StageRun) -> Reque
     )
 
 # %% ../../nbs/internals/09_scheduler.ipynb #2a590c1b
-def _place(session: Session, stage: Stage) -> Path:
-    """The folder in which a stage runs, made for it. Raises: WorkspaceError."""
-    folder = stage_folder(session.record.folder, stage.name)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise workspace_error(error, folder) from error
-    return folder
-
-
 def _remove_empty(run: Path) -> None:
     """Folders of stages that wrote nothing go at the end of a run."""
     for folder in [*(run / "files").glob("*"), run / "files"]:
