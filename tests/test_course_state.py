@@ -331,7 +331,7 @@ def test_a_checkpoint_goes_no_further_than_a_lesson_needs() -> None:
 
 def test_what_is_there_is_not_made_again(home: Path) -> None:
     assert missing(["tables"], home) == ["tables"]
-    (home / "data" / "flights" / "_delta_log").mkdir(parents=True)
+    (home / "data" / "flight-delay" / "flights" / "_delta_log").mkdir(parents=True)
     assert missing(["tables"], home) == []
     with pytest.raises(CheckpointError, match="coffee"):
         missing(["coffee"], home)

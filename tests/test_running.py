@@ -757,7 +757,7 @@ def test_a_backfill_goes_on_after_a_failure_and_the_same_command_mends_it(tmp_pa
     [
         ("month", ["2013-1"], "month is '2013-1'"),
         ("moth", ["2013-01"], "no parameter 'moth'"),
-        ("month", [], "no month"),
+        ("month", [], "there is no value of month"),
     ],
 )
 def test_a_wrong_backfill_is_refused_as_a_whole(
