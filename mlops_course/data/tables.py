@@ -249,8 +249,9 @@ def _kind(value: object) -> str:
         return NANOSECONDS
     if isinstance(value, datetime):
         return "times without a zone" if value.tzinfo is None else "times with a zone"
-    truth = (bool, np.bool_)
-    named = {date: "days", str: "text", bytes: "bytes", truth: "truth values", Number: "numbers"}
+    if isinstance(value, (bool, np.bool_)):
+        return "truth values"
+    named: dict[type, str] = {date: "days", str: "text", bytes: "bytes", Number: "numbers"}
     return next((word for kind, word in named.items() if isinstance(value, kind)), "other values")
 
 # %% ../../nbs/internals/05_tables.ipynb #be2edec1
