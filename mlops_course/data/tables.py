@@ -226,6 +226,8 @@ def _exact(problem: str, column: pd.Series) -> pyarrow.Array:
     remedy = "Give it one type, in which each of its values is exact"
     if len(kinds := _kinds(column)) > 1 or NANOSECONDS in kinds:
         raise DataError(f"{problem}: it holds {' and '.join(sorted(kinds))}", remedy)
+    if isinstance(column.dtype, pd.ArrowDtype) and pd.api.types.is_float_dtype(column.dtype):
+        column = column.astype(column.dtype.numpy_dtype)  # so that its NaN is a gap, as in all other columns
     try:
         values = pyarrow.array(column, from_pandas=True)
         values = values.cast(_kept(values.type))
