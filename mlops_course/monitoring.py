@@ -127,8 +127,9 @@ def noise_floor(
 # %% ../nbs/12_monitoring.ipynb #374d5171
 def _telling(by_month: np.ndarray) -> np.ndarray:
     """Which months have values enough to say how far months lie apart; if none has, all that have any."""
-    then, some = by_month.sum(axis=0), by_month.any(axis=1)
-    enough = np.array([index_by_chance(then, month) <= ALARM for month in by_month]) & some
+    then = by_month.sum(axis=0)
+    some = np.array([month.any() for month in by_month])
+    enough = np.array([month.any() and index_by_chance(then, month) <= ALARM for month in by_month])
     return enough if enough.any() else some
 
 

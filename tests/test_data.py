@@ -945,6 +945,7 @@ SAME: dict[str, tuple[object, object]] = {  # the same values, as another progra
     "categories": (["a", "b"], pd.Categorical(["a", "b"])),
     "objects": (["a", None], pd.Series(["a", None], dtype="object")),
     "numbers that may be missing": ([1, 2], pd.array([1, 2], dtype="Int64")),
+    "a gap that is called NaN": ([0.5, None], pd.array(pyarrow.array([0.5, np.nan]), pd.ArrowDtype(pyarrow.float64()))),
 }
 
 

@@ -78,7 +78,7 @@ def asks_for_input(
 class TookTooLong(BaseException):
     """Code that did not end in time. Not an Exception, so that `except Exception` in a loop doesn't catch it."""
 
-
+# %% ../../nbs/internals/01_running.ipynb #f0616aad
 def _text(error: BaseException) -> str:
     """What an error says; a learner's own class may fail at that, too."""
     try:

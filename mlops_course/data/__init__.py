@@ -113,7 +113,9 @@ def validate(
     return _found(parts, written, report)
 
 # %% ../../nbs/05_data.ipynb #2fa0b6c2
-def _found(parts: Mapping[str, Checked], written: Mapping[str, tuple[str, list[str]]], report: pd.DataFrame) -> Validation:
+def _found(
+    parts: Mapping[str, Checked], written: Mapping[str, tuple[str, list[str]]], report: pd.DataFrame
+) -> Validation:
     """What came of all tables together."""
     return Validation(
         tables={name: reference for name, (reference, _) in written.items()},

@@ -226,6 +226,8 @@ def _exact(problem: str, column: pd.Series) -> pyarrow.Array:
     remedy = "Give it one type, in which each of its values is exact"
     if len(kinds := _kinds(column)) > 1 or NANOSECONDS in kinds:
         raise DataError(f"{problem}: it holds {' and '.join(sorted(kinds))}", remedy)
+    if isinstance(column.dtype, pd.ArrowDtype) and pd.api.types.is_float_dtype(column.dtype):
+        column = column.astype(column.dtype.numpy_dtype)  # so that its NaN is a gap, as in all other columns
     try:
         values = pyarrow.array(column, from_pandas=True)
         values = values.cast(_kept(values.type))
@@ -249,8 +251,9 @@ def _kind(value: object) -> str:
         return NANOSECONDS
     if isinstance(value, datetime):
         return "times without a zone" if value.tzinfo is None else "times with a zone"
-    truth = (bool, np.bool_)
-    named = {date: "days", str: "text", bytes: "bytes", truth: "truth values", Number: "numbers"}
+    if isinstance(value, (bool, np.bool_)):
+        return "truth values"
+    named: dict[type, str] = {date: "days", str: "text", bytes: "bytes", Number: "numbers"}
     return next((word for kind, word in named.items() if isinstance(value, kind)), "other values")
 
 # %% ../../nbs/internals/05_tables.ipynb #be2edec1
