@@ -733,7 +733,7 @@ def test_no_export_holds_a_path_of_this_machine(tmp_path: Path, monkeypatch: pyt
     for system in SYSTEMS:
         for default in (f"file://{repository}/data", f"sqlite:///{repository}/a.db", f"file:{repository}"):
             address = Parameter("source", "text", default=default)
-            with pytest.raises(PipelineError, match="the default of source has .* a place on this machine"):
+            with pytest.raises(PipelineError, match=r"the default of source has .* a place on this machine"):
                 export(replace(pipeline, parameters=(address, pipeline.parameters[1])), system)
         with pytest.raises(PipelineError, match=r"stage sweep, \.\./\.\./outside\.ipynb, lies outside the repository"):
             export(replace(pipeline, stages=(outside, *pipeline.stages[1:])), system)

@@ -217,7 +217,8 @@ def write_months(folder: Path, path: Path, wait: float) -> Path:
     code = f"Path({str(path)!r}).write_text(month); time.sleep({wait})\nrecord_result(f={str(path)!r})"
     write_notebook(folder / "count.ipynb", "month: str = None", HEAD + code)
     entries = 'name: count, notebook: count.ipynb, parameters: {month: "${month}"}, outputs: {f: file}'
-    return write_pipeline(folder, f"name: months\nparameters: {{month: {{type: text}}}}\nstages:\n  - {{{entries}}}\n", "months")
+    text = f"name: months\nparameters: {{month: {{type: text}}}}\nstages:\n  - {{{entries}}}\n"
+    return write_pipeline(folder, text, "months")
 
 
 @pytest.mark.parametrize("width", [1, 2])

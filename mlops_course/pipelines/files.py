@@ -128,7 +128,7 @@ def _require_own(ledger: Ledger, maker: Maker, name: str, path: Path) -> None:
     for each in ledger.made:
         if not each.maker.is_same(maker) and meet(each.path, path):
             ledger.disputed |= {maker, each.maker}
-            other = f"stage {each.maker.stage}" + (f" of the run {each.maker.run}" if each.maker.run != maker.run else "")
-            problem = f"stage {maker.stage} recorded {path} as {name}, and {other} recorded {each.path} as"
+            run = f" of the run {each.maker.run}" if each.maker.run != maker.run else ""
+            problem = f"stage {maker.stage} recorded {path} as {name}, and stage {each.maker.stage}{run} recorded"
             remedy = "Let each stage write a file of its own: a relative path lies in a folder that only it has"
-            raise ResultError(f"{problem} {each.name}: that is one file", remedy)
+            raise ResultError(f"{problem} {each.path} as {each.name}: that is one file", remedy)
