@@ -188,7 +188,7 @@ def _save_or_wait(recorder: Recorder) -> None:
     end = time.monotonic()
     recorder.due = end + max(1.0, 5 * (end - begin))
 
-
+# %% ../../nbs/internals/09_recording.ipynb #fa9e051f
 def write_now(
     recorder: Recorder,
 ) -> None:
