@@ -369,6 +369,9 @@ def syntax_tree(
 ) -> ast.Module:
     """A syntax tree, one at a time. Raises: SyntaxError, ValueError, RecursionError."""
     with _TREES:
+        for _ in range(20):  # Python 3.11 and 3.12 miscount when a thread of somebody else's makes a tree meanwhile
+            with contextlib.suppress(SystemError):
+                return compile(source, "cell", "exec", ast.PyCF_ONLY_AST | flags, dont_inherit=True)
         return compile(source, "cell", "exec", ast.PyCF_ONLY_AST | flags, dont_inherit=True)
 
 # %% ../../nbs/internals/09_closure.ipynb #51e27b64
