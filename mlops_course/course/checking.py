@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import entry_points
@@ -317,14 +318,11 @@ def _headings(cells: list[dict[str, Any]]) -> list[str]:
 # %% ../../nbs/internals/01_checking.ipynb #8ada248f
 def _copied(plan: Plan) -> list[str]:
     """A remark for each exercise that more than one cell answers."""
-    answering: dict[str, list[int]] = {}
-    for number, _, exercise in plan.code():
-        if exercise:
-            answering.setdefault(exercise, []).append(number)
+    answering = Counter(exercise for _, _, exercise in plan.code() if exercise)
     return [
-        f"exercise {exercise} has {len(found)} cells; the best of them counts. Delete those that you don't mean"
-        for exercise, found in answering.items()
-        if len(found) > 1
+        f"exercise {exercise} has {cells} cells; the best of them counts. Delete those that you don't mean"
+        for exercise, cells in answering.items()
+        if cells > 1
     ]
 
 

@@ -21,11 +21,13 @@ def imports_of(
     sources: Iterable[str],  # of code cells
 ) -> set[str]:  # as they are written: pandas, matplotlib.pyplot
     """The modules that notebook cells import at their top level."""
+    from mlops_course.pipelines.closure import syntax_tree  # one tree at a time in this process, whoever asks
+
     found = set()
     for source in sources:
         lines = [line for line in source.splitlines() if not line.lstrip().startswith(("%", "!"))]
         try:
-            tree = ast.parse("\n".join(lines))
+            tree = syntax_tree("\n".join(lines))
         except SyntaxError:
             continue
         for node in tree.body:
@@ -35,7 +37,7 @@ def imports_of(
                 found.add(node.module)
     return found
 
-
+# %% ../../nbs/internals/09_engine.ipynb #6718b173
 def installed(
     modules: Iterable[str],
 ) -> set[str]:
