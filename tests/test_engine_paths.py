@@ -58,6 +58,9 @@ def execute(kind: str | None, *arguments: Any, **options: Any) -> str:
     try:
         papermill.execute_notebook(*arguments, engine_name=kind, progress_bar=False, **options)
     except Exception as error:
+        if kind == "nbclient" and "Kernel died before replying to kernel_info" in str(error):
+            # a Jupyter kernel picks its ports before it opens them: now and then another process was quicker
+            return execute(kind, *arguments, **options)
         return f"{type(error).__name__}: {error}"
     return ""
 
