@@ -18,7 +18,7 @@ from conftest import settings_in
 from deltalake import DeltaTable, write_deltalake
 
 from mlops_course.environment import Settings
-from mlops_course.experiments import _make_store, quiet_mlflow
+from mlops_course.experiments import make_store, quiet_mlflow
 from mlops_course.pipelines.cache import YOUNG, Cache, Entry, Found, Output, OutputError, Parts, explain, refuse
 from mlops_course.pipelines.results import stage_folder
 
@@ -335,7 +335,7 @@ def test_an_equal_output_stops_the_wave(stage: Stage) -> None:
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The file of an MLflow store in which nothing is: making one takes seconds."""
     settings = settings_in(tmp_path_factory.mktemp("store"))
-    _make_store(settings)
+    make_store(settings)
     return settings.home / "mlflow.db"
 
 

@@ -14,12 +14,12 @@ import pandas as pd
 from ..project import NEW_YORK, flight_delay
 
 # %% auto #0
-__all__ = ['HOUR', 'DAY', 'CARIBBEAN', 'HORIZON', 'Windows', 'MINUTES', 'minutes_of', 'minutes_of_day', 'block_minutes',
-           'Timeline', 'timeline', 'pack', 'EventLog', 'Group', 'group_by', 'window_means', 'to_rows']
+__all__ = ['HOUR', 'DAY', 'Windows', 'minutes_of', 'minutes_of_day', 'block_minutes', 'Timeline', 'timeline', 'pack', 'EventLog',
+           'Group', 'group_by', 'window_means', 'in_row_order']
 
 # %% ../../nbs/internals/05_windows.ipynb #2530648c
 HOUR, DAY = 60, 1440  # minutes
-CARIBBEAN = dict.fromkeys(("BQN", "PSE", "SJU", "STT"), "America/Puerto_Rico")  # not in the supplier's list
+_CARIBBEAN = dict.fromkeys(("BQN", "PSE", "SJU", "STT"), "America/Puerto_Rico")  # not in the supplier's list
 
 
 def minutes_of(
@@ -43,7 +43,7 @@ def block_minutes(
     scheduled: np.ndarray,  # (n,) int64, scheduled departure, minutes since 1970 UTC
 ) -> np.ndarray:  # (n,) int64, planned minutes from gate to gate
     "Work out how long each flight is planned to take; its two clock times are in two time zones."
-    zone_of = {**CARIBBEAN, **airports.dropna(subset="tzone").set_index("faa")["tzone"]}
+    zone_of = {**_CARIBBEAN, **airports.dropna(subset="tzone").set_index("faa")["tzone"]}
     dest, names = pd.factorize(flights["dest"])
     zones, zone_names = pd.factorize(pd.Index([zone_of.get(name, NEW_YORK) for name in names]))
     hour, hours = pd.factorize(scheduled // HOUR)
@@ -58,7 +58,7 @@ class Timeline:
     "What happened to each flight and when it became known: (n,) int64 arrays, times in minutes on one clock."
 
     scheduled: np.ndarray  # scheduled departure
-    asked: np.ndarray  # T, when the prediction is made
+    prediction_time: np.ndarray  # T, when the prediction is made
     block: np.ndarray  # planned minutes from gate to gate
     departed: np.ndarray  # bool: it left at some time
     departure: np.ndarray  # when it left (known then)
@@ -68,14 +68,14 @@ class Timeline:
     arrival_delay: np.ndarray  # minutes
 
 
-HORIZON = int(flight_delay.horizon.total_seconds()) // 60  # minutes from T to scheduled departure
+_HORIZON_MINUTES = int(flight_delay.horizon.total_seconds()) // 60  # minutes from T to scheduled departure
 
 # %% ../../nbs/internals/05_windows.ipynb #f744b8d4
 def timeline(
     flights: pd.DataFrame,  # one row a flight
     airports: pd.DataFrame,  # with `faa` and `tzone`
     zero: int,  # minutes since 1970 at which the clock starts; must lie before all windows
-    horizon: int = HORIZON,  # minutes from T to scheduled departure
+    horizon: int = _HORIZON_MINUTES,  # minutes from T to scheduled departure
 ) -> Timeline:  # the same flights, as arrays
     "Put the flights on one clock."
     scheduled = minutes_of(flights["time_hour"]) + flights["minute"].to_numpy()
@@ -85,7 +85,7 @@ def timeline(
     departed, landed = ~np.isnan(left), ~np.isnan(delay)
     left, delay = (np.nan_to_num(values).astype(np.int64) for values in (left, delay))
     return Timeline(
-        scheduled=scheduled, asked=scheduled - horizon, block=block,
+        scheduled=scheduled, prediction_time=scheduled - horizon, block=block,
         departed=departed, departure=scheduled + left, departure_delay=left,
         landed=landed, arrival=scheduled + block + delay, arrival_delay=delay,
     )
@@ -143,29 +143,29 @@ def group_by(
 
 # %% ../../nbs/internals/05_windows.ipynb #1eef8746
 Windows = Mapping[str, tuple[str, ...]]  # window, such as `7d`, to the statistics over it
-MINUTES = {"30m": 30, "1h": HOUR, "2h": 2 * HOUR, "6h": 6 * HOUR, "2d": 2 * DAY, "7d": 7 * DAY, "28d": 28 * DAY}
+_WINDOW_MINUTES = {"30m": 30, "1h": HOUR, "2h": 2 * HOUR, "6h": 6 * HOUR, "2d": 2 * DAY, "7d": 7 * DAY, "28d": 28 * DAY}
 
 
 def window_means(
     group: Group,  # which flights belong together
     windows: Windows,  # which means, or `count`, over which windows
-    asked: np.ndarray,  # (n,) int64, minutes: the window of each flight ends here
+    prediction_time: np.ndarray,  # (n,) int64, minutes: the window of each flight ends here
     known: np.ndarray,  # (n,) int64, minutes: when each event became known
     happened: np.ndarray,  # (n,) bool: whether there was an event
     values: Mapping[str, np.ndarray],  # (n,) int64: what to take the mean of
 ) -> dict[str, np.ndarray]:  # (n,) float32 by name, such as `late_rate_carrier_7d`; NaN without events
-    "Take means over what became known in windows that end when each flight is asked about."
+    "Take means over what became known in windows that end when each flight is prediction_time about."
     order = group.order
     events = order[(happened & (group.codes >= 0))[order]]
     log = EventLog(pack(group.codes[events], known[events]), {name: value[events] for name, value in values.items()})
-    now = pack(group.codes[order], asked[order])
+    now = pack(group.codes[order], prediction_time[order])
     end, features = log.position(now), {}
     for window, statistics in windows.items():
-        start = log.position(now - MINUTES[window])
+        start = log.position(now - _WINDOW_MINUTES[window])
         count = end - start
         for name in statistics:
             mean = _mean(log.sums[name], start, end, count) if name != "count" else count.astype(np.float32)
-            features[f"{name}_{group.name}_{window}"] = to_rows(mean, order)
+            features[f"{name}_{group.name}_{window}"] = in_row_order(mean, order)
     return features
 
 # %% ../../nbs/internals/05_windows.ipynb #c98c3c1c
@@ -176,7 +176,7 @@ def _mean(sums: np.ndarray, start: np.ndarray, end: np.ndarray, count: np.ndarra
     return total / np.maximum(count, 1).astype(np.float32)
 
 
-def to_rows(
+def in_row_order(
     values: np.ndarray,  # (n,) in sorted order
     order: np.ndarray,  # (n,) positions: which row each value belongs to
 ) -> np.ndarray:  # (n,) in the order of the rows
