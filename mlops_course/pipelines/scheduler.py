@@ -26,9 +26,9 @@ from typing import Any, Protocol
 # %% ../../nbs/internals/09_scheduler.ipynb #23b23ee2
 from ..environment import CourseError, Settings, WorkspaceError, cores
 from .cache import Output, forget, placed, refuse
-from .closure import imported_at_once, reach, written_since
+from .cache import imported_at_once, reach, written_since
 from .definition import Pipeline, Stage
-from .files import Ledger, Maker, claim, require_unchanged, withdraw
+from .ledger import Ledger, Maker, claim, require_unchanged, withdraw
 from .notebooks import ParameterError, PipelineError
 from .planning import Context, Decision, decide, look_up, path_parameters
 from .results import ResultError, fresh_folder, read_result, stage_folder
