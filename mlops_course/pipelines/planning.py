@@ -18,7 +18,7 @@ from .cache import Cache, Entry, Output, Parts
 from .cache import loops
 from .definition import Pipeline, Stage, fill, references
 from .notebooks import ParameterError, notebook_parameters, suggest
-from .requests import KINDS
+from .engine.requests import KINDS
 from .results import handed_on
 
 # %% ../../nbs/internals/09_planning.ipynb #a3880843

@@ -33,7 +33,7 @@ from .notebooks import ParameterError, PipelineError
 from .planning import Context, Decision, decide, look_up, path_parameters
 from .results import ResultError, fresh_folder, read_result, stage_folder
 from .runs import PipelineRun, StageRun, save_run
-from mlops_course.pipelines.requests import (
+from mlops_course.pipelines.engine.requests import (
     CellError,
     Event,
     Interrupted,
@@ -257,7 +257,7 @@ def make_executor(
         from mlops_course.pipelines.cluster import ClusterWorkers
 
         return ClusterWorkers(context.options.scheduler, modules, threads)
-    from mlops_course.pipelines.workers import Workers
+    from mlops_course.pipelines.engine.workers import Workers
 
     return Workers(context.options.engine, modules, threads, hidden=secret_names(context.pipeline))
 
