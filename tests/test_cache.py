@@ -154,7 +154,7 @@ def test_a_miss_is_explained_by_the_nearest_run(stage: Stage) -> None:
 
 
 def test_what_is_no_key_is_refused(stage: Stage) -> None:
-    from mlops_course.pipelines.closure import SourceError
+    from mlops_course.pipelines.cache.closure import SourceError
 
     with pytest.raises(SourceError, match="of type object"):
         stage.parts(parameters={"rows": object()})
@@ -749,7 +749,7 @@ def run_python(code: str, *arguments: object, **options: Any) -> subprocess.Pope
 SLOW_STORE = """
     import sys, time
     from pathlib import Path
-    from mlops_course.pipelines import cache
+    from mlops_course.pipelines.cache import store as cache
     from test_cache import Stage, settings_in
 
     home, project, when = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
