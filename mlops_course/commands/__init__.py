@@ -60,7 +60,7 @@ def served_settings(
     use_case: str | None,  # None: the only one that is live
 ) -> "Settings":
     """Settings that name the use case that is served. Raises: BundleError when several are live and none is named."""
-    from mlops_course.serving.bundle import pinned
+    from mlops_course.serving.publishing import pinned
 
     return pinned(settings_of(home, use_case))
 

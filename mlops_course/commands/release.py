@@ -101,7 +101,7 @@ def _start(
 ) -> None:
     """Put a candidate beside the live model."""
     from mlops_course import deployment
-    from mlops_course.serving.bundle import for_case
+    from mlops_course.serving.publishing import for_case
 
     steps, limits = tuple(step) if step else None, release_limits(limit or [])
     settings = for_case(settings_of(home), candidate)

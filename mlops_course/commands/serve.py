@@ -30,7 +30,8 @@ def about_service(
     service: str | None,  # module:function of another app; None: ours
 ) -> str:
     """What a person before a terminal should know about a service that has started."""
-    from mlops_course.serving.bundle import LIVE, case_folder, served_case
+    from mlops_course.serving.bundle import case_folder
+    from mlops_course.serving.publishing import LIVE, served_case
 
     if service and not service.startswith("mlops_course."):
         return "Ctrl-C ends the service."
@@ -82,7 +83,8 @@ def _publish(
     """Make a bundle the live model of its use case."""
     from mlops_course.deployment import refuse_during_release
     from mlops_course.serving import publish, read_bundle
-    from mlops_course.serving.bundle import find_bundle, for_case
+    from mlops_course.serving.bundle import find_bundle
+    from mlops_course.serving.publishing import for_case
 
     settings = settings_of(home).prepare()
     refuse_during_release(for_case(settings, read_bundle(find_bundle(settings, bundle)).model))
@@ -96,10 +98,10 @@ _Collected = Annotated[str | None, typer.Option("--use-case", help="As module:na
 @serve_app.command("collect-predictions")
 def _collect(use_case: _Collected = None, home: Home = None, as_json: AsJson = False) -> None:
     """Move what a service has logged into a table."""
-    from mlops_course.project import COURSE
+    from mlops_course.project import DEFAULT_USE_CASE
     from mlops_course.serving.predictions import collect_predictions, others_waiting
 
-    case, settings = find_case(use_case or COURSE), settings_of(home).prepare()
+    case, settings = find_case(use_case or DEFAULT_USE_CASE), settings_of(home).prepare()
     found = collect_predictions(settings, case)
     if as_json:
         print_json(asdict(found))
