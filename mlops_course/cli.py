@@ -425,9 +425,9 @@ ENTRY = ("key", "pipeline", "stage", "results", "seconds", "created")
 @cache_app.command("list")
 def list_cache(home: Home = None, as_json: AsJson = False) -> None:
     """List what the cache holds, newest first."""
-    from mlops_course.pipelines.cache import Cache
+    from mlops_course.pipelines.cache import CacheStore, list_entries
 
-    entries = Cache(_settings(home)).entries()
+    entries = list_entries(CacheStore(_settings(home)))
     if as_json:
         print_json([{**{name: getattr(each, name) for name in ENTRY}, "bytes": each.size} for each in entries])
         return
@@ -447,9 +447,10 @@ def prune_cache(
     as_json: AsJson = False,
 ) -> None:
     """Remove old entries, and files that no entry needs."""
-    from mlops_course.pipelines.cache import Cache
+    from mlops_course.pipelines.cache import CacheStore, prune_entries
 
-    pruned = Cache(_settings(home)).prune(
+    pruned = prune_entries(
+        CacheStore(_settings(home)),
         older_than=days * 86400 if days is not None else None,
         keep=keep,
         max_bytes=int(megabytes * 1e6) if megabytes is not None else None,
@@ -463,9 +464,9 @@ def prune_cache(
 @cache_app.command("verify")
 def verify_cache(home: Home = None, as_json: AsJson = False) -> None:
     """Read every file of the cache and compare it with its checksum. Exit status 1 when something is wrong."""
-    from mlops_course.pipelines.cache import Cache
+    from mlops_course.pipelines.cache import CacheStore, verify_entries
 
-    problems = Cache(_settings(home)).verify()
+    problems = verify_entries(CacheStore(_settings(home)))
     if as_json:
         print_json(problems)
     else:
