@@ -762,20 +762,20 @@ Because = Annotated[str, typer.Option("--reason", help="Why; it is kept in the h
 
 def release_limits(
     pairs: list[str],  # like "errors=0.05", "slices=carrier,origin"
-) -> Any:  # deployment's Limits
+) -> Any:  # deployment's ReleaseLimits
     """The values of --limit options. Raises: ParameterError naming the wrong one."""
     import msgspec
 
-    from mlops_course.deployment import Limits
+    from mlops_course.deployment import ReleaseLimits
     from mlops_course.pipelines import ParameterError
 
     values: dict[str, Any] = dict(parse_parameters(pairs))
     if "slices" in values:
         values["slices"] = [name for name in values["slices"].split(",") if name]
     try:
-        return msgspec.convert(values, Limits, strict=False)
+        return msgspec.convert(values, ReleaseLimits, strict=False)
     except msgspec.ValidationError as error:
-        names = ", ".join(Limits.__struct_fields__)
+        names = ", ".join(ReleaseLimits.__struct_fields__)
         raise ParameterError(f"a limit is wrong: {error}", f"The limits are {names}") from error
 
 # %% ../nbs/cli.ipynb #11c10006
@@ -831,8 +831,8 @@ errors   how much larger a share of its requests fails
 latency  how many times as long a typical row takes
 slow     how much larger a share of its rows takes more than three times what latency allows
 shift    mean difference of the scores of the same row
-flips    share of rows that are decided otherwise
-held: within the limit; broken: beyond it; open: can't tell yet; few: too few to judge
+decision_flip_rate  share of rows that are decided otherwise
+pass: within the limit; fail: beyond it; inconclusive: can't tell yet; insufficient: too few to judge
 lately: in the present window alone, shown when low is beyond the limit"""
 
 # %% ../nbs/cli.ipynb #11c10008
@@ -854,11 +854,11 @@ def _show_checks(checks: list[dict[str, Any]]) -> None:
 # %% ../nbs/cli.ipynb #0997ebff
 def _show_release(settings: "Settings", as_json: bool) -> None:
     """The state of a release, for programs or for people."""
-    from mlops_course.deployment import read_history, release_status
+    from mlops_course.deployment import read_release_history, release_status
 
     status = release_status(settings)
     release = status["release"]
-    history = [line for line in read_history(settings) if release and line["release"] == release["id"]]
+    history = [line for line in read_release_history(settings) if release and line["release"] == release["id"]]
     if as_json:
         print_json({**status, "history": history})
         return
@@ -884,18 +884,18 @@ def score_inbox(
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON document a line.")] = False,
 ) -> None:
     """Score files as they arrive, with the live model."""
-    from mlops_course.deployment import Scored, watch
+    from mlops_course.deployment import ScoredFile, watch_inbox
     from mlops_course.pipelines.scheduler import interruptible
 
     rejected = 0
 
-    def tell(scored: Scored) -> None:
+    def tell(scored: ScoredFile) -> None:
         nonlocal rejected
         rejected += scored.status == "rejected"
         line = f"{scored.file}: {scored.status}, {scored.rows} rows in {scored.seconds:.2f} s {scored.reason}".rstrip()
         print(json.dumps(vars(scored), ensure_ascii=False) if as_json else line, flush=True)
 
     with interruptible():
-        watch(_served(home, use_case), folder, tell, once, settle=settle)
+        watch_inbox(_served(home, use_case), folder, tell, once, settle=settle)
     if rejected:
         raise typer.Exit(1)
