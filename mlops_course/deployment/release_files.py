@@ -18,7 +18,8 @@ import msgspec
 from .releases import Release, ReleaseError, ReleaseLimits, new_release
 from ..environment import CourseError, Settings, workspace_error, write_atomic
 from ..serving import live_bundle, publish
-from ..serving.bundle import case_folder, for_case, served_case
+from ..serving.bundle import case_folder
+from ..serving.publishing import for_case, served_case
 
 # %% auto #0
 __all__ = ['release_folder', 'release_file', 'read_release', 'read_release_history', 'refuse_during_release', 'create_release',
