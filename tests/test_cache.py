@@ -18,7 +18,7 @@ from conftest import settings_in
 from deltalake import DeltaTable, write_deltalake
 
 from mlops_course.environment import Settings
-from mlops_course.experiments import _make_store, quiet_mlflow
+from mlops_course.experiments import make_store, quiet_mlflow
 from mlops_course.pipelines.cache import YOUNG, Cache, Entry, Found, Output, OutputError, Parts, explain, refuse
 from mlops_course.pipelines.results import stage_folder
 
@@ -154,7 +154,7 @@ def test_a_miss_is_explained_by_the_nearest_run(stage: Stage) -> None:
 
 
 def test_what_is_no_key_is_refused(stage: Stage) -> None:
-    from mlops_course.pipelines.closure import SourceError
+    from mlops_course.pipelines.cache.closure import SourceError
 
     with pytest.raises(SourceError, match="of type object"):
         stage.parts(parameters={"rows": object()})
@@ -335,7 +335,7 @@ def test_an_equal_output_stops_the_wave(stage: Stage) -> None:
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The file of an MLflow store in which nothing is: making one takes seconds."""
     settings = settings_in(tmp_path_factory.mktemp("store"))
-    _make_store(settings)
+    make_store(settings)
     return settings.home / "mlflow.db"
 
 
@@ -749,7 +749,7 @@ def run_python(code: str, *arguments: object, **options: Any) -> subprocess.Pope
 SLOW_STORE = """
     import sys, time
     from pathlib import Path
-    from mlops_course.pipelines import cache
+    from mlops_course.pipelines.cache import store as cache
     from test_cache import Stage, settings_in
 
     home, project, when = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlops_course.pipelines.closure import (
+from mlops_course.pipelines.cache.closure import (
     Memo,
     Reach,
     SourceError,
@@ -570,7 +570,7 @@ def test_this_package_in_site_packages_is_project_source_as_well(root: Path, tmp
     code = (
         f"import sys; sys.path.insert(0, {str(site)!r})\n"
         "from pathlib import Path\n"
-        "from mlops_course.pipelines.closure import reach\n"
+        "from mlops_course.pipelines.cache.closure import reach\n"
         f"found = reach(Path({str(notebook)!r}))\n"
         "print(found.files['mlops_course.environment'], found.cells, sorted(found.modules.items()))"
     )

@@ -19,7 +19,7 @@ import pytest
 from mlops_course.environment import CourseError, WorkspaceError
 from mlops_course.pipelines import engine
 from mlops_course.pipelines.engine import imports_of, installed
-from mlops_course.pipelines.workers import CellError, Event, Interrupted, Request, TimedOut, Workers
+from mlops_course.pipelines.engine.workers import CellError, Event, Interrupted, Request, TimedOut, Workers
 
 WARM = ["fork", "spawn"] if sys.platform == "linux" else ["spawn"]
 ALL = [*WARM, "kernel"]

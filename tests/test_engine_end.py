@@ -12,8 +12,9 @@ import nbformat
 import papermill
 import pytest
 
-from mlops_course.pipelines import engine, workers
-from mlops_course.pipelines.workers import CellError, Event, Interrupted, Request, TimedOut, WorkerDied, Workers
+from mlops_course.pipelines import engine
+from mlops_course.pipelines.engine import workers
+from mlops_course.pipelines.engine.workers import CellError, Event, Interrupted, Request, TimedOut, WorkerDied, Workers
 
 WARM = ["fork", "spawn"] if sys.platform == "linux" else ["spawn"]
 LATE_THREAD = "import threading, time\ndef late():\n    time.sleep({0})\n    {1}\nthreading.Thread(target=late).start()"

@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from mlops_course.environment import WorkspaceError
-from mlops_course.pipelines.workers import CellError, Event, Interrupted, Request, TimedOut, WorkerDied, Workers
+from mlops_course.pipelines.engine.workers import CellError, Event, Interrupted, Request, TimedOut, WorkerDied, Workers
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 IMPORTS = "import ctypes, os, signal, subprocess, sys, time"
@@ -253,7 +253,7 @@ def test_a_python_that_cannot_start_is_an_error_and_not_a_wait(tmp_path: Path) -
 RUNNER = """
 import sys
 from pathlib import Path
-from mlops_course.pipelines.workers import Request, Workers
+from mlops_course.pipelines.engine.workers import Request, Workers
 folder = Path(sys.argv[2])
 with Workers(sys.argv[1], spare=2) as workers:
     workers.execute(Request(Path(sys.argv[3]), folder / "out.ipynb", {}, folder, dict(__import__("os").environ)))

@@ -14,7 +14,7 @@ import nbformat
 import pytest
 from test_engine_torture import comparable, request, run, write_notebook
 
-from mlops_course.pipelines.workers import Workers
+from mlops_course.pipelines.engine.workers import Workers
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="one warm kind is enough")
 

@@ -15,7 +15,7 @@ import pytest
 from papermill.iorw import papermill_io
 
 from mlops_course.pipelines import engine
-from mlops_course.pipelines.recording import destination
+from mlops_course.pipelines.engine.recording import destination
 
 PYTHON = {"kernelspec": {"name": "python3", "language": "python", "display_name": "Python 3"}}
 SAYS_WHERE = "import os\nprint(os.path.basename(os.getcwd()))"

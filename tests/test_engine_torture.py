@@ -11,7 +11,7 @@ from typing import Any
 import nbformat
 import pytest
 
-from mlops_course.pipelines.workers import CellError, Request, Workers
+from mlops_course.pipelines.engine.workers import CellError, Request, Workers
 
 MIME = {
     "text/html": "<b>bold</b>",

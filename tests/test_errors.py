@@ -19,7 +19,7 @@ import pytest
 
 import mlops_course
 from mlops_course.environment import CourseError
-from mlops_course.pipelines.requests import NotebookError, Place, TimedOut
+from mlops_course.pipelines.engine.requests import NotebookError, Place, TimedOut
 
 PLACE = Place(Path("in.ipynb"), Path("out.ipynb"), 2, "train()", 3)
 STAGE = SimpleNamespace(name="train", notebook=Path("train.ipynb"))

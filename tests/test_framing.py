@@ -214,7 +214,7 @@ def test_more_weight_pulls_every_rate_nearer_to_the_overall_rate(one: float, oth
     ("names", "weight", "message"),
     [
         (["airline"], 1.0, "column 'airline' is not in both"),
-        ([], 1.0, r"cannot make rates by \[\]"),
+        ([], 1.0, r"can't make rates by \[\]"),
         (["carrier"], -1.0, "weight -1.0"),
         (["carrier"], float("nan"), "weight nan"),
     ],

@@ -40,10 +40,10 @@ from mlops_course.pipelines import (
     run,
 )
 from mlops_course.pipelines.definition import TYPES, fill, references
+from mlops_course.pipelines.engine.workers import GRACE
 from mlops_course.pipelines.notebooks import Taken, notebook_parameters, recorded_names
 from mlops_course.pipelines.runs import repository
 from mlops_course.pipelines.scheduler import stage_environment
-from mlops_course.pipelines.workers import GRACE
 
 posix_only = pytest.mark.skipif(os.name == "nt", reason="uses POSIX signals")
 RECORD = "from mlops_course.pipelines import record_result\n"

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import pandera.pandas as pandera
 
 # %% auto #0
-__all__ = ['conform', 'months_about', 'land']
+__all__ = ['conform', 'row_months', 'land']
 
 # %% ../../nbs/internals/05_deliveries.ipynb #af204285
 def conform(
@@ -43,7 +43,7 @@ def conform(
 
 # %% ../../nbs/internals/05_deliveries.ipynb #f23d4eaa
 def _typed(column: pd.Series, dtype: str, table: str | None) -> pd.Series:
-    """Convert one column; a value that cannot be converted is an error, never a silent gap."""
+    """Convert one column; a value that can't be converted is an error, never a silent gap."""
     if dtype.startswith("datetime64"):
         return _instants(column, table)
     if dtype not in ("int64", "float64"):
@@ -79,7 +79,7 @@ def _instants(column: pd.Series, table: str | None) -> pd.Series:
     return instants.astype("datetime64[us, UTC]")
 
 # %% ../../nbs/internals/05_deliveries.ipynb #d1a80397
-def months_about(
+def row_months(
     table: Table,  # says how the month is found
     frame: pd.DataFrame,  # rows of one delivery
     month: str,  # the delivery

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from datetime import timedelta
+from enum import IntEnum
 
 import numpy as np
 import pandas as pd
@@ -24,37 +25,36 @@ from mlops_course.data.windows import (
     minutes_of_day,
     pack,
     timeline,
-    to_rows,
+    in_row_order,
     window_means,
 )
 from ..project import LATE_AFTER, NEW_YORK, flight_delay
 
 # %% auto #0
-__all__ = ['BOTH', 'ARRIVALS', 'LEFT', 'DEPARTURES', 'OVERDUE', 'PATIENCE', 'NONE', 'NOT_DUE', 'WAITING', 'FLYING', 'LANDED',
-           'WEATHER', 'CHANGES', 'PUBLISHED_AFTER', 'STALE_AFTER', 'IDENTITY', 'arrival_features', 'departure_features',
-           'overdue_features', 'previous_leg', 'weather_features', 'schedule_features', 'flight_features']
+__all__ = ['WEATHER', 'PUBLISHED_AFTER', 'arrival_features', 'departure_features', 'overdue_features', 'LegState', 'previous_leg',
+           'weather_features', 'schedule_features', 'flight_features']
 
 # %% ../../nbs/internals/05_features.ipynb #7e3fcdb0
-BOTH = ("late_rate", "mean_delay")
-ARRIVALS: dict[str, Windows] = {
-    "system": {"2d": BOTH},
-    "origin": {"2h": ("mean_delay",), "6h": ("mean_delay",), "2d": BOTH},
-    "carrier": {"2h": ("mean_delay",), "6h": ("mean_delay",), "7d": BOTH, "28d": BOTH},
-    "origin_hour": {"7d": BOTH, "28d": BOTH},
-    "route": {"6h": ("overrun",), "7d": BOTH, "28d": (*BOTH, "overrun")},
-    "dest": {"2h": ("mean_delay",), "6h": ("mean_delay", "overrun"), "7d": BOTH, "28d": BOTH},
-    "flight_number": {"7d": (*BOTH, "count"), "28d": (*BOTH, "count")},
-    "aircraft": {"7d": (*BOTH, "count"), "28d": (*BOTH, "count")},
+_BOTH = ("late_rate", "mean_delay")
+_ARRIVAL_WINDOWS: dict[str, Windows] = {
+    "system": {"2d": _BOTH},
+    "origin": {"2h": ("mean_delay",), "6h": ("mean_delay",), "2d": _BOTH},
+    "carrier": {"2h": ("mean_delay",), "6h": ("mean_delay",), "7d": _BOTH, "28d": _BOTH},
+    "origin_hour": {"7d": _BOTH, "28d": _BOTH},
+    "route": {"6h": ("overrun",), "7d": _BOTH, "28d": (*_BOTH, "overrun")},
+    "dest": {"2h": ("mean_delay",), "6h": ("mean_delay", "overrun"), "7d": _BOTH, "28d": _BOTH},
+    "flight_number": {"7d": (*_BOTH, "count"), "28d": (*_BOTH, "count")},
+    "aircraft": {"7d": (*_BOTH, "count"), "28d": (*_BOTH, "count")},
 }
-LEFT = ("departure_delay", "departed_late")
-DEPARTURES: dict[str, Windows] = {
-    "system": {"30m": LEFT, "1h": LEFT, "2h": LEFT, "6h": LEFT},
-    "origin": {"30m": LEFT, "1h": LEFT, "2h": LEFT, "6h": LEFT},
-    "carrier": {"2h": LEFT, "6h": LEFT},
-    "origin_carrier": {"2h": LEFT, "6h": LEFT},
+_LEFT = ("departure_delay", "departed_late")
+_DEPARTURE_WINDOWS: dict[str, Windows] = {
+    "system": {"30m": _LEFT, "1h": _LEFT, "2h": _LEFT, "6h": _LEFT},
+    "origin": {"30m": _LEFT, "1h": _LEFT, "2h": _LEFT, "6h": _LEFT},
+    "carrier": {"2h": _LEFT, "6h": _LEFT},
+    "origin_carrier": {"2h": _LEFT, "6h": _LEFT},
     "dest": {"2h": ("departure_delay",), "6h": ("departure_delay",)},
 }
-OVERDUE = ("system", "origin", "carrier", "origin_carrier", "dest")
+_OVERDUE_GROUPS = ("system", "origin", "carrier", "origin_carrier", "dest")
 
 # %% ../../nbs/internals/05_features.ipynb #16259f56
 def arrival_features(group: Group, time: Timeline) -> dict[str, np.ndarray]:
@@ -64,20 +64,21 @@ def arrival_features(group: Group, time: Timeline) -> dict[str, np.ndarray]:
         "mean_delay": time.arrival_delay,
         "overrun": time.arrival_delay - time.departure_delay,
     }
-    wanted = ARRIVALS[group.name]
+    wanted = _ARRIVAL_WINDOWS[group.name]
     used = {name for statistics in wanted.values() for name in statistics}
     values = {name: value for name, value in values.items() if name in used}
-    return window_means(group, wanted, time.asked, time.arrival, time.landed, values)
+    return window_means(group, wanted, time.prediction_time, time.arrival, time.landed, values)
 
 
 def departure_features(group: Group, time: Timeline) -> dict[str, np.ndarray]:
     "Means over flights that had left by T."
     late = (time.departure_delay > LATE_AFTER).astype(np.int64)
     values = {"departure_delay": time.departure_delay, "departed_late": late}
-    return window_means(group, DEPARTURES[group.name], time.asked, time.departure, time.departed, values)
+    wanted = _DEPARTURE_WINDOWS[group.name]
+    return window_means(group, wanted, time.prediction_time, time.departure, time.departed, values)
 
 # %% ../../nbs/internals/05_features.ipynb #588ff11a
-PATIENCE = 6 * HOUR  # minutes after which an overdue flight counts as cancelled
+_OVERDUE_LIMIT = 6 * HOUR  # minutes after which an overdue flight counts as cancelled
 
 
 def overdue_features(
@@ -85,23 +86,29 @@ def overdue_features(
     time: Timeline,  # what happened when
 ) -> dict[str, np.ndarray]:  # (n,) float32: number of overdue flights, and the minutes they have waited
     "Count flights that are past their schedule and have not left at T."
-    gone = np.maximum(time.departure, time.scheduled)
-    gone = np.where(time.departed, np.minimum(gone, time.scheduled + PATIENCE), time.scheduled + PATIENCE)
+    given_up = time.scheduled + _OVERDUE_LIMIT
+    gone = np.where(time.departed, np.clip(time.departure, time.scheduled, given_up), given_up)
     order = group.order
-    codes, scheduled, asked = group.codes[order], time.scheduled[order], time.asked[order]
+    codes, scheduled, now = group.codes[order], time.scheduled[order], time.prediction_time[order]
     began = EventLog(pack(codes, scheduled), {"scheduled": scheduled})
     ended = EventLog(pack(codes, gone[order]), {"scheduled": scheduled})
-    now = pack(codes, asked)
-    first, last = ended.position(now), began.position(now)
+    first, last = ended.position(pack(codes, now)), began.position(pack(codes, now))
     count = last - first
-    waited = asked * count - (began.sums["scheduled"][last] - ended.sums["scheduled"][first])
+    waited = now * count - (began.sums["scheduled"][last] - ended.sums["scheduled"][first])
     return {
-        f"overdue_{group.name}": to_rows(count.astype(np.float32), order),
-        f"overdue_minutes_{group.name}": to_rows(waited.astype(np.float32), order),
+        f"overdue_{group.name}": in_row_order(count.astype(np.float32), order),
+        f"overdue_minutes_{group.name}": in_row_order(waited.astype(np.float32), order),
     }
 
 # %% ../../nbs/internals/05_features.ipynb #027c0951
-NONE, NOT_DUE, WAITING, FLYING, LANDED = -1, 0, 1, 2, 3  # state of a previous leg, as known at T
+class LegState(IntEnum):
+    "What is known at T about an earlier flight of the same aircraft."
+
+    NONE = -1  # there is none
+    NOT_DUE = 0
+    WAITING = 1  # past its schedule, not gone
+    FLYING = 2
+    LANDED = 3
 
 # %% ../../nbs/internals/05_features.ipynb #68e8dd84
 def previous_leg(
@@ -112,18 +119,18 @@ def previous_leg(
     "Describe an earlier flight of the same aircraft, as known at T; legs older than two days do not count."
     before = _earlier(aircraft, steps)
     there = (before >= 0) & (time.scheduled - time.scheduled[before] < 2 * DAY)
-    landed = there & time.landed[before] & (time.arrival[before] <= time.asked)
-    flying = there & ~landed & time.departed[before] & (time.departure[before] <= time.asked)
-    waiting = there & ~landed & ~flying & (time.scheduled[before] <= time.asked)
-    delay = np.select(
-        [landed, flying, waiting],
-        [time.arrival_delay[before], time.departure_delay[before], time.asked - time.scheduled[before]], default=0,
-    )
+    now, gap = time.prediction_time, time.scheduled - time.scheduled[before]
+    landed = there & time.landed[before] & (time.arrival[before] <= now)
+    flying = there & ~landed & time.departed[before] & (time.departure[before] <= now)
+    waiting = there & ~landed & ~flying & (time.scheduled[before] <= now)
+    delays = [time.arrival_delay[before], time.departure_delay[before], now - time.scheduled[before]]
+    delay = np.select([landed, flying, waiting], delays, default=0)
+    states = [LegState.LANDED, LegState.FLYING, LegState.WAITING, LegState.NOT_DUE]
+    state = np.select([landed, flying, waiting, there], states, default=LegState.NONE)
     back = time.scheduled[before] + 2 * time.block[before]  # it flies there and returns: the earliest it can be here
-    state = np.select([landed, flying, waiting, there], [LANDED, FLYING, WAITING, NOT_DUE], default=NONE)
-    known, slack = state >= WAITING, time.scheduled - back
+    known, slack = state >= LegState.WAITING, time.scheduled - back
     columns = {
-        "state": (state, there), "delay": (delay, known), "gap": (time.scheduled - time.scheduled[before], there),
+        "state": (state, there), "delay": (delay, known), "gap": (gap, there),
         "slack": (slack, there), "slack_left": (slack - delay, there),
     }
     return {f"previous_leg_{steps}_{name}": _known(value, where) for name, (value, where) in columns.items()}
@@ -154,16 +161,16 @@ WEATHER = {
     "pressure": "pressure",
     "visib": "visibility",
 }
-CHANGES = ("temperature", "humidity", "wind_speed", "precipitation", "pressure", "visibility")
+_CHANGES = ("temperature", "humidity", "wind_speed", "precipitation", "pressure", "visibility")
 PUBLISHED_AFTER = HOUR  # minutes from the hour of a report to when it can be used
-STALE_AFTER = 6 * HOUR  # minutes
+_STALE_AFTER = 6 * HOUR  # minutes
 
 
-def _reports(key: np.ndarray, values: np.ndarray, origin: np.ndarray, asked: np.ndarray) -> np.ndarray:
+def _newest_reports(key: np.ndarray, values: np.ndarray, origin: np.ndarray, time: np.ndarray) -> np.ndarray:
     """The newest report of each origin at each time: (n, 9) float32, NaN where there is none."""
-    position = np.searchsorted(key, pack(origin, asked), side="right") - 1
+    position = np.searchsorted(key, pack(origin, time), side="right") - 1
     found = key[position]
-    fresh = (position >= 0) & (found >> 32 == origin) & (asked - (found & 0xFFFFFFFF) < STALE_AFTER)
+    fresh = (position >= 0) & (found >> 32 == origin) & (time - (found & 0xFFFFFFFF) < _STALE_AFTER)
     return np.where(fresh[:, None], values[position], np.float32(np.nan))
 
 # %% ../../nbs/internals/05_features.ipynb #a6cd49d4
@@ -171,7 +178,7 @@ def weather_features(
     weather: pd.DataFrame,  # one row an origin and hour
     origins: pd.Index,  # origins by code
     origin: np.ndarray,  # (n,) int64, code of each flight's origin
-    asked: np.ndarray,  # (n,) int64, minutes
+    prediction_time: np.ndarray,  # (n,) int64, minutes
     zero: int,  # minutes since 1970 at which the clock starts
 ) -> dict[str, np.ndarray]:  # (n,) float32 by name
     "Give each flight the weather that was published at T, and its change over four hours."
@@ -180,17 +187,18 @@ def weather_features(
     reports, key = reports[key % 2**32 < 2**31], key[key % 2**32 < 2**31]
     order = np.argsort(key, kind="stable")
     if not len(order):
-        return {name: np.full(len(asked), np.nan, np.float32) for name in _weather_names()}
+        return {name: np.full(len(prediction_time), np.nan, np.float32) for name in _weather_names()}
     values = reports[list(WEATHER)].to_numpy(np.float32)[order]
-    now, before = (_reports(key[order], values, origin, asked - back) for back in (0, 4 * HOUR))
+    times = (prediction_time, prediction_time - 4 * HOUR)
+    now, before = (_newest_reports(key[order], values, origin, time) for time in times)
     names = list(WEATHER.values())
     features = {name: now[:, column] for column, name in enumerate(names)}
-    changed = [names.index(name) for name in CHANGES]
+    changed = [names.index(name) for name in _CHANGES]
     return features | {f"{names[column]}_change_4h": now[:, column] - before[:, column] for column in changed}
 
 # %% ../../nbs/internals/05_features.ipynb #536e17a7
 def _weather_names() -> list[str]:
-    return [*WEATHER.values(), *(f"{name}_change_4h" for name in CHANGES)]
+    return [*WEATHER.values(), *(f"{name}_change_4h" for name in _CHANGES)]
 
 # %% ../../nbs/internals/05_features.ipynb #3909f7ca
 def schedule_features(
@@ -250,27 +258,25 @@ def _groups(flights: pd.DataFrame) -> tuple[dict[str, Group], list[Group], pd.In
 def _group_features(group: Group, time: Timeline) -> dict[str, np.ndarray]:
     """All features of one group."""
     features: dict[str, np.ndarray] = {}
-    if group.name in ARRIVALS:
+    if group.name in _ARRIVAL_WINDOWS:
         features |= arrival_features(group, time)
-    if group.name in DEPARTURES:
+    if group.name in _DEPARTURE_WINDOWS:
         features |= departure_features(group, time)
-    if group.name in OVERDUE:
+    if group.name in _OVERDUE_GROUPS:
         features |= overdue_features(group, time)
     if group.name == "aircraft":
         features |= previous_leg(group, time, 1) | previous_leg(group, time, 2)
     return features
 
 # %% ../../nbs/internals/05_features.ipynb #c3c261a5
-IDENTITY = ["time_hour", "minute", "carrier", "flight", "origin", "dest"]
+_IDENTITY = ["time_hour", "minute", "carrier", "flight", "origin", "dest"]
 
 # %% ../../nbs/internals/05_features.ipynb #b4ca8221
 def flight_features(
     tables: Mapping[str, pd.DataFrame],  # clean `flights`, `weather`, `planes`, `airports`
     threads: int | None = None,  # how many threads work; None: one a core
     horizon: timedelta = flight_delay.horizon,  # how long before scheduled departure
-) -> (
-    pd.DataFrame
-):  # a row a flight by time: key, carrier, origin, dest, scheduled_departure, predicted_at, float32 features
+) -> pd.DataFrame:  # a row a flight, by time: its key and dest, two times, float32 features
     """Compute every feature of every flight, as known a while before its scheduled departure.
 
     Raises:
@@ -285,17 +291,18 @@ def flight_features(
     time = timeline(flights, tables["airports"], zero, _minutes_ahead(horizon))
     groups, crowds, origins = _groups(flights)
     work = [delayed(_group_features)(group, time) for group in groups.values()]
-    work.append(delayed(weather_features)(tables["weather"], origins, groups["origin"].codes, time.asked, zero))
+    origin = groups["origin"].codes
+    work.append(delayed(weather_features)(tables["weather"], origins, origin, time.prediction_time, zero))
     work.append(delayed(schedule_features)(flights, tables["planes"], time, crowds))
     parts = Parallel(n_jobs=threads or -1, prefer="threads")(work)
     return _frame(flights, horizon, {name: values for part in reversed(parts) for name, values in part.items()})
 
 # %% ../../nbs/internals/05_features.ipynb #054bc501
 def _frame(flights: pd.DataFrame, horizon: timedelta, features: Mapping[str, np.ndarray]) -> pd.DataFrame:
-    """One frame: who the row is, when it was asked about, and a block of float32 features."""
+    """One frame: who the row is, when it is predicted, and a block of float32 features."""
     block = np.stack(list(features.values()))  # one row a feature: each column of the frame is contiguous
     frame = pd.DataFrame(block.T, columns=list(features), copy=False)
-    who = flights[[*IDENTITY, *(name for name in ("period",) if name in flights)]].reset_index(drop=True)
+    who = flights[[*_IDENTITY, *(name for name in ("period",) if name in flights)]].reset_index(drop=True)
     scheduled = who["time_hour"] + pd.to_timedelta(who["minute"], unit="m").astype("timedelta64[us]")
     who = who.assign(scheduled_departure=scheduled, predicted_at=scheduled - pd.Timedelta(horizon))
     return pd.concat([who, frame], axis=1)

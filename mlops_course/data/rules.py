@@ -22,18 +22,18 @@ from mlops_course.data.tables import (
     table_version,
 )
 from ..environment import Settings
-from ..project import ENOUGH, Table, UseCase, is_placeholder
+from ..project import MIN_TABLE_ROWS, Table, UseCase, is_placeholder
 
 if TYPE_CHECKING:
     import pandera.pandas as pandera
 
 # %% auto #0
-__all__ = ['TOLERATED', 'REPORT', 'THIN', 'SMALL', 'COUNTED', 'check_rows', 'split_rows', 'count_parts', 'usual_rows',
-           'what_is_missing', 'Checked', 'check_months', 'refuse_absent', 'keep_quarantine']
+__all__ = ['MAX_BAD_SHARE', 'check_rows', 'split_rows', 'count_days', 'usual_days', 'find_gap', 'CheckedTable', 'check_months',
+           'refuse_missing_months', 'keep_quarantine']
 
 # %% ../../nbs/internals/05_rules.ipynb #c750a0e9
-TOLERATED = 0.02  # share of bad rows above which a month is refused as a whole
-REPORT = ["table", "period", "column", "check", "value", "row"]
+MAX_BAD_SHARE = 0.02  # share of bad rows above which a month is refused as a whole
+_REPORT = ["table", "period", "column", "check", "value", "row"]
 
 
 def check_rows(
@@ -77,7 +77,7 @@ def split_rows(
         _refuse_month(table.name, period, of_table, of_rows, len(frame))
     rows = frame.loc[of_rows["index"]].to_json(orient="records", lines=True, date_format="iso")
     report = of_rows.assign(table=table.name, period=period, row=rows.split("\n")[: len(of_rows)])
-    return good, report[REPORT].astype("str")
+    return good, report[_REPORT].astype("str")
 
 # %% ../../nbs/internals/05_rules.ipynb #67ecd3ab
 def _unnamed(frame: pd.DataFrame, key: list[str]) -> pd.DataFrame:
@@ -111,29 +111,31 @@ def _refuse_month(name: str, period: str, of_table: pd.DataFrame, of_rows: pd.Da
         problem = f"{name} of {period} breaks a promise about the whole table: {column} must have {check}"
         raise DataError(problem, "Its unit or meaning may have changed; ask the supplier")
     bad = of_rows["index"].nunique()
-    if bad > TOLERATED * rows:
+    if bad > MAX_BAD_SHARE * rows:
         column, check = of_rows.value_counts(["column", "check"]).index[0]
         problem = f"{bad} of {rows} rows of {name} in {period} are bad, most often {column}: {check}"
         raise DataError(problem, "That is a broken delivery, not a few bad rows; ask for a corrected one")
 
 # %% ../../nbs/internals/05_rules.ipynb #2d90050f
-THIN, SMALL, COUNTED = 0.25, 0.6, 8  # share of a usual day, share of a usual month, rows a day that can be judged
+_THIN_DAY = 0.25  # of a usual day's rows: less, and the day counts as missing
+_SMALL_MONTH = 0.6  # of a usual month's rows: less, and the month is refused
+_MIN_DAY_ROWS = 8  # fewer rows a day say nothing
 
 
-def count_parts(
+def count_days(
     rows: pd.DataFrame,  # rows of one month, with the table's `parts`
     table: Table,  # says what its parts are
     period: str,  # the month
 ) -> pd.DataFrame:  # rows by place (one line a place, `all` last) and day of the month
     "Count a month's rows by place and day."
-    day, *places = table.parts
+    day, *places = table.coverage
     days = range(1, parse_month(period).days_in_month + 1)
     counts = rows.groupby([*places, day]).size().unstack(day) if places else pd.DataFrame()
     total = rows.groupby(day).size().to_frame("all").T
     return pd.concat([counts, total]).reindex(columns=days).fillna(0).astype("int64")
 
 # %% ../../nbs/internals/05_rules.ipynb #a91e18b8
-def usual_rows(
+def usual_days(
     daily: Mapping[str, pd.Series],  # rows a day of each place and of `all`, by month
     period: str,  # the month that is looked at
 ) -> pd.Series:  # rows a day of each place, and of `all`; empty when there is no other month
@@ -148,9 +150,9 @@ def _nearest(months: Iterable[str], period: str) -> list[str]:
     return sorted(months, key=lambda month: (abs(parse_month(month).ordinal - here), month))
 
 # %% ../../nbs/internals/05_rules.ipynb #195abd41
-def what_is_missing(
-    counts: pd.DataFrame,  # from `count_parts`
-    usual: pd.Series,  # from `usual_rows`
+def find_gap(
+    counts: pd.DataFrame,  # from `count_days`
+    usual: pd.Series,  # from `usual_days`
     gaps: int = 0,  # days that a place may lack
 ) -> str:  # in words; empty when the month is whole
     "Say what a month lacks."
@@ -161,18 +163,18 @@ def what_is_missing(
     typical, mean = counts.where(counts > 0).median(axis=1).fillna(0), counts.mean(axis=1)
     for place in counts.index:
         what = "" if place == "all" else f" of {place if isinstance(place, str) else ' '.join(map(str, place))}"
-        thin = counts.columns[counts.loc[place] < THIN * typical[place]]
-        if len(thin) > gaps and typical[place] >= COUNTED:
+        thin = counts.columns[counts.loc[place] < _THIN_DAY * typical[place]]
+        if len(thin) > gaps and typical[place] >= _MIN_DAY_ROWS:
             named = ", ".join(map(str, thin[:5])) + (" …" if len(thin) > 5 else "")
             return f"rows{what} are missing on {len(thin)} of its days ({named})"
         expected = usual.get(place, 0.0)
-        if expected >= COUNTED and mean[place] < SMALL * expected:
+        if expected >= _MIN_DAY_ROWS and mean[place] < _SMALL_MONTH * expected:
             return f"it has {mean[place]:,.0f} rows{what} a day, other months have {expected:,.0f}"
     return ""
 
 # %% ../../nbs/internals/05_rules.ipynb #e64395e3
 @dataclass(frozen=True)
-class Checked:
+class CheckedTable:
     "What came of checking months of one table."
 
     good: pd.DataFrame  # rows that keep the contract
@@ -197,13 +199,13 @@ def _daily_rows(
 ) -> dict[str, pd.Series]:
     """Rows a day of each place, by month: of the months to check, and of others that were delivered next to them."""
     here = sorted(set(frame["period"]))
-    if not here or not table.parts:
+    if not here or not table.coverage:
         return {}
-    columns = ["period", "delivery", *table.parts]
+    columns = ["period", "delivery", *table.coverage]
     others = _nearest(delivered - {*here}, here[-1])[: max(12 - len(here), 0)]
     rows = pd.concat([frame[columns], read_table(settings, reference, others, columns, by="delivery")])
     months = rows[rows["period"] == rows["delivery"]].groupby("period")
-    return {str(period): count_parts(some, table, str(period)).mean(axis=1) for period, some in months}
+    return {str(period): count_days(some, table, str(period)).mean(axis=1) for period, some in months}
 
 # %% ../../nbs/internals/05_rules.ipynb #0800e6e6
 def _check_month(
@@ -211,10 +213,10 @@ def _check_month(
 ) -> tuple[pd.DataFrame, pd.DataFrame, str]:
     """Good rows, report and what is missing of one month; asks for a whole month only where there can be one."""
     period, missing = str(rows["period"].iloc[0]), ""
-    whole = table.period is None or period in delivered or (bool(table.parts) and len(rows) >= ENOUGH)
-    if table.period and table.parts:
-        counts = count_parts(rows, table, period)
-        missing = what_is_missing(counts, usual_rows(daily, period), table.gaps)
+    whole = table.period is None or period in delivered or (bool(table.coverage) and len(rows) >= MIN_TABLE_ROWS)
+    if table.period and table.coverage:
+        counts = count_days(rows, table, period)
+        missing = find_gap(counts, usual_days(daily, period), table.max_missing_days)
         whole = period in delivered or (whole and 2 * (counts.loc["all"] > 0).sum() >= counts.shape[1])
     good, report = split_rows(rows, table, period, bool(whole))
     if missing and period in delivered:
@@ -228,7 +230,7 @@ def check_months(
     table: Table,  # its contract and key
     reference: str,  # reference to the raw table
     periods: list[str],  # months to check
-) -> Checked:  # what came of it
+) -> CheckedTable:  # what came of it
     """Read raw months, keep the newest delivery of each row, and check.
 
     Raises:
@@ -238,7 +240,7 @@ def check_months(
     delivered = set(partition_rows(settings, reference, "delivery"))
     absent = sorted(set(periods) - set(frame["period"])) if table.period else []
     daily = _daily_rows(settings, table, reference, frame, delivered) if table.period else {}
-    parts, partial = [(frame.head(0), pd.DataFrame(columns=REPORT, dtype="str"))], {}
+    parts, partial = [(frame.head(0), pd.DataFrame(columns=_REPORT, dtype="str"))], {}
     for period, rows in frame.groupby("period"):
         good, report, missing = _check_month(table, rows, delivered, daily)
         parts.append((good, report))
@@ -246,13 +248,14 @@ def check_months(
             partial[str(period)] = f"{table.name}: {missing}"
     good, report = (pd.concat(frames, ignore_index=True) for frames in zip(*parts, strict=True))
     replaced = len(frame) - len(good) - len(report.drop_duplicates("row"))
-    return Checked(good.drop(columns="delivery"), replaced, report, {*frame["period"]}, absent, partial, delivered)
+    good = good.drop(columns="delivery")
+    return CheckedTable(good, replaced, report, {*frame["period"]}, absent, partial, delivered)
 
 # %% ../../nbs/internals/05_rules.ipynb #e01c0e2b
-def refuse_absent(
+def refuse_missing_months(
     settings: Settings,  # where the workspace is
     raw: Mapping[str, str],  # references to the raw tables, by table name
-    checked: Mapping[str, Checked],  # from `check_months`, by table name
+    checked: Mapping[str, CheckedTable],  # from `check_months`, by table name
 ) -> None:
     """See to it that each month without rows may be without.
 

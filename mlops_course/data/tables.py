@@ -9,6 +9,7 @@ import re
 import shutil
 from collections.abc import Iterable
 from datetime import date, datetime
+from itertools import combinations
 from numbers import Number
 from typing import TYPE_CHECKING
 
@@ -23,9 +24,8 @@ if TYPE_CHECKING:
     from mlops_course.project import UseCase
 
 # %% auto #0
-__all__ = ['NAME', 'NANOSECONDS', 'WIDER', 'ATTEMPTS', 'DataError', 'parse_month', 'months', 'month_after', 'table_name',
-           'one_line', 'table_version', 'newest_reference', 'split_reference', 'read_table', 'partition_rows',
-           'as_rows', 'fit_rows', 'replace_months', 'widen_column']
+__all__ = ['DataError', 'parse_month', 'months', 'month_after', 'table_name', 'table_version', 'newest_reference',
+           'split_reference', 'read_table', 'partition_rows', 'replace_months', 'widen_column']
 
 # %% ../../nbs/internals/05_tables.ipynb #82433cf7
 class DataError(CourseError):
@@ -79,7 +79,7 @@ def table_name(
     return f"{use_case.name}/{table}"
 
 # %% ../../nbs/internals/05_tables.ipynb #112767c9
-def one_line(
+def _one_line(
     error: Exception,  # of Delta Lake, which writes the causes as a coloured tree
 ) -> str:
     """What an error says, as one line without colours."""
@@ -102,7 +102,7 @@ def table_version(
     try:
         return DeltaTable(location).version() if DeltaTable.is_deltatable(location) else None
     except (DeltaError, OSError) as error:
-        problem = f"{location} is not a table, or a damaged one: {one_line(error)}"
+        problem = f"{location} is not a table, or a damaged one: {_one_line(error)}"
         raise DataError(problem, "Move it away, and run the pipeline again from the start") from error
 
 # %% ../../nbs/internals/05_tables.ipynb #276daf6f
@@ -121,7 +121,7 @@ def newest_reference(
     return f"{name}@{version}"
 
 # %% ../../nbs/internals/05_tables.ipynb #c488a09e
-NAME = re.compile(r"[\w-]+(/[\w-]+)*", re.ASCII)
+_NAME = re.compile(r"[\w-]+(/[\w-]+)*", re.ASCII)
 
 
 def split_reference(
@@ -133,7 +133,7 @@ def split_reference(
         DataError: it does not have the form `name@version`.
     """
     name, _, version = reference.partition("@")
-    if not (NAME.fullmatch(name) and re.fullmatch("[0-9]+", version)):
+    if not (_NAME.fullmatch(name) and re.fullmatch("[0-9]+", version)):
         problem = f"{reference!r} does not name a version of a table"
         raise DataError(problem, "Write name@version, such as my-case/rows@3")
     return name, int(version)
@@ -165,12 +165,12 @@ def _read_rows(
     newest = table_version(settings, name)
     if newest is None or version > newest:
         there = f"its newest version is {newest}" if newest is not None else "there is no table of that name"
-        raise DataError(f"cannot read {reference}: {there}", "Name one that is there, or run the pipeline again")
+        raise DataError(f"can't read {reference}: {there}", "Name one that is there, or run the pipeline again")
     filters = None if periods is None else [(by, "in", sorted(periods) or [""])]  # no month at all: no rows
     try:
         return DeltaTable(str(settings.data / name), version=version).to_pyarrow_table(columns=columns, filters=filters)
     except (DeltaError, OSError) as error:
-        raise DataError(f"cannot read {reference}: {one_line(error)}", "Its files are gone or damaged") from error
+        raise DataError(f"can't read {reference}: {_one_line(error)}", "Its files are gone or damaged") from error
 
 # %% ../../nbs/internals/05_tables.ipynb #3d0a322a
 def partition_rows(
@@ -190,20 +190,20 @@ def partition_rows(
     try:
         files = DeltaTable(str(settings.data / name), version=version).get_add_actions(flatten=True)
     except (DeltaError, OSError) as error:
-        raise DataError(f"cannot read {reference}: {one_line(error)}", "Its files are gone or damaged") from error
+        raise DataError(f"can't read {reference}: {_one_line(error)}", "Its files are gone or damaged") from error
     months, rows = (files.column(column).to_pylist() for column in (f"partition.{by}", "num_records"))
     counts = pd.Series(rows, index=pd.Index(months, dtype="str")).groupby(level=0).sum()
     return {str(month): int(number) for month, number in counts.items()}
 
 # %% ../../nbs/internals/05_tables.ipynb #33a872b3
-def as_rows(
+def _arrow_rows(
     name: str,  # name of the table
     frame: pd.DataFrame,  # rows in the types of pandas
 ) -> pyarrow.Table:  # the same values in types that tables keep
     """Bring rows into the types that tables keep.
 
     Raises:
-        DataError: a column cannot be kept exactly, holds different kinds of values, or has the name of another one.
+        DataError: a column can't be kept exactly, holds different kinds of values, or has the name of another one.
     """
     import pyarrow
 
@@ -212,11 +212,11 @@ def as_rows(
         if str(column) in columns:
             remedy = "Give each column a name of its own; 1 and '1' are the same one"
             raise DataError(f"the rows of the table {name} have two columns {column}", remedy)
-        columns[str(column)] = _exact(f"the column {column} of the table {name} cannot be kept as it is", values)
+        columns[str(column)] = _exact(f"the column {column} of the table {name} can't be kept as it is", values)
     return pyarrow.table(columns)
 
 # %% ../../nbs/internals/05_tables.ipynb #5ea17c67
-NANOSECONDS = "times with nanoseconds"  # a table keeps microseconds
+_NANOSECONDS = "times with nanoseconds"  # a table keeps microseconds
 
 
 def _exact(problem: str, column: pd.Series) -> pyarrow.Array:
@@ -224,7 +224,7 @@ def _exact(problem: str, column: pd.Series) -> pyarrow.Array:
     import pyarrow
 
     remedy = "Give it one type, in which each of its values is exact"
-    if len(kinds := _kinds(column)) > 1 or NANOSECONDS in kinds:
+    if len(kinds := _kinds(column)) > 1 or _NANOSECONDS in kinds:
         raise DataError(f"{problem}: it holds {' and '.join(sorted(kinds))}", remedy)
     if isinstance(column.dtype, pd.ArrowDtype) and pd.api.types.is_float_dtype(column.dtype):
         column = column.astype(column.dtype.numpy_dtype)  # so that its NaN is a gap, as in all other columns
@@ -232,7 +232,7 @@ def _exact(problem: str, column: pd.Series) -> pyarrow.Array:
         values = pyarrow.array(column, from_pandas=True)
         values = values.cast(_kept(values.type))
     except (pyarrow.ArrowException, OverflowError) as error:
-        raise DataError(f"{problem}: {one_line(error)}", remedy) from error
+        raise DataError(f"{problem}: {_one_line(error)}", remedy) from error
     if not _is_kept(values.type):
         raise DataError(f"{problem}: no table has the type {values.type}", "Make it a number, such as minutes, or text")
     return values
@@ -248,7 +248,7 @@ def _kinds(column: pd.Series) -> set[str]:
 def _kind(value: object) -> str:
     """What a value is, in words."""
     if getattr(value, "nanosecond", 0):
-        return NANOSECONDS
+        return _NANOSECONDS
     if isinstance(value, datetime):
         return "times without a zone" if value.tzinfo is None else "times with a zone"
     if isinstance(value, (bool, np.bool_)):
@@ -301,9 +301,9 @@ def _check_columns(name: str, rows: pyarrow.Table, schema: pyarrow.Schema) -> No
             raise DataError(problem, f"Fill the {rows[field.name].null_count} that are missing, or drop those rows")
 
 # %% ../../nbs/internals/05_tables.ipynb #1009e9d4
-def fit_rows(
+def _fit_rows(
     name: str,  # name of the table
-    rows: pyarrow.Table,  # from `as_rows`
+    rows: pyarrow.Table,  # from `_arrow_rows`
     schema: pyarrow.Schema,  # of the table as it is
 ) -> pyarrow.Table:  # the rows in the table's order of columns
     """Make rows fit a table; no value is ever converted.
@@ -326,13 +326,13 @@ def fit_rows(
     return pyarrow.table(columns)
 
 # %% ../../nbs/internals/05_tables.ipynb #b8f9d56d
-WIDER = ("int8", "int16", "int32", "int64", "double")  # each holds what stands before it, as far as it is exact
+_WIDENING = ("int8", "int16", "int32", "int64", "double")  # each holds what stands before it, as far as it is exact
 
 
 def _is_wider(old: pyarrow.DataType, new: pyarrow.DataType) -> bool:
     """Whether a type may hold all values of another one."""
     kinds = (str(old), str(new))
-    return kinds == ("float", "double") or ({*kinds} <= {*WIDER} and WIDER.index(kinds[0]) < WIDER.index(kinds[1]))
+    return kinds == ("float", "double") or kinds in combinations(_WIDENING, 2)
 
 
 def _remedy(name: str, column: str, old: pyarrow.DataType, new: pyarrow.DataType) -> str:
@@ -383,13 +383,13 @@ def replace_months(
 
     Raises:
         DataError: the columns or types differ from those of the table, or a row has no month.
-        WorkspaceError: the workspace cannot be written to.
+        WorkspaceError: the workspace can't be written to.
     """
-    rows, schema = as_rows(name, frame), _table_schema(settings, name)
+    rows, schema = _arrow_rows(name, frame), _table_schema(settings, name)
     _require_months(name, rows, by, schema)
     same: list[str] = []
     if schema is not None and not (derived and _differs(rows, schema)):
-        rows = fit_rows(name, rows, schema)
+        rows = _fit_rows(name, rows, schema)
         same = _unchanged(settings, name, rows, by)
     changed = sorted({*frame[by]} - {*same} | _held(settings, name, gone, by))
     if changed:
@@ -430,19 +430,19 @@ def _write(settings: Settings, name: str, rows: pyarrow.Table, by: str, changed:
     rows = rows.filter(pyarrow.compute.is_in(rows[by], pyarrow.array(changed, rows.schema.field(by).type)))
     size, free = rows.nbytes / 1e6, shutil.disk_usage(settings.prepare().data).free / 1e6
     if size > free:
-        problem = f"cannot write the table {name}: {size:.1f} MB to write, but only {free:.1f} MB of disk are free"
+        problem = f"can't write the table {name}: {size:.1f} MB to write, but only {free:.1f} MB of disk are free"
         raise WorkspaceError(problem, "Nothing was changed; free some space and run again")
-    for attempt in range(ATTEMPTS):
+    for attempt in range(_WRITE_ATTEMPTS):
         try:
             return _overwrite(str(settings.data / name), name, rows, by, changed, derived)
         except (DeltaError, OSError) as error:
-            if isinstance(error, CommitFailedError) and attempt < ATTEMPTS - 1:
+            if isinstance(error, CommitFailedError) and attempt < _WRITE_ATTEMPTS - 1:
                 continue
             remedy = "Nothing was changed; free some space if the disk is full, and run again"
-            raise WorkspaceError(f"cannot write the table {name}: {one_line(error)}", remedy) from error
+            raise WorkspaceError(f"can't write the table {name}: {_one_line(error)}", remedy) from error
 
 # %% ../../nbs/internals/05_tables.ipynb #ec151dda
-ATTEMPTS = 5  # at writing months that another run writes, too
+_WRITE_ATTEMPTS = 5  # at writing months that another run writes, too
 
 
 def _overwrite(location: str, name: str, rows: pyarrow.Table, by: str, changed: list[str], derived: bool) -> None:
@@ -463,7 +463,7 @@ def _overwrite(location: str, name: str, rows: pyarrow.Table, by: str, changed: 
         write_deltalake(table, rows, mode="overwrite", schema_mode="overwrite")
     else:
         predicate = f"{by} IN ({', '.join(repr(month) for month in changed)})"
-        write_deltalake(table, fit_rows(name, rows, schema), mode="overwrite", predicate=predicate)
+        write_deltalake(table, _fit_rows(name, rows, schema), mode="overwrite", predicate=predicate)
 
 # %% ../../nbs/internals/05_tables.ipynb #42575f0d
 def widen_column(
@@ -476,7 +476,7 @@ def widen_column(
 
     Raises:
         DataError: there is no such table or column, the type is not wider, or a value would not stay exact.
-        WorkspaceError: the workspace cannot be written to.
+        WorkspaceError: the workspace can't be written to.
     """
     reference, schema = newest_reference(settings, name), _table_schema(settings, name)
     if schema is None or column not in schema.names:
@@ -486,7 +486,7 @@ def widen_column(
         return reference
     wider = next((new for new in _numbers() if str(new) == kind and _is_wider(old, new)), None)
     if wider is None:
-        raise DataError(f"{kind} does not hold all values of {old}", f"Name a wider one of {', '.join(WIDER)}")
+        raise DataError(f"{kind} does not hold all values of {old}", f"Name a wider one of {', '.join(_WIDENING)}")
     return _rewrite(settings, name, column, wider)
 
 # %% ../../nbs/internals/05_tables.ipynb #8ddbc6c2
@@ -509,8 +509,8 @@ def _rewrite(settings: Settings, name: str, column: str, kind: pyarrow.DataType)
         wide = rows.set_column(rows.schema.get_field_index(column), column, rows[column].cast(kind))
         write_deltalake(table, wide, mode="overwrite", schema_mode="overwrite")
     except pyarrow.ArrowInvalid as error:
-        problem = f"not every value of {name}.{column} is exact as {kind}: {one_line(error)}"
+        problem = f"not every value of {name}.{column} is exact as {kind}: {_one_line(error)}"
         raise DataError(problem, "Nothing was changed; write to a table of another name") from error
     except (DeltaError, OSError) as error:
-        raise WorkspaceError(f"cannot write the table {name}: {one_line(error)}", "Run again") from error
+        raise WorkspaceError(f"can't write the table {name}: {_one_line(error)}", "Run again") from error
     return newest_reference(settings, name)

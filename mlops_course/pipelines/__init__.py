@@ -32,7 +32,7 @@ from mlops_course.pipelines.definition import (
     month_range,
     values_over,
 )
-from .files import Ledger
+from .ledger import Ledger
 from .notebooks import ParameterError, PipelineError
 from .planning import Context, Options, Planned, plan_stages
 from .results import ResultError, read_result, record_result

@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from ..environment import CourseError, write_atomic
-from mlops_course.pipelines.requests import (
+from mlops_course.pipelines.engine.requests import (
     CellError,
     Event,
     Interrupted,
@@ -28,7 +28,7 @@ from mlops_course.pipelines.requests import (
     TimedOut,
     WorkerDied,
 )
-from .workers import Workers
+from .engine.workers import Workers
 
 # %% ../../nbs/internals/09_cluster.ipynb #45cf27b0
 class ClusterError(CourseError):

@@ -15,10 +15,10 @@ from typing import Any
 
 from ..environment import Settings
 from .cache import Cache, Entry, Output, Parts
-from .closure import loops
+from .cache import loops
 from .definition import Pipeline, Stage, fill, references
 from .notebooks import ParameterError, notebook_parameters, suggest
-from .requests import KINDS
+from .engine.requests import KINDS
 from .results import handed_on
 
 # %% ../../nbs/internals/09_planning.ipynb #a3880843

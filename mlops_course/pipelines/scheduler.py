@@ -26,14 +26,14 @@ from typing import Any, Protocol
 # %% ../../nbs/internals/09_scheduler.ipynb #23b23ee2
 from ..environment import CourseError, Settings, WorkspaceError, cores
 from .cache import Output, forget, placed, refuse
-from .closure import imported_at_once, reach, written_since
+from .cache import imported_at_once, reach, written_since
 from .definition import Pipeline, Stage
-from .files import Ledger, Maker, claim, require_unchanged, withdraw
+from .ledger import Ledger, Maker, claim, require_unchanged, withdraw
 from .notebooks import ParameterError, PipelineError
 from .planning import Context, Decision, decide, look_up, path_parameters
 from .results import ResultError, fresh_folder, read_result, stage_folder
 from .runs import PipelineRun, StageRun, save_run
-from mlops_course.pipelines.requests import (
+from mlops_course.pipelines.engine.requests import (
     CellError,
     Event,
     Interrupted,
@@ -257,7 +257,7 @@ def make_executor(
         from mlops_course.pipelines.cluster import ClusterWorkers
 
         return ClusterWorkers(context.options.scheduler, modules, threads)
-    from mlops_course.pipelines.workers import Workers
+    from mlops_course.pipelines.engine.workers import Workers
 
     return Workers(context.options.engine, modules, threads, hidden=secret_names(context.pipeline))
 

@@ -238,12 +238,12 @@ def group_features(
 
 def _manifest(use_case: UseCase, features: tuple[Feature, ...], reference: str, origin: Origin) -> Manifest:
     """What the bundle will say about itself, without the checksums."""
-    words = use_case.words
+    text = use_case.page_text
     return Manifest(
         model=reference, question=use_case.question, features=features, threshold=use_case.costs.threshold,
         horizon_minutes=use_case.horizon.total_seconds() / 60, key=use_case.key, time=use_case.time,
         data=origin.data, run_id=origin.run_id, first=origin.first, last=origin.last, fingerprint=fingerprint(),
-        title=words.title or use_case.name, noun=words.noun, row_title=words.row_title,
+        title=text.title or use_case.name, noun=text.noun, row_title=text.row_title,
     )
 
 # %% ../../nbs/internals/07_bundle.ipynb #35c28259

@@ -474,10 +474,10 @@ def _rows(frame: pd.DataFrame, layout: Layout) -> dict[str, bytes]:
 # %% ../../nbs/internals/07_online.ipynb #00587903
 def _write_here(settings: Settings, use_case: str, layout: Layout, months: Months, source: str) -> None:
     """Replace months in the workspace's file; one process at a time."""
-    from mlops_course.experiments import alone
+    from mlops_course.experiments import exclusive_lock
 
     try:
-        with alone(settings.prepare()):
+        with exclusive_lock(settings.prepare()):
             _write_file(features_path(settings, use_case), use_case, layout, months, source)
     except (sqlite3.Error, OSError) as error:
         problem = f"cannot write {features_path(settings, use_case)}: {error}"

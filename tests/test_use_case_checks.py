@@ -32,7 +32,7 @@ from mlops_course.environment import CourseError, Settings
 from mlops_course.experiments import ExperimentError, TrainingConfig, evaluate, measure, train
 from mlops_course.framing import Costs
 from mlops_course.monitoring import join_outcomes
-from mlops_course.project import UseCase, UseCaseError, Words, flight_delay
+from mlops_course.project import PageText, UseCase, UseCaseError, flight_delay
 from mlops_course.serving import Origin, live_bundle, open_feature_table, read_bundle, write_bundle
 
 pytestmark = pytest.mark.filterwarnings("ignore:Series.values returning")  # inside pyarrow and pandas
@@ -64,14 +64,15 @@ def computed(reports: Tables, change: Callable[[pd.DataFrame], Any], case: UseCa
         ("name", "", "must be 1 to 60"), ("name", "x" * 61, "must be 1 to 60"), ("name", "bike@3", "must be 1 to 60"),
         ("name", "con", "is taken"), ("name", "lpt1", "is taken"), ("name", "bundles", "is taken"),
         ("question", "", "must be text"), ("tables", (), "must be a tuple of Table"),
-        ("tables", mist.tables * 2, "have one name twice"), ("time_zone", "New York", "is no time zone"),
-        ("time_zone", "", "is no time zone"), ("features", "mist.make_features", "must have the form module:function"),
+        ("tables", mist.tables * 2, "have one name twice"), ("time_zone", "New York", "is not a valid time zone"),
+        ("time_zone", "", "is not a valid time zone"),
+        ("features", "mist.make_features", "must have the form module:function"),
         ("read", "mist", "must be a function"), ("label", None, "must be a function"), ("time", "", "a column's name"),
         ("categorical", "origin", "must be a tuple"), ("categorical", ("a", "a"), "must be a tuple of different"),
         ("slices", ["origin"], "must be a tuple"), ("horizon", 3, "must be a span of time"),
         ("lookback", timedelta(-1), "not before zero"), ("label_delay", None, "must be a span of time"),
         ("costs", 3, "must be Costs"), ("success", Costs(2, 1), "must be SuccessMetrics"),
-        ("words", Words(noun=""), "must be Words, with a noun"),
+        ("page_text", PageText(noun=""), "must be PageText, with a noun"),
     ],
 )  # fmt: skip
 def test_a_wrong_field_is_named_when_the_use_case_is_made(field: str, value: Any, words: str) -> None:
@@ -82,8 +83,8 @@ def test_a_wrong_field_is_named_when_the_use_case_is_made(field: str, value: Any
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"name": "raw_reports"}, "cannot be called raw_reports"), ({"name": "features"}, "cannot be called features"),
-        ({"name": "Re ports"}, "cannot be called Re ports"), ({"key": ()}, "need a key each"),
+        ({"name": "raw_reports"}, "can't be called raw_reports"), ({"name": "features"}, "can't be called features"),
+        ({"name": "Re ports"}, "can't be called Re ports"), ({"key": ()}, "need a key each"),
         ({"key": "origin"}, "need a key each"), ({"period": None}, "must say the month of each row"),
     ],
 )  # fmt: skip
@@ -177,7 +178,7 @@ def test_missing_values_stay_missing_whatever_they_are_called(reports: Tables) -
         (lambda made: made.assign(since=made["due"] - made["time_hour"]), "the feature since of mist is timedelta"),
         (lambda made: made.assign(wind="north"), "the feature wind of mist is str"),
         (lambda made: made.assign(odd=[[1]] * len(made)), "the feature odd of mist is object"),
-        (lambda made: made.assign(big=1e39), r"the feature big of mist holds 1e\+39, which no float32 can"),
+        (lambda made: made.assign(big=1e39), r"the feature big of mist holds 1e\+39, which float32 can't hold"),
         (lambda made: made.assign(endless=np.float32(np.inf)), "the feature endless of mist holds inf"),
         (lambda made: made.assign(number=2**24 + 1), "number of mist holds the whole number 16777217, which float32"),
         (lambda made: made.assign(number=2**53 + 1), "the whole number 9007199254740993, which float32 rounds"),
@@ -241,8 +242,8 @@ def test_a_label_that_is_not_known_may_be_missing_in_any_way(gap: object, dtype:
         (lambda rows: rows["x"] * 15, "2 labels of mist are neither 0 nor 1, but 30, 45"),
         (lambda rows: rows["x"].map({0: "no", 2: "1", 3: None}), "are neither 0 nor 1, but no, 1"),
         (lambda rows: rows["x"].map(lambda _: pd.NaT), r"the labels of mist are datetime64\[\w+\], not numbers"),
-        (lambda rows: rows["x"].map(lambda _: pd.NaT).astype("object"), "3 labels of mist are no numbers, but NaTType"),
-        (lambda rows: rows["x"].map(lambda x: [x]), "3 labels of mist are no numbers, but list"),
+        (lambda rows: rows["x"].map(lambda _: pd.NaT).astype("object"), "3 labels of mist are not numbers, but NaT"),
+        (lambda rows: rows["x"].map(lambda x: [x]), "3 labels of mist are not numbers, but list"),
         (lambda rows: rows["x"] * 1j, "the labels of mist are complex128, not numbers"),
         (lambda rows: pd.to_timedelta(rows["x"]), r"the labels of mist are timedelta64\[\w+\], not numbers"),
         (lambda rows: rows["x"].head(2), "must be a column with one for each of 3 rows"),
