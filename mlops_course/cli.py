@@ -163,7 +163,7 @@ def _find_case(name: str) -> "UseCase":
 
 def _served(home: Path | None, use_case: str | None) -> "Settings":
     """Settings that name the use case that is served, so that another one may be published beside it."""
-    from mlops_course.serving.bundle import pinned
+    from mlops_course.serving.publishing import pinned
 
     return pinned(_settings(home, use_case))
 
@@ -674,7 +674,8 @@ def about_service(
     service: str | None,  # module:function of another app; None: ours
 ) -> str:
     """What a person before a terminal should know about a service that has started."""
-    from mlops_course.serving.bundle import LIVE, case_folder, served_case
+    from mlops_course.serving.bundle import case_folder
+    from mlops_course.serving.publishing import LIVE, served_case
 
     if service and not service.startswith("mlops_course."):
         return "Ctrl-C ends the service."
@@ -747,7 +748,8 @@ def publish_bundle(
     """Make a bundle the one of its use case that is served."""
     from mlops_course.deployment import refuse_during_release
     from mlops_course.serving import publish, read_bundle
-    from mlops_course.serving.bundle import find_bundle, for_case
+    from mlops_course.serving.bundle import find_bundle
+    from mlops_course.serving.publishing import for_case
 
     settings = _settings(home).prepare()
     refuse_during_release(for_case(settings, read_bundle(find_bundle(settings, bundle)).model))
@@ -791,7 +793,7 @@ def start_release(
 ) -> None:
     """Put a candidate beside the live model."""
     from mlops_course import deployment
-    from mlops_course.serving.bundle import for_case
+    from mlops_course.serving.publishing import for_case
 
     steps, limits = tuple(step) if step else None, release_limits(limit or [])
     settings = for_case(_settings(home), candidate)

@@ -15,7 +15,8 @@ from mlops_course.experiments import (
     Evaluation, exclusive_lock, connect, find_run, load_run_model, run_value, quiet_mlflow, training_rows,
 )
 from .project import UseCase
-from .serving.bundle import BundleError, Origin, bundles_folder, read_bundle, write_bundle
+from .serving.bundle import BundleError, bundles_folder, read_bundle
+from .serving.packaging import Origin, write_bundle
 from .serving.inference import Predictor, load_predictor
 
 if TYPE_CHECKING:

@@ -20,9 +20,9 @@ from mlops_course.environment import Settings
 from mlops_course.experiments import TrainingConfig, train
 from mlops_course.project import flight_delay
 from mlops_course.serving import Origin, publish, write_bundle
+from mlops_course.serving.app import PATHS
 from mlops_course.serving.limits import Limits
 from mlops_course.serving.metrics import Metrics, expose
-from mlops_course.serving.service import PATHS
 
 ROOT = Path(__file__).resolve().parent.parent
 DEPLOY = ROOT / "deploy"
@@ -95,7 +95,7 @@ def test_the_image_is_named_with_a_version(overlay: tuple[str, Path]) -> None:
 
 
 def test_probes_ask_what_the_service_answers(overlay: tuple[str, Path]) -> None:
-    from mlops_course.serving.service import PATHS
+    from mlops_course.serving.app import PATHS
 
     service = containers(documents(overlay))[-1]
     for probe, path in (("startupProbe", "ready"), ("readinessProbe", "ready"), ("livenessProbe", "live")):

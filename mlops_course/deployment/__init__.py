@@ -29,7 +29,8 @@ from mlops_course.deployment.releases import (
 from .routing import candidate_answers, place_of
 from .workers import ReleaseModels, can_replace
 from ..serving import load_predictor
-from ..serving.bundle import bundles_folder, for_case
+from ..serving.bundle import bundles_folder
+from ..serving.publishing import for_case
 
 _all_ = ["read_counts", "Decision", "decide", "judge", "judge_recent", "InboxError", "Scored", "watch"]
 _all_ += ["STEPS", "Limits", "Release", "ReleaseError", "begin", "change", "read_history", "read_release"]
@@ -49,7 +50,7 @@ def release_app(
     authorize: Authorize | None = None,  # a request's scope to a principal; None: everybody may do everything
 ) -> Guard:  # an ASGI app
     """The service of section 7, with a router for releases in it."""
-    from mlops_course.serving.service import create_app
+    from mlops_course.serving.app import create_app
 
     return create_app(settings, limits, authorize, ReleaseModels(settings))
 

@@ -18,7 +18,8 @@ from msgspec import Meta, Struct
 
 from ..environment import CourseError, Settings, workspace_error, write_atomic
 from ..serving import live_bundle, publish
-from ..serving.bundle import case_folder, case_of, for_case, served_case
+from ..serving.bundle import case_folder, case_of
+from ..serving.publishing import for_case, served_case
 
 # %% auto #0
 __all__ = ['Share', 'Count', 'Reference', 'STEPS', 'Strategy', 'Status', 'SLICES', 'RELEASE', 'HISTORY', 'ReleaseError', 'Limits',

@@ -22,7 +22,7 @@ import msgspec
 import numpy as np
 
 from ..environment import CourseError, Settings
-from .inference import InputError
+from .encoding import InputError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -398,7 +398,8 @@ def _write_redis(url: str, use_case: str, layout: Layout, months: Months, source
         batch.execute()
 
 # %% ../../nbs/internals/07_online.ipynb #c4520543
-from .bundle import case_folder, served_case
+from .bundle import case_folder
+from .publishing import served_case
 
 STORE = "features.db"
 
