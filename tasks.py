@@ -182,7 +182,7 @@ def constraints() -> str:
 
 
 def fetch(folder: Path, *arguments: object) -> None:
-    """Install into an environment with uv, which takes seconds; with pip, which obeys its own settings, where uv can't."""
+    """Install into an environment with uv, which takes seconds, or else with pip, which has settings of its own."""
     uv = folder / tool("uv").relative_to(VENV)
     if uv.exists():
         command = [uv, "pip", "install", "--quiet", "--python", folder / PYTHON.relative_to(VENV), *arguments]
