@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from ..environment import cores
-from .cache import imported_at_once, reach
+from .cache import eager_imports, source_closure
 from .definition import Pipeline, Stage
 from .engine.requests import Event, Outcome, Request
 from .planning import Context
@@ -41,9 +41,9 @@ def modules_of(
     stage: Stage,
 ) -> tuple[str, ...]:  # in the order in which they are imported
     """Modules that a stage's code begins with, and those that are named for it: imported before it begins."""
-    reached = reach(context.pipeline.notebook(stage), context.paths, context.cache.memo)
+    reached = source_closure(context.pipeline.notebook(stage), context.paths, context.cache.memo)
     useful = [name for name in context.pipeline.preload if name.split(".")[0] in reached.packages]
-    return tuple(dict.fromkeys([*imported_at_once(reached, context.cache.memo), *useful, *stage.preload]))
+    return tuple(dict.fromkeys([*eager_imports(reached, context.cache.memo), *useful, *stage.preload]))
 
 
 def _modules_to_preload(context: Context) -> tuple[str, ...]:
