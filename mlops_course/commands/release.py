@@ -23,31 +23,31 @@ _Because = Annotated[str, typer.Option("--reason", help="Why; the history keeps 
 
 def release_limits(
     pairs: list[str],  # like "errors=0.05", "slices=carrier,origin"
-) -> Any:  # deployment's Limits
+) -> Any:  # deployment's ReleaseLimits
     """The values of --limit options. Raises: ParameterError naming the wrong one."""
     import msgspec
 
-    from mlops_course.deployment import Limits
+    from mlops_course.deployment import ReleaseLimits
     from mlops_course.pipelines import ParameterError
 
     values: dict[str, Any] = dict(parse_parameters(pairs))
     if "slices" in values:
         values["slices"] = [name for name in values["slices"].split(",") if name]
     try:
-        return msgspec.convert(values, Limits, strict=False)
+        return msgspec.convert(values, ReleaseLimits, strict=False)
     except msgspec.ValidationError as error:
-        names = ", ".join(Limits.__struct_fields__)
+        names = ", ".join(ReleaseLimits.__struct_fields__)
         raise ParameterError(f"a limit is wrong: {error}", f"The limits are {names}") from error
 
 # %% ../../nbs/internals/cli_release.ipynb #11c10018
 _EXPLAINED = """
 The candidate against the stable version, up to a second ago; the true value lies between low and high.
-errors   how much larger a share of its requests fails
-latency  how many times as long a typical row takes
-slow     how much larger a share of its rows takes more than three times what latency allows
-shift    mean difference of the scores of the same row
-flips    share of rows that are decided otherwise
-held: within the limit; broken: beyond it; open: can't tell yet; few: too few to judge
+errors              how much larger a share of its requests fails
+latency             how many times as long a typical row takes
+slow                how much larger a share of its rows takes more than three times what latency allows
+shift               mean difference of the scores of the same row
+decision_flip_rate  share of rows that are decided otherwise
+pass: within the limit; fail: beyond it; inconclusive: can't tell yet; insufficient: too few to judge
 lately: in the present window alone, shown when low is beyond the limit"""
 
 # %% ../../nbs/internals/cli_release.ipynb #11c10008
@@ -69,11 +69,11 @@ def _show_checks(checks: list[dict[str, Any]]) -> None:
 # %% ../../nbs/internals/cli_release.ipynb #0997ebff
 def _show_release(settings: "Settings", as_json: bool) -> None:
     """The state of a release, for programs or for people."""
-    from mlops_course.deployment import read_history, release_status
+    from mlops_course.deployment import read_release_history, release_status
 
     status = release_status(settings)
     release = status["release"]
-    history = [line for line in read_history(settings) if release and line["release"] == release["id"]]
+    history = [line for line in read_release_history(settings) if release and line["release"] == release["id"]]
     if as_json:
         print_json({**status, "history": history})
         return

@@ -123,18 +123,18 @@ def _inbox(
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON document a line.")] = False,
 ) -> None:
     """Score files as they arrive, with the live model."""
-    from mlops_course.deployment import Scored, watch
+    from mlops_course.deployment import ScoredFile, watch_inbox
     from mlops_course.pipelines.scheduler import interruptible
 
     rejected = 0
 
-    def tell(scored: Scored) -> None:
+    def tell(scored: ScoredFile) -> None:
         nonlocal rejected
         rejected += scored.status == "rejected"
         line = f"{scored.file}: {scored.status}, {scored.rows} rows in {scored.seconds:.2f} s {scored.reason}".rstrip()
         print(json.dumps(vars(scored), ensure_ascii=False) if as_json else line, flush=True)
 
     with interruptible():
-        watch(served_settings(home, use_case), folder, tell, once, settle=settle)
+        watch_inbox(served_settings(home, use_case), folder, tell, once, settle=settle)
     if rejected:
         raise typer.Exit(1)
