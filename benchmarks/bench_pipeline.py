@@ -27,8 +27,8 @@ from typing import Any
 import yaml
 
 from mlops_course.pipelines import Pipeline, check_parameters, find_pipeline, read_result
-from mlops_course.pipelines.definition import fill
-from mlops_course.pipelines.notebooks import code_cells
+from mlops_course.pipelines.notebooks import read_code
+from mlops_course.pipelines.parameters import fill
 from mlops_course.project import read_delivery
 
 ME = Path(__file__).resolve()
@@ -84,7 +84,7 @@ def as_functions(folder: Path, source: Path) -> None:
     for stage in pipeline.stages:
         record: dict[str, Any] = {}
         pipelines.record_result = lambda record=record, **values: record.update(values)
-        code = [source for source, _ in code_cells(pipeline.notebook(stage))]  # without nbformat: 1.4 s to import
+        code = [source for source, _ in read_code(pipeline.notebook(stage))]  # without nbformat: 1.4 s to import
         names: dict[str, Any] = {"display": lambda *_: None}
         exec(code[0], names)
         names.update(values_for(pipeline, stage.name, source, found))

@@ -140,14 +140,16 @@ from pathlib import Path
 from mlops_course.environment import Settings
 from mlops_course.serving.limits import Limits
 from mlops_course.serving.models import LiveModels
-from mlops_course.serving.service import Door, Service
+from mlops_course.serving.app import FastPath
+from mlops_course.serving.lookup import OnlineTable
+from mlops_course.serving.predict import Service
 settings = Settings(home=Path("{home}"))
-app = Door(Service(settings, LiveModels(settings), Limits()))
+app = FastPath(Service(LiveModels(settings), Limits(), OnlineTable(settings)))
 uvicorn.run(app, port={port}, access_log=False, log_level="warning")
 """
 FULL = """
 from mlops_course.environment import Settings
-from mlops_course.serving.service import create_app
+from mlops_course.serving.app import create_app
 import hashlib, hmac
 KNOWN = hashlib.sha256(b"Bearer key").digest()
 def authorize(scope):

@@ -19,7 +19,7 @@ import pandas as pd
 
 from .data import feature_names, labels, months, read_table
 from .environment import CourseError, Settings, write_atomic
-from .experiments import SCORES, find_run, measure, quiet_mlflow, score_counts
+from .experiments import SCORES_FILE, find_run, measure, quiet_mlflow, score_counts
 from .project import UseCase, local_day
 from .registry import find_version
 
@@ -309,9 +309,9 @@ def monitor_month(
 def _score_drift(run: Run, scored: pd.DataFrame) -> float:
     """PSI of a month's scores against those of the model's test; NaN when it was never tested."""
     mlflow = quiet_mlflow()
-    if SCORES not in {file.path for file in mlflow.MlflowClient().list_artifacts(run.info.run_id)}:
+    if SCORES_FILE not in {file.path for file in mlflow.MlflowClient().list_artifacts(run.info.run_id)}:
         return math.nan
-    then = mlflow.artifacts.load_dict(f"{run.info.artifact_uri}/{SCORES}")["counts"]
+    then = mlflow.artifacts.load_dict(f"{run.info.artifact_uri}/{SCORES_FILE}")["counts"]
     return stability_index(np.asarray(then), score_counts(scored["score"].to_numpy()))
 
 

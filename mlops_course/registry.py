@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 from .data import read_table, replace_months, table_name
 from .environment import CourseError, Settings, cores
 from mlops_course.experiments import (
-    Evaluation, alone, connect, find_run, load_run_model, noted, quiet_mlflow, training_rows,
+    Evaluation, exclusive_lock, connect, find_run, load_run_model, run_value, quiet_mlflow, training_rows,
 )
 from .project import UseCase
-from .serving.bundle import BundleError, Origin, bundles_folder, read_bundle, write_bundle
+from .serving.bundle import BundleError, bundles_folder, read_bundle
+from .serving.packaging import Origin, write_bundle
 from .serving.inference import Predictor, load_predictor
 
 if TYPE_CHECKING:
@@ -63,8 +64,8 @@ def register(
 ) -> str:  # reference to the version, such as `flight-delay@3`
     "Give a run's model a version, and call it the challenger; the same model never gets a second version."
     run = find_run(settings, use_case, run_id)
-    content = noted(run, "model_digest")
-    with alone(settings):  # two runs that end together: one looks and registers, then the other
+    content = run_value(run, "model_digest")
+    with exclusive_lock(settings):  # two runs that end together: one looks and registers, then the other
         known = [each for each in versions(settings, use_case) if each.tags.get("model_digest") == content]
         version = known[0] if known else _new_version(registry(settings, use_case), use_case, run)
     registry(settings, use_case).set_registered_model_alias(use_case.name, CHALLENGER, version.version)
@@ -80,8 +81,8 @@ def _new_version(client: MlflowClient, use_case: UseCase, run: Run) -> ModelVers
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    tags = {name: noted(run, name) for name in ("model_digest", "first", "last")}
-    return client.create_model_version(use_case.name, noted(run, "model_uri"), run_id=run.info.run_id, tags=tags)
+    tags = {name: run_value(run, name) for name in ("model_digest", "first", "last")}
+    return client.create_model_version(use_case.name, run_value(run, "model_uri"), run_id=run.info.run_id, tags=tags)
 
 # %% ../nbs/08_versioning.ipynb #f43e86cc
 def find_version(
@@ -154,8 +155,8 @@ def _origin(run: Run) -> Origin:
     return Origin(
         run_id=run.info.run_id,
         data={name.removeprefix("data."): value for name, value in sorted(tags.items()) if name.startswith("data.")},
-        first=noted(run, "first"),
-        last=noted(run, "last"),
+        first=run_value(run, "first"),
+        last=run_value(run, "last"),
         metrics=dict(sorted(run.data.metrics.items())),
         tested=f"{tested['first']} to {tested['last']}" if tested["first"] else "",
     )

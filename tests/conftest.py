@@ -12,13 +12,13 @@ import pytest
 
 from mlops_course.data import build_features, ingest, labelled_features, month_after, validate
 from mlops_course.environment import Settings
-from mlops_course.experiments import _make_store
+from mlops_course.experiments import make_store
 from mlops_course.project import flight_delay, read_delivery
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait don't spin: tests may share a busy machine
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # whoever starts the tests in the background of a shell
     signal.signal(signal.SIGINT, signal.default_int_handler)
-pytest_plugins = ["service_helpers"]  # fixtures for the tests of the service
+pytest_plugins = ["service_helpers", "run_rules"]  # fixtures for the tests of the service; options of .ci/run
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -83,6 +83,14 @@ def settings_in(home: Path) -> Settings:
 
 
 @pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of an MLflow store in which nothing is: making one takes seconds."""
+    settings = settings_in(tmp_path_factory.mktemp("store"))
+    make_store(settings)
+    return settings.home / "mlflow.db"
+
+
+@pytest.fixture(scope="session")
 def quarter(tmp_path_factory: pytest.TempPathFactory) -> Quarter:
     """Shared by all tests: they read its tables and train in it, and neither change a table nor register a model."""
     folder = tmp_path_factory.mktemp("quarter")
@@ -95,7 +103,7 @@ def quarter(tmp_path_factory: pytest.TempPathFactory) -> Quarter:
         delivery = ingest(settings, flight_delay, month, folder / "source")
     tables = validate(settings, flight_delay, delivery.tables, periods).tables
     features = build_features(settings, flight_delay, tables, periods[0], periods[-1])
-    _make_store(settings)
+    make_store(settings)
     shutil.copytree(settings.home, folder / "template")
     return Quarter(settings, tables, features)
 

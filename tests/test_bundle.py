@@ -29,17 +29,10 @@ from mlops_course.data import build_features, ingest, labelled_features, validat
 from mlops_course.environment import Settings
 from mlops_course.experiments import TrainingConfig, scores, train
 from mlops_course.project import flight_delay
-from mlops_course.serving import bundle as room
-from mlops_course.serving import load_predictor
-from mlops_course.serving.bundle import (
-    BundleError,
-    Origin,
-    bundles_folder,
-    live_bundle,
-    publish,
-    read_bundle,
-    write_bundle,
-)
+from mlops_course.serving import load_predictor, packaging
+from mlops_course.serving.bundle import BundleError, bundles_folder, read_bundle
+from mlops_course.serving.packaging import Origin, write_bundle
+from mlops_course.serving.publishing import live_bundle, publish
 
 pytestmark = pytest.mark.filterwarnings("ignore:Series.values returning:DeprecationWarning")  # inside pyarrow
 
@@ -132,7 +125,7 @@ def test_rounding_down_keeps_every_comparison(low: float, steps: int, share: flo
     for _ in range(steps):
         high = np.nextafter(high, np.float32(np.finfo(np.float32).max))
     threshold = np.array([(1 - share) * float(low) + share * float(high)])
-    rounded = room._round_down(threshold)[0]
+    rounded = packaging._round_down(threshold)[0]
     for value in (np.float32(low), high, np.float32(other)):
         assert (value <= rounded) == (float(value) <= threshold[0])
 
@@ -140,8 +133,8 @@ def test_rounding_down_keeps_every_comparison(low: float, steps: int, share: flo
 def test_a_graph_that_differs_is_refused_and_leaves_nothing(
     model: Pipeline, rows: pd.DataFrame, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    other = room.convert(train(rows, flight_delay, TrainingConfig(61, leaf_samples=5)))
-    monkeypatch.setattr(room, "convert", lambda model: other)
+    other = packaging.convert(train(rows, flight_delay, TrainingConfig(61, leaf_samples=5)))
+    monkeypatch.setattr(packaging, "convert", lambda model: other)
     words = r"flight-delay@3 differs from scikit-learn by up to .* in \d+ of \d+ decisions"
     with pytest.raises(BundleError, match=words):
         write_bundle(settings, flight_delay, model, rows, "flight-delay@3", ORIGIN)
@@ -152,7 +145,7 @@ def test_rounding_to_the_nearest_would_have_been_refused(
     model: Pipeline, rows: pd.DataFrame, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The trap is real: with these trees, the usual conversion scores some flights differently."""
-    monkeypatch.setattr(room, "_round_down", lambda thresholds: thresholds)
+    monkeypatch.setattr(packaging, "_round_down", lambda thresholds: thresholds)
     with pytest.raises(BundleError, match="differs from scikit-learn"):
         write_bundle(settings, flight_delay, model, rows, "flight-delay@3", ORIGIN)
 
@@ -368,15 +361,15 @@ def far_away() -> Any:
 @pytest.mark.parametrize(
     ("graph", "words"),
     [
-        (b"not a graph", "it is no ONNX"),
-        (pickle.dumps(Payload()), "it is no ONNX"),
+        (b"not a graph", "it is not valid ONNX"),
+        (pickle.dumps(Payload()), "it is not valid ONNX"),
         (b"", "its operations are none"),
         (graph_of(helper.make_node("MatMul", ["features", "w"], ["probabilities"]), initializer=[far_away()]), "Mat"),
         (graph_of(helper.make_node("Loop", ["features"], ["probabilities"])), "its operations are Loop"),
         (graph_of(helper.make_node("Run", ["features"], ["probabilities"], domain="evil")), "its operations are Run"),
         (
             graph_of(helper.make_node("TreeEnsembleClassifier", ["features"], ["probabilities"], domain="ai.onnx.ml")),
-            "its scores are no probabilities",
+            "its scores are not probabilities",
         ),
     ],
 )
@@ -419,7 +412,7 @@ def no_values(part: Any) -> None:
         (put("featureids", -1), "look at features beyond"),
         (attribute("values", no_values), "incomplete"),
         (attribute("modes", lambda part: part.strings.__setitem__(0, b"BRANCH_EQ")), "branches of an unknown kind"),
-        (lambda model: model.graph.node[0].attribute.pop(), "its scores are no probabilities"),
+        (lambda model: model.graph.node[0].attribute.pop(), "its scores are not probabilities"),
         (lambda model: model.graph.node[0].attribute.pop(3), "its leaves are incomplete|its trees are incomplete"),
         (attribute("nodeids", lambda part: part.ints.__setitem__(0, 10**6), "class"), "lead nowhere"),
         (attribute("ids", lambda part: part.ints.__setitem__(0, 7), "class"), "leaves are incomplete"),

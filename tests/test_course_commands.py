@@ -15,7 +15,7 @@ import pytest
 from mlops_course.course.lessons import notebook_text, read_notebook
 
 LESSONS = Path(__file__).resolve().parent / "lessons"
-PROGRAM = "import typer; from mlops_course.course.commands import learn_app; from mlops_course.cli import Commands; "
+PROGRAM = "import typer; from mlops_course.commands.learn import learn_app; from mlops_course.cli import Commands; "
 PROGRAM += "app = typer.Typer(cls=Commands, pretty_exceptions_enable=False); app.add_typer(learn_app); app()"
 COMMAND = [sys.executable, "-c", PROGRAM]
 pytestmark = pytest.mark.system
@@ -69,7 +69,7 @@ def test_a_section_from_start_to_end(terminal: Terminal) -> None:
     assert "break 21" in terminal.json("progress")["next"]
     assert terminal("break", "21").returncode == 0
     assert terminal("check", "21").returncode == 1
-    assert "mend the lab" in terminal.json("progress")["next"]
+    assert "fix the lab" in terminal.json("progress")["next"]
     (terminal.folder / "workspace" / "numbers.json").write_text("[1, 2, 3]", encoding="utf-8")
     assert terminal("check", "21").returncode == 0
     assert "quiz 21" in terminal.json("progress")["next"]

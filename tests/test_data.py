@@ -45,7 +45,15 @@ from mlops_course.data import (
     widen_column,
 )
 from mlops_course.environment import CourseError, Settings, WorkspaceError
-from mlops_course.project import SourceError, Table, find_file, flight_delay, late_label, read_delivery, supplier_folder
+from mlops_course.project import (
+    DeliveryError,
+    Table,
+    find_file,
+    flight_delay,
+    late_label,
+    read_delivery,
+    supplier_folder,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:Series.values returning:DeprecationWarning")  # inside pyarrow
 
@@ -185,7 +193,7 @@ def test_a_table_without_a_version_is_refused(reference: str) -> None:
 
 @pytest.mark.parametrize("reference", ["flight-delay/flights@99", "flight-delay/trains@0", "trains/flights@0"])
 def test_a_version_that_is_not_there_is_named(full_desk: Desk, reference: str) -> None:
-    with pytest.raises(DataError, match=f"cannot read {reference}") as caught:
+    with pytest.raises(DataError, match=f"can't read {reference}") as caught:
         read_table(full_desk.settings, reference)
     assert one_line(caught.value)
 
@@ -193,7 +201,7 @@ def test_a_version_that_is_not_there_is_named(full_desk: Desk, reference: str) -
 def test_a_version_whose_files_are_gone_is_named(full_desk: Desk) -> None:
     for path in (full_desk.settings.data / "flight-delay" / "flights").rglob("*.parquet"):
         path.unlink()
-    with pytest.raises(DataError, match=r"cannot read flight-delay/flights@.*gone or damaged") as caught:
+    with pytest.raises(DataError, match=r"can't read flight-delay/flights@.*gone or damaged") as caught:
         full_desk.read("flights")
     assert one_line(caught.value)
 
@@ -697,7 +705,7 @@ def test_new_columns_are_ignored(full_desk: Desk, delivered: dict[str, Tables]) 
 
 
 def test_a_month_nobody_delivered_is_named_with_what_there_is(settings: Settings) -> None:
-    with pytest.raises(SourceError, match=r"no rows of 2014-01 in flights.*2013-01 to 2013-12"):
+    with pytest.raises(DeliveryError, match=r"no rows of 2014-01 in flights.*2013-01 to 2013-12"):
         ingest(settings, flight_delay, "2014-01")
     with pytest.raises(DataError, match="not a month"):
         ingest(settings, flight_delay, "2013-1")
@@ -716,9 +724,9 @@ def test_each_stage_names_the_month_it_misses(full_desk: Desk) -> None:
 
 
 def test_a_source_that_is_not_there_is_named(settings: Settings, tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="nowhere does not exist"):
+    with pytest.raises(DeliveryError, match="nowhere does not exist"):
         ingest(settings, flight_delay, JANUARY, tmp_path / "nowhere")
-    with pytest.raises(SourceError, match="no file for the table flights"):
+    with pytest.raises(DeliveryError, match="no file for the table flights"):
         ingest(settings, flight_delay, JANUARY, tmp_path)
 
 
@@ -750,7 +758,7 @@ def test_an_unreadable_file_is_named_and_changes_nothing(
     before = full_desk.state()
     folder = put(full_desk.source, MARCH, delivered[MARCH], ending)
     damage(folder / f"flights.{ending}")
-    with pytest.raises(SourceError, match=rf"{MARCH}.*flights\.{ending}.*Ask for the file again") as caught:
+    with pytest.raises(DeliveryError, match=rf"{MARCH}.*flights\.{ending}.*Ask for the file again") as caught:
         ingest(full_desk.settings, flight_delay, MARCH, full_desk.source)
     assert one_line(caught.value)
     assert full_desk.state() == before
@@ -865,7 +873,7 @@ def test_a_type_never_changes_in_silence(settings: Settings, kind: str, month: s
     before, after = TYPES[kind]
     reference, _ = replace_months(settings, "table", rows_of(JANUARY, 2, value=before))
     kept = read_table(settings, reference)
-    with pytest.raises(DataError, match=r"column value of the table table (holds|cannot be kept as it is)") as caught:
+    with pytest.raises(DataError, match=r"column value of the table table (holds|can't be kept as it is)") as caught:
         replace_months(settings, "table", rows_of(month, 2, value=after))
     assert one_line(caught.value)
     assert table_version(settings, "table") == split_reference(reference)[1]
@@ -899,7 +907,7 @@ NOON = datetime(2013, 1, 1, 12)
 )
 def test_a_column_of_several_kinds_of_values_is_refused(settings: Settings, values: Any, words: str) -> None:
     column = values if isinstance(values, pd.Categorical) else pd.Series(values, dtype="object")
-    with pytest.raises(DataError, match=f"column value of the table table cannot be kept as it is: it holds {words}"):
+    with pytest.raises(DataError, match=f"column value of the table table can't be kept as it is: it holds {words}"):
         replace_months(settings, "table", rows_of(JANUARY, 2, value=column))
     assert table_version(settings, "table") is None
 
@@ -913,7 +921,7 @@ def test_two_columns_of_one_name_are_refused(settings: Settings, names: list[obj
 
 @pytest.mark.parametrize("value", [timedelta(minutes=5), NOON.time(), [NOON.time()]], ids=["span", "time", "list"])
 def test_a_type_that_no_table_has_is_refused_with_its_column(settings: Settings, value: object) -> None:
-    said = "column value of the table table cannot be kept as it is: no table has the type (duration|time64|list)"
+    said = "column value of the table table can't be kept as it is: no table has the type (duration|time64|list)"
     with pytest.raises(DataError, match=said):
         replace_months(settings, "table", rows_of(JANUARY, 2, value=pd.Series([value, None])))
 
@@ -1198,7 +1206,7 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
     command = [mount or "mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True) if mount else None
     if done is None or done.returncode != 0:
-        pytest.skip(f"cannot mount a small disk here: {done.stderr.strip() if done else 'there is no mount command'}")
+        pytest.skip(f"can't mount a small disk here: {done.stderr.strip() if done else 'there is no mount command'}")
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
 

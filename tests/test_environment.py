@@ -1,5 +1,6 @@
 """The ground that everything stands on: settings, workspace, whole files, fingerprint, doctor."""
 
+import contextlib
 import errno
 import json
 import os
@@ -9,8 +10,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,14 +23,13 @@ import pytest
 from pydantic import ValidationError
 
 from mlops_course import environment
+from mlops_course.doctor import Tool, check_machine
 from mlops_course.environment import (
     CourseError,
     Settings,
     SettingsError,
-    Tool,
     WorkspaceError,
     default_home,
-    doctor,
     find_project,
     fingerprint,
     load_settings,
@@ -191,15 +193,28 @@ def test_a_file_in_the_way_is_named(tmp_path: Path, place: str) -> None:
     assert leftovers(tmp_path) == []
 
 
-@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="an administrator may write everywhere")
-def test_a_workspace_without_permission_is_refused(tmp_path: Path) -> None:
-    Settings(home=tmp_path / "workspace").prepare()
-    (tmp_path / "workspace").chmod(0o500)
+@contextlib.contextmanager
+def nobody_in_particular() -> Iterator[None]:
+    """Without an administrator's right to write everywhere, where the tests have it."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.setresuid(65534, 65534, 0)  # the last is what may be taken back
     try:
-        with pytest.raises(WorkspaceError, match="you may not write there"):
-            Settings(home=tmp_path / "workspace").prepare()
+        yield
     finally:
-        (tmp_path / "workspace").chmod(0o700)
+        os.setresuid(0, 0, 0)
+
+
+@posix_only
+def test_a_workspace_without_permission_is_refused() -> None:
+    with tempfile.TemporaryDirectory() as folder:  # not pytest's, into which only the administrator may look
+        Path(folder).chmod(0o755)
+        settings = Settings(home=Path(folder) / "workspace").prepare()
+        settings.home.chmod(0o555)
+        with nobody_in_particular(), pytest.raises(WorkspaceError, match="you may not write there"):
+            settings.prepare()
+        settings.home.chmod(0o755)
 
 
 @pytest.mark.parametrize(
@@ -415,7 +430,7 @@ def named(tools: list[Tool], name: str) -> Tool:
 
 
 def test_the_doctor_passes_this_machine_and_says_a_version(settings: Settings) -> None:
-    tools = doctor(settings)
+    tools = check_machine(settings)
     assert [tool.name for tool in tools if not tool.ok] == []
     assert named(tools, "git").version.count(".") >= 1
     assert named(tools, "python").version == ".".join(map(str, sys.version_info[:3]))
@@ -424,7 +439,7 @@ def test_the_doctor_passes_this_machine_and_says_a_version(settings: Settings) -
 
 def test_without_git_the_doctor_says_so(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    tools = doctor(settings)
+    tools = check_machine(settings)
     git, quarto = named(tools, "git"), named(tools, "quarto")
     assert (git.found, git.ok) == (False, False)
     assert "git-scm.com" in git.how_to_get
@@ -433,7 +448,7 @@ def test_without_git_the_doctor_says_so(settings: Settings, tmp_path: Path, monk
 
 def test_a_home_inside_a_file_fails_the_disk_check(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x", encoding="utf-8")
-    disk = named(doctor(Settings(home=tmp_path / "file" / "workspace")), "disk space")
+    disk = named(check_machine(Settings(home=tmp_path / "file" / "workspace")), "disk space")
     assert not disk.ok
     assert str(tmp_path / "file") in disk.how_to_get
 
@@ -456,7 +471,7 @@ def test_the_doctor_compares_packages_with_the_lock(tmp_path: Path, monkeypatch:
     lock.write_text("pandas==0.1\n", encoding="utf-8")
     assert lock_differences(lock) == [f"pandas is {metadata.version('pandas')}, the lock says 0.1"]
     monkeypatch.chdir(clone)
-    locked = named(doctor(Settings(home=tmp_path / "w")), "locked packages")
+    locked = named(check_machine(Settings(home=tmp_path / "w")), "locked packages")
     assert not locked.found
     assert "the lock says 0.1" in locked.how_to_get
 

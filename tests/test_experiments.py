@@ -35,9 +35,7 @@ from mlops_course.experiments import (
     METRICS,
     ExperimentError,
     TrainingConfig,
-    _areas,
-    _block_log_loss,
-    _ranking,
+    array_digest,
     bootstrap,
     calibrate,
     calibration_table,
@@ -45,7 +43,6 @@ from mlops_course.experiments import (
     connect,
     constant_scores,
     cost_per_row,
-    digest,
     evaluate,
     evaluate_run,
     find_run,
@@ -53,7 +50,6 @@ from mlops_course.experiments import (
     log_model,
     measure,
     quiet_mlflow,
-    rank_categories,
     rate_scores,
     reproduce,
     sample_configs,
@@ -66,6 +62,8 @@ from mlops_course.experiments import (
     train_run,
     training_rows,
 )
+from mlops_course.experiments.evaluation import _areas, _block_log_loss, _ranking
+from mlops_course.experiments.model import rank_categories
 from mlops_course.project import Costs, flight_delay
 from mlops_course.registry import register
 
@@ -136,7 +134,7 @@ def test_all_metrics_are_those_of_scikit_learn() -> None:
 
 
 def test_one_class_cannot_be_measured() -> None:
-    with pytest.raises(ExperimentError, match="cannot measure on 3 rows of one class"):
+    with pytest.raises(ExperimentError, match="can't measure on 3 rows of one class"):
         measure(np.ones(3), np.array([0.1, 0.2, 0.3]), COSTS)
 
 
@@ -282,8 +280,8 @@ def model(january: pd.DataFrame) -> Pipeline:
 
 def test_training_twice_gives_the_same_scores_to_the_last_bit(january: pd.DataFrame, model: Pipeline) -> None:
     again, other = train(january, flight_delay, QUICK), train(january, flight_delay, TrainingConfig(5, seed=1))
-    assert digest(scores(again, january)) == digest(scores(model, january))
-    assert digest(scores(other, january)) != digest(scores(model, january))
+    assert array_digest(scores(again, january)) == array_digest(scores(model, january))
+    assert array_digest(scores(other, january)) != array_digest(scores(model, january))
 
 
 def test_the_model_learns_something(quarter: Quarter, january: pd.DataFrame, model: Pipeline) -> None:
@@ -362,7 +360,7 @@ def test_slices_are_measured_by_themselves(january: pd.DataFrame, model: Pipelin
     sizes = january["carrier"].value_counts()
     assert set(table.loc[table["column"] == "carrier", "value"]) == set(sizes.index[sizes >= 200])
     assert "HA" in sizes.index
-    assert slices(january.assign(label=0.0), score, ["origin"]).empty, "one class cannot be ranked"
+    assert slices(january.assign(label=0.0), score, ["origin"]).empty, "one class can't be ranked"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -495,7 +493,7 @@ def test_a_run_knows_its_settings_data_code_and_model(quarter: Quarter, run_id: 
     assert {"code.commit", "code.dirty", "code.lock"} <= set(tags)
     assert run.data.metrics["train.base_rate"] == rows["label"].mean()
     stored = load_run_model(quarter.settings, flight_delay, run_id)
-    assert tags["model_digest"] == digest(scores(stored, rows))
+    assert tags["model_digest"] == array_digest(scores(stored, rows))
     written = quarter.settings.artifacts / run_id / "artifacts" / "fingerprint.json"
     kept = json.loads(written.read_text())
     assert kept["packages"]["scikit-learn"] and kept["machine"]["cores"]
@@ -530,7 +528,7 @@ def test_a_run_can_be_repeated_after_its_tables_have_changed(own_quarter: Quarte
 @pytest.mark.parametrize("first", [JANUARY, "2012-12"])
 def test_a_month_that_the_model_has_seen_is_no_test(quarter: Quarter, run_id: str, first: str) -> None:
     before = find_run(quarter.settings, flight_delay, run_id).data.metrics
-    with pytest.raises(ExperimentError, match=f"cannot test on {first}: .* seen .* to 2013-01. Test from 2013-02 on"):
+    with pytest.raises(ExperimentError, match=f"can't test on {first}: .* seen .* to 2013-01. Test from 2013-02 on"):
         evaluate_run(quarter.settings, flight_delay, run_id, first, MARCH)
     assert find_run(quarter.settings, flight_delay, run_id).data.metrics == before
 
@@ -547,7 +545,7 @@ def test_rivals_are_measured_beside_the_model(
     gone = train(january.assign(gone=january["distance"]), flight_delay, QUICK)
     rivals = {"twin": twin, "other": model, "wants more": gone}
     found = evaluate_run(quarter.settings, flight_delay, run_id, MARCH, MARCH, rivals=rivals)
-    assert list(found.comparison.index) == ["model", "constant", "rates", "twin", "other"], "one cannot be asked"
+    assert list(found.comparison.index) == ["model", "constant", "rates", "twin", "other"], "one can't be asked"
     assert (found.versus["twin"]["difference"] == 0).all()
     assert (found.versus["other"]["difference"] != 0).all()
 
@@ -612,7 +610,7 @@ def untrusted_model() -> Pipeline:
 
 def test_a_model_with_code_in_it_is_not_stored(own_quarter: Quarter) -> None:
     with (
-        pytest.raises(ExperimentError, match=r"cannot be stored: Untrusted types .*lambda"),
+        pytest.raises(ExperimentError, match=r"can't be stored: Untrusted types .*lambda"),
         tracked_run(own_quarter.settings, flight_delay, "mine", {}),
     ):
         log_model(untrusted_model(), flight_delay)
@@ -704,7 +702,7 @@ def test_a_model_whose_files_were_exchanged_or_damaged_is_refused(
     damage(folder)
     with pytest.raises(ExperimentError) as caught:
         load_run_model(settings, flight_delay, run_id)
-    assert f"cannot load the model of the run {run_id}: " in str(caught.value)
+    assert f"can't load the model of the run {run_id}: " in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not (folder / "was-here").exists()
 
@@ -736,7 +734,7 @@ def test_a_bad_address_of_the_store_is_one_clear_line(
     with pytest.raises(ExperimentError) as caught:
         connect(elsewhere, flight_delay)
     line = str(caught.value)
-    assert line.startswith("cannot open the tracking store ")
+    assert line.startswith("can't open the tracking store ")
     assert words in line
     assert "MLOPS_COURSE_TRACKING_URI" in line
     assert "\n" not in line and len(line) < 500

@@ -22,7 +22,7 @@ from mlops_course.data import feature_names, read_table
 from mlops_course.experiments import TrainingConfig, scores, train
 from mlops_course.project import flight_delay
 from mlops_course.serving import InputError, Predictor, load_predictor
-from mlops_course.serving.bundle import Origin, write_bundle
+from mlops_course.serving.packaging import Origin, write_bundle
 
 pytestmark = pytest.mark.filterwarnings("ignore:Series.values returning:DeprecationWarning")  # inside pyarrow
 
@@ -257,7 +257,7 @@ def test_the_order_of_names_does_not_matter(predictor: Predictor, record: dict[s
 
 def test_structs_records_and_tables_are_the_same_numbers(predictor: Predictor, february: pd.DataFrame) -> None:
     records = as_records(predictor, february)
-    decoded = msgspec.json.decode(msgspec.json.encode(records), type=list[predictor.record_type()])
+    decoded = msgspec.json.decode(msgspec.json.encode(records), type=list[predictor.encoder.record_type])
     wanted = predictor.encode_frame(february)
     np.testing.assert_array_equal(predictor.encode(records), wanted)
     np.testing.assert_array_equal(predictor.encode_structs(decoded), wanted)
@@ -277,19 +277,19 @@ def test_the_type_of_a_record_refuses_what_does_not_fit(
     predictor: Predictor, record: dict[str, Any], change: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(msgspec.ValidationError) as caught:
-        msgspec.json.decode(msgspec.json.encode(record | change), type=predictor.record_type())
+        msgspec.json.decode(msgspec.json.encode(record | change), type=predictor.encoder.record_type)
     assert words in str(caught.value)
 
 
 def test_the_type_of_a_record_wants_every_feature(predictor: Predictor, record: dict[str, Any]) -> None:
     with pytest.raises(msgspec.ValidationError, match=f"missing required field `{NUMBER}`"):
-        msgspec.json.decode(msgspec.json.encode(without(record, NUMBER)), type=predictor.record_type())
+        msgspec.json.decode(msgspec.json.encode(without(record, NUMBER)), type=predictor.encoder.record_type)
 
 
 def test_a_number_too_large_for_float32_is_refused_after_decoding(
     predictor: Predictor, record: dict[str, Any]
 ) -> None:
-    decoded = msgspec.json.decode(msgspec.json.encode(record | {NUMBER: 1e39}), type=predictor.record_type())
+    decoded = msgspec.json.decode(msgspec.json.encode(record | {NUMBER: 1e39}), type=predictor.encoder.record_type)
     with pytest.raises(InputError) as caught:
         predictor.encode_structs([decoded])
     assert (caught.value.field, caught.value.row) == (NUMBER, 0)
@@ -304,7 +304,7 @@ def test_names_that_python_would_not_take_are_features_all_the_same(
     made = write_bundle(settings_in(tmp_path), flight_delay, fitted, january, "flight-delay@1", ORIGIN)
     predictor = load_predictor(made)
     body = msgspec.json.encode(as_records(predictor, january.head(3)))
-    decoded = msgspec.json.decode(body, type=list[predictor.record_type()])
+    decoded = msgspec.json.decode(body, type=list[predictor.encoder.record_type])
     np.testing.assert_array_equal(predictor.encode_structs(decoded), predictor.encode_frame(january.head(3)))
 
 

@@ -15,9 +15,9 @@ from service_helpers import Running, read_answer, serving
 
 from mlops_course.environment import CourseError
 from mlops_course.serving.limits import Buckets, Guard, Limits, read_limits
+from mlops_course.serving.messages import check_objects
 from mlops_course.serving.problems import Problem, respond
 from mlops_course.serving.server import Connection, watch
-from mlops_course.serving.service import check_objects
 
 pytestmark = pytest.mark.filterwarnings("ignore:Series.values returning:DeprecationWarning")  # inside pyarrow
 

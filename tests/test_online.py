@@ -27,8 +27,10 @@ from mlops_course.environment import CourseError, Settings, SettingsError, load_
 from mlops_course.experiments import TrainingConfig, train
 from mlops_course.project import flight_delay
 from mlops_course.serving import InputError, load_predictor
-from mlops_course.serving.bundle import Origin, write_bundle
+from mlops_course.serving.app import housekeep, refresh_table
 from mlops_course.serving.limits import Limits
+from mlops_course.serving.lookup import OnlineTable
+from mlops_course.serving.messages import PredictRequest
 from mlops_course.serving.models import LiveModels
 from mlops_course.serving.online import (
     BETWEEN,
@@ -42,17 +44,9 @@ from mlops_course.serving.online import (
     open_feature_table,
     some_keys,
 )
+from mlops_course.serving.packaging import Origin, write_bundle
+from mlops_course.serving.predict import PredictJob, Service, find_records, name_keys
 from mlops_course.serving.problems import Problem
-from mlops_course.serving.service import (
-    Question,
-    Service,
-    Work,
-    find_records,
-    name_keys,
-    open_table,
-    tick,
-    tick_table,
-)
 
 pytestmark = pytest.mark.filterwarnings("ignore:Series.values returning:DeprecationWarning")  # inside pyarrow
 
@@ -294,21 +288,21 @@ def put(path: Path, layout: Layout, month: str, keys: list[str]) -> None:
 
 
 def service_of(settings: Settings) -> Service:
-    made = Service(settings, LiveModels(settings), Limits())
-    open_table(made)
+    made = Service(LiveModels(settings), Limits(), OnlineTable(settings))
+    made.online.refresh(None)
     return made
 
 
 def ask(service: Service, flight: int, features: tuple[str, ...]) -> Any:
-    question = Question(key={"time_hour": "2013-01-01T10:00:00Z", "flight": flight})
-    work = Work([question], "r1")
-    name_keys(service, work)
-    return asyncio.run(look_up_one(service, work, features))
+    request = PredictRequest(key={"time_hour": "2013-01-01T10:00:00Z", "flight": flight})
+    job = PredictJob([request], "r1")
+    name_keys(service, job)
+    return asyncio.run(look_up_one(service, job, features))
 
 
-async def look_up_one(service: Service, work: Work, features: tuple[str, ...]) -> Any:
+async def look_up_one(service: Service, job: PredictJob, features: tuple[str, ...]) -> Any:
     predictor: Any = SimpleNamespace(features=features, encode=len)
-    return (await find_records(service, predictor, work))[0]
+    return (await find_records(service, predictor, job))[0]
 
 
 def test_a_row_without_a_feature_is_refused_and_the_table_stays(settings: Settings) -> None:
@@ -329,7 +323,7 @@ def test_another_file_in_the_place_of_the_table_is_noticed(settings: Settings) -
     for each in path.parent.glob("features.db*"):
         each.unlink()
     put(path, LITTLE, "2013-01", [key_at(10, 2)])
-    open_table(service)
+    service.online.refresh(None)
     assert ask(service, 2, ("a",)) == [{"a": 1.0}]
     with pytest.raises(Problem, match="there is no"):
         ask(service, 1, ("a",))
@@ -353,10 +347,11 @@ def test_a_server_that_says_nothing_holds_up_its_own_askers_only(settings: Setti
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         url = f"redis://127.0.0.1:{silent.getsockname()[1]}/0"
-        service = Service(settings.model_copy(update={"features_url": url}), LiveModels(settings), Limits())
+        remote = settings.model_copy(update={"features_url": url})
+        service = Service(LiveModels(settings), Limits(), OnlineTable(remote))
         seen = asyncio.run(beside_a_silent_one(service))
     assert seen == ["a thread", "a look at the models", "the table"]
-    assert "cannot use" in service.table_problem
+    assert "cannot use" in service.online.problem
 
 
 async def beside_a_silent_one(service: Service) -> list[str]:
@@ -367,10 +362,10 @@ async def beside_a_silent_one(service: Service) -> list[str]:
         await what
         seen.append(name)
 
-    waiting = asyncio.create_task(note("the table", tick_table(service)))
+    waiting = asyncio.create_task(note("the table", refresh_table(service)))
     await asyncio.sleep(0.1)
     await note("a thread", asyncio.to_thread(lambda: None))
-    await note("a look at the models", tick(service))
+    await note("a look at the models", housekeep(service))
     await waiting
     return seen
 

@@ -22,7 +22,6 @@ from mlops_course.environment import Settings
 from mlops_course.project import flight_delay
 from mlops_course.serving import load_predictor
 from mlops_course.serving import predictions as room
-from mlops_course.serving.bundle import live_bundle
 from mlops_course.serving.predictions import (
     Entry,
     LogLimits,
@@ -34,6 +33,7 @@ from mlops_course.serving.predictions import (
     tend,
 )
 from mlops_course.serving.problems import Problem
+from mlops_course.serving.publishing import live_bundle
 
 pytestmark = pytest.mark.filterwarnings("ignore:Series.values returning:DeprecationWarning")  # inside pyarrow
 

@@ -9,13 +9,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-
-from mlops_course.data import check_rows, conform
-from mlops_course.environment import CourseError
 from mlops_course.project import (
     AGREEMENTS,
     Costs,
-    SourceError,
+    DeliveryError,
     SuccessMetrics,
     Table,
     UseCase,
@@ -25,11 +22,14 @@ from mlops_course.project import (
     flight_delay,
     late_label,
     load_object,
-    of_month,
     read_delivery,
     read_file,
     supplier_folder,
 )
+from mlops_course.project.supplier import _rows_of_month
+
+from mlops_course.data import check_rows, conform
+from mlops_course.environment import CourseError
 
 Tables = dict[str, pd.DataFrame]
 CONTRACTS = {table.name: table.contract for table in flight_delay.tables}
@@ -258,8 +258,8 @@ def test_the_month_of_a_row_is_new_yorks(year: Tables) -> None:
 
 
 def test_a_month_that_is_not_there_is_named_with_those_that_are(year: Tables) -> None:
-    with pytest.raises(SourceError, match=r"no rows of 2012-12 in own.csv.*holds 2013-01 to 2013-12"):
-        of_month(year["flights"], "2012-12", Path("somewhere/own.csv"))
+    with pytest.raises(DeliveryError, match=r"no rows of 2012-12 in own.csv.*holds 2013-01 to 2013-12"):
+        _rows_of_month(year["flights"], "2012-12", Path("somewhere/own.csv"))
 
 
 def test_the_folder_of_a_delivery_goes_before_the_file_of_everything(tmp_path: Path, some: Tables) -> None:
@@ -275,9 +275,9 @@ def test_the_folder_of_a_delivery_goes_before_the_file_of_everything(tmp_path: P
 
 
 def test_a_folder_without_a_table_is_named(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match=r"no file for the table flights in .*Put flights\.csv"):
+    with pytest.raises(DeliveryError, match=r"no file for the table flights in .*Put flights\.csv"):
         read_delivery("2013-01", tmp_path)
-    with pytest.raises(SourceError, match=r"absent does not exist.*Name a folder"):
+    with pytest.raises(DeliveryError, match=r"absent does not exist.*Name a folder"):
         read_delivery("2013-01", tmp_path / "absent")
 
 
@@ -387,8 +387,8 @@ def test_a_use_case_is_found_by_name() -> None:
         (":flight_delay", "not a name of the form module:attribute"),
         ("mlops_course.project:", "not a name of the form module:attribute"),
         ("", "not a name of the form module:attribute"),
-        ("mlops_course.projects:flight_delay", "cannot import 'mlops_course.projects'"),
-        ("no_such_package:bikes", "cannot import 'no_such_package'.*Install it"),
+        ("mlops_course.projects:flight_delay", "can't import 'mlops_course.projects'"),
+        ("no_such_package:bikes", "can't import 'no_such_package'.*Install it"),
         ("mlops_course.project:flight_delya", "has no 'flight_delya'.*Did you mean 'flight_delay'"),
         ("mlops_course.project:zzz", "has no 'zzz'.*Correct the name"),
         ("mlops_course.project:late_label", "is a function, not a UseCase"),

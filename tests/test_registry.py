@@ -19,9 +19,9 @@ from mlops_course.experiments import (
     Evaluation,
     ExperimentError,
     TrainingConfig,
-    alone,
     evaluate,
     evaluate_run,
+    exclusive_lock,
     find_run,
     load_run_model,
     scores,
@@ -155,7 +155,7 @@ def start_to_register(settings: Settings, run_id: str) -> subprocess.Popen[str]:
 
 
 def test_who_registers_waits_for_another_process_that_does(home: Settings, runs: Runs) -> None:
-    with alone(home):
+    with exclusive_lock(home):
         process = start_to_register(home, runs["same"])
         assert process.stdin is not None
         process.stdin.write("go\n")

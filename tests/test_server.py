@@ -19,11 +19,11 @@ import psutil
 import pytest
 from service_helpers import FIRST, SECOND, Running, serving, until
 
-from mlops_course.cli import about_service
+from mlops_course.commands.serve import about_service
 from mlops_course.environment import Settings
 from mlops_course.serving import publish
-from mlops_course.serving.bundle import live_file
 from mlops_course.serving.predictions import log_folder, read_segment
+from mlops_course.serving.publishing import live_file
 
 pytestmark = pytest.mark.filterwarnings("ignore:Series.values returning:DeprecationWarning")  # inside pyarrow
 
@@ -241,7 +241,7 @@ import sys
 from pathlib import Path
 from mlops_course.environment import Settings
 from mlops_course.serving import load_predictor, live_bundle
-import mlops_course.serving.server, mlops_course.serving.service
+import mlops_course.serving.server, mlops_course.serving.app
 predictor = load_predictor(live_bundle(Settings(home=Path(sys.argv[1]))))
 record = {each.name: each.typical for each in predictor.manifest.features}
 assert 0 < predictor.scores(predictor.encode([record]))[0] < 1

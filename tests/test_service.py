@@ -16,9 +16,9 @@ from service_helpers import FIRST, SECOND, Running, serving, until
 from mlops_course.environment import Settings
 from mlops_course.serving import BundleError, Predictor, load_predictor, open_feature_table, publish
 from mlops_course.serving import models as room
-from mlops_course.serving.bundle import live_bundle
+from mlops_course.serving.app import create_app
 from mlops_course.serving.models import Choice, LiveModels, Models
-from mlops_course.serving.service import create_app
+from mlops_course.serving.publishing import live_bundle
 
 pytestmark = pytest.mark.filterwarnings("ignore:Series.values returning:DeprecationWarning")  # inside pyarrow
 

@@ -11,17 +11,9 @@ import pytest
 from conftest import settings_in
 
 from mlops_course.environment import Settings
-from mlops_course.experiments import _make_store, quiet_mlflow
-from mlops_course.pipelines.states import StateError, read_states, registry, serving
+from mlops_course.experiments import quiet_mlflow
+from mlops_course.pipelines.cache.states import StateError, read_states, registry, serving
 from mlops_course.relocation import local_path, run_folders, tracking_file
-
-
-@pytest.fixture(scope="module")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The file of an MLflow store in which nothing is: making one takes seconds."""
-    settings = settings_in(tmp_path_factory.mktemp("store"))
-    _make_store(settings)
-    return settings.home / "mlflow.db"
 
 
 @pytest.fixture
@@ -174,7 +166,7 @@ def test_mlflow_is_not_imported_for_it(store: Settings) -> None:
     add_version(store)
     code = (
         "import sys\nfrom mlops_course.environment import load_settings\n"
-        "from mlops_course.pipelines.states import read_states\n"
+        "from mlops_course.pipelines.cache.states import read_states\n"
         "print(read_states(load_settings(), ['registry']))\n"
         "print(sorted({'mlflow', 'sqlalchemy', 'pandas'} & set(sys.modules)))"
     )

@@ -198,7 +198,7 @@ def bad_deliveries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("missing month", "SourceError: no rows of 2012-01 in flights.csv.zip. That file holds 2013-01 to 2013-12"),
+        ("missing month", "DeliveryError: no rows of 2012-01 in flights.csv.zip. That file holds 2013-01 to 2013-12"),
         ("picture", "flights.parquet: Could not open Parquet input source"),
         ("renamed", "DataError: the table flights has no column 'dep_delay'. Was it renamed to 'departure_delay'?"),
     ],
@@ -243,7 +243,7 @@ def enlarge(folder: Path, size: str) -> None:
 def test_a_disk_that_is_full_at_the_first_table(tmp_path: Path) -> None:
     with small_disk(tmp_path / "small", "3M") as disk:
         done = finish(start(disk / "workspace", *TRAINING), 60)
-        assert "WorkspaceError: cannot write the table flight-delay/raw_flights: " in done.error
+        assert "WorkspaceError: can't write the table flight-delay/raw_flights: " in done.error
         assert "free some space and run again" in done.error
         assert done.status == 1
         assert done.document["status"] == "failed"

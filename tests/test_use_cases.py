@@ -22,7 +22,7 @@ from mlops_course.monitoring import monitor_month, write_report
 from mlops_course.project import flight_delay
 from mlops_course.registry import champion_reference, package, promote, register, score_month
 from mlops_course.serving import BundleError, live_bundle, materialise, open_feature_table, publish
-from mlops_course.serving.bundle import served_case
+from mlops_course.serving.publishing import served_case
 
 pytestmark = pytest.mark.filterwarnings("ignore:Series.values returning:DeprecationWarning")  # inside pyarrow
 

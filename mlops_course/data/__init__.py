@@ -13,8 +13,8 @@ import pandas as pd
 
 from .deliveries import conform, land
 from .features import flight_features
-from .rules import Checked, check_months, keep_quarantine, refuse_absent, split_rows
-from .seam import check_delivery, check_months_about, labels, make_features
+from .rules import CheckedTable, check_months, keep_quarantine, refuse_missing_months, split_rows
+from .use_case_checks import check_delivery, check_row_months, labels, make_features
 from mlops_course.data.tables import (
     DataError,
     months,
@@ -25,18 +25,14 @@ from mlops_course.data.tables import (
     table_name,
     table_version,
 )
-from .windows import timeline
 from ..environment import Settings
 from ..project import UseCase
 
 # %% auto #0
 __all__ = ['Delivery', 'ingest', 'Validation', 'validate', 'history_months', 'read_history', 'require_history', 'build_features',
-           'labelled_features', 'feature_names', 'DataError', 'parse_month', 'months', 'month_after', 'table_name',
-           'table_version', 'newest_reference', 'split_reference', 'read_table', 'replace_months', 'partition_rows',
-           'widen_column', 'conform', 'check_rows', 'split_rows', 'keep_quarantine', 'flight_features',
-           'arrival_features', 'departure_features', 'overdue_features', 'previous_leg', 'weather_features',
-           'schedule_features', 'labels', 'make_features', 'Timeline', 'timeline', 'block_minutes', 'EventLog', 'Group',
-           'group_by', 'pack', 'window_means']
+           'labelled_features', 'feature_names', 'DataError', 'check_rows', 'conform', 'flight_features', 'labels',
+           'make_features', 'month_after', 'months', 'newest_reference', 'parse_month', 'partition_rows', 'read_table',
+           'replace_months', 'split_reference', 'split_rows', 'table_name', 'table_version', 'widen_column']
 
 # %% ../../nbs/05_data.ipynb #773723f1
 @dataclass(frozen=True)
@@ -61,12 +57,12 @@ def ingest(
 
     Raises:
         DataError: the month or a table has the wrong form.
-        SourceError: the delivery cannot be found or read.
+        DeliveryError: the delivery can't be found or read.
     """
     parse_month(month)
     delivered = check_delivery(use_case, use_case.read(month, source), month)
     typed = {table.name: conform(delivered[table.name], table.contract()) for table in use_case.tables}
-    about = {table.name: check_months_about(use_case, table, typed[table.name], month) for table in use_case.tables}
+    about = {table.name: check_row_months(use_case, table, typed[table.name], month) for table in use_case.tables}
     landed = [land(settings, use_case, table, typed[table.name], about[table.name], month) for table in use_case.tables]
     return Delivery(
         month=month,
@@ -103,7 +99,7 @@ def validate(
     """
     periods = sorted(set(periods))
     parts = {table.name: check_months(settings, table, raw[table.name], periods) for table in use_case.tables}
-    refuse_absent(settings, raw, parts)
+    refuse_missing_months(settings, raw, parts)
     report = pd.concat([part.report for part in parts.values()], ignore_index=True).astype("str")
     written = {
         name: replace_months(settings, table_name(use_case, name), part.good, gone=part.absent)
@@ -114,9 +110,9 @@ def validate(
 
 # %% ../../nbs/05_data.ipynb #2fa0b6c2
 def _found(
-    parts: Mapping[str, Checked], written: Mapping[str, tuple[str, list[str]]], report: pd.DataFrame
+    parts: Mapping[str, CheckedTable], written: Mapping[str, tuple[str, list[str]]], report: pd.DataFrame
 ) -> Validation:
-    """What came of all tables together."""
+    """The results of all tables together."""
     return Validation(
         tables={name: reference for name, (reference, _) in written.items()},
         rows={name: len(part.good) for name, part in parts.items()},
@@ -155,7 +151,7 @@ def require_history(
     wanted: list[str],  # months, one after the other
     delivered: Mapping[str, int] | None = None,  # rows of each month's own delivery; None: nobody knows
 ) -> None:
-    """See to it that no month is missing among those that features are computed from.
+    """Require every month that features are computed from.
 
     Raises:
         DataError: a month is missing; before the very first one there is nothing.
@@ -207,10 +203,8 @@ def labelled_features(
     rows: str,  # reference to the clean table whose rows are predicted
     first: str,  # first month
     last: str,  # last month, included
-) -> (
-    pd.DataFrame
-):  # the features with the column `label` (1.0 or 0.0), in the order of time; rows without a label are left out
-    "Bring features and labels together, for training and for testing."
+) -> pd.DataFrame:  # the features with the column `label` (1.0 or 0.0), in the order of time
+    "Bring features and labels together, for training and for testing; rows without a label are left out."
     wanted, key = months(first, last), list(use_case.key)
     outcomes = read_table(settings, rows, wanted)
     outcomes = outcomes[key].assign(label=labels(use_case, outcomes))
@@ -227,7 +221,7 @@ def feature_names(
     """List the columns that are features; keys, times and labels are not.
 
     Raises:
-        DataError: a number is no float32, and would be left out without a word.
+        DataError: a number is not float32, and would be left out silently.
     """
     own = {*use_case.key, use_case.time, *use_case.categorical, "period", "predicted_at", "label"}
     others = frame.select_dtypes(["number", "bool"], exclude="float32").columns.difference(list(own), sort=False)
@@ -236,22 +230,11 @@ def feature_names(
     return [*use_case.categorical, *frame.columns[frame.dtypes == "float32"]]
 
 # %% ../../nbs/05_data.ipynb #613ee02b
-from mlops_course.data.features import (
-    arrival_features,
-    departure_features,
-    overdue_features,
-    previous_leg,
-    schedule_features,
-    weather_features,
-)
 from .rules import check_rows
 from .tables import month_after, newest_reference, split_reference, widen_column
-from .windows import EventLog, Group, Timeline, block_minutes, group_by, pack, window_means
 
 _all_ = (
-    DataError, parse_month, months, month_after, table_name, table_version, newest_reference, split_reference,
-    read_table, replace_months, partition_rows, widen_column, conform, check_rows, split_rows, keep_quarantine,
-    flight_features, arrival_features, departure_features, overdue_features, previous_leg, weather_features,
-    schedule_features, labels, make_features, Timeline, timeline, block_minutes, EventLog, Group, group_by, pack,
-    window_means,
+    DataError, check_rows, conform, flight_features, labels, make_features, month_after, months, newest_reference,
+    parse_month, partition_rows, read_table, replace_months, split_reference, split_rows, table_name, table_version,
+    widen_column,
 )

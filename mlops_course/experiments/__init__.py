@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from sklearn.pipeline import Pipeline
 
 # %% auto #0
-__all__ = ['SCORES', 'time_splits', 'train_run', 'evaluate_run', 'reproduce', 'METRICS', 'Evaluation', 'bootstrap', 'calibrate',
-           'calibration_table', 'compare', 'evaluate', 'measure', 'plot_calibration', 'score_counts', 'slices',
-           'ExperimentError', 'TrainingConfig', 'build_model', 'rank_categories', 'scores', 'train', 'sample_configs',
-           'search', 'DEFAULTS', 'constant_scores', 'cost_per_row', 'rate_scores', 'TRUSTED_TYPES', 'alone', 'connect',
-           'digest', 'find_run', 'full_disk_named', 'load_run_model', 'log_model', 'noted', 'quiet_mlflow',
-           'rows_known_by', 'tracked_run', 'training_rows']
+__all__ = ['SCORES_FILE', 'time_splits', 'train_run', 'evaluate_run', 'reproduce', 'METRICS', 'Evaluation', 'bootstrap',
+           'calibrate', 'calibration_table', 'compare', 'evaluate', 'measure', 'plot_calibration', 'score_counts',
+           'slices', 'ExperimentError', 'TrainingConfig', 'scores', 'train', 'sample_configs', 'search', 'DEFAULTS',
+           'constant_scores', 'cost_per_row', 'rate_scores', 'array_digest', 'connect', 'exclusive_lock',
+           'explain_full_disk', 'find_run', 'load_run_model', 'log_model', 'make_store', 'quiet_mlflow',
+           'rows_known_by', 'run_value', 'tracked_run', 'training_rows']
 
 # %% ../../nbs/06_experiments.ipynb #f0cba50f
 from .evaluation import METRICS as METRICS
@@ -34,39 +34,30 @@ from mlops_course.experiments.evaluation import (
 )
 from .evaluation import calibration_table as calibration_table
 from .model import DEFAULTS, ExperimentError, TrainingConfig, scores, train
-from .model import build_model as build_model
-from .model import rank_categories as rank_categories
 from .searching import sample_configs, search
 from ..framing import constant_scores, rate_scores
 from ..framing import cost_per_row as cost_per_row
 
 _all_ = ["METRICS", "Evaluation", "bootstrap", "calibrate", "calibration_table", "compare", "evaluate", "measure"]
-_all_ += ["plot_calibration", "score_counts", "slices", "ExperimentError", "TrainingConfig", "build_model"]
-_all_ += ["rank_categories", "scores", "train", "sample_configs", "search", "DEFAULTS"]
-_all_ += ["constant_scores", "cost_per_row", "rate_scores"]
+_all_ += ["plot_calibration", "score_counts", "slices", "ExperimentError", "TrainingConfig", "scores", "train"]
+_all_ += ["sample_configs", "search", "DEFAULTS", "constant_scores", "cost_per_row", "rate_scores"]
 
 # %% ../../nbs/06_experiments.ipynb #ed210bf2
-from .tracking import TRUSTED_TYPES as TRUSTED_TYPES
-from .tracking import alone as alone
+from .tracking import exclusive_lock as exclusive_lock
+from .tracking import make_store as make_store
 from mlops_course.experiments.tracking import (
-    connect, digest, find_run, full_disk_named, load_run_model, log_model, noted, quiet_mlflow, rows_known_by,
-    tracked_run, training_rows,
+    array_digest, connect, explain_full_disk, find_run, load_run_model, log_model, quiet_mlflow, rows_known_by,
+    run_value, tracked_run, training_rows,
 )
 
-_all_ = ["TRUSTED_TYPES", "alone", "connect", "digest", "find_run", "full_disk_named", "load_run_model", "log_model"]
-_all_ += ["noted", "quiet_mlflow", "rows_known_by", "tracked_run", "training_rows"]
-
-# %% ../../nbs/06_experiments.ipynb #4cb5e847
-from .evaluation import _areas as _areas
-from .evaluation import _block_log_loss as _block_log_loss
-from .evaluation import _ranking as _ranking
-from .tracking import _make_store as _make_store
+_all_ = ["array_digest", "connect", "exclusive_lock", "explain_full_disk", "find_run", "load_run_model", "log_model"]
+_all_ += ["make_store", "quiet_mlflow", "rows_known_by", "run_value", "tracked_run", "training_rows"]
 
 # %% ../../nbs/06_experiments.ipynb #e4f178b9
 def time_splits(
     first: str,  # first month
     last: str,  # last month, included
-    least: int = 3,  # how many months of history the first split trains on
+    min_months: int = 3,  # how many months of history the first split trains on
 ) -> list[tuple[list[str], list[str]]]:  # pairs of months: train on these, test on that
     """Replay history: train on all months up to one, test on the next, move on.
 
@@ -74,11 +65,11 @@ def time_splits(
         ExperimentError: there are too few months.
     """
     every = months(first, last)
-    if len(every) <= least:
+    if len(every) <= min_months:
         raise ExperimentError(
-            f"{first} to {last} are {len(every)} months, too few for {least} of history", "Take more months"
+            f"{first} to {last} are {len(every)} months, too few for {min_months} of history", "Take more months"
         )
-    return [(every[:end], [every[end]]) for end in range(least, len(every))]
+    return [(every[:end], [every[end]]) for end in range(min_months, len(every))]
 
 # %% ../../nbs/06_experiments.ipynb #eb472245
 def train_run(
@@ -97,7 +88,8 @@ def train_run(
         mlflow.log_params(asdict(config) | {"first": first, "last": last, "rows": len(frame)})
         model = train(frame, use_case, config)
         mlflow.log_metric("train.base_rate", float(frame["label"].mean()))
-        mlflow.set_tags({"model_uri": log_model(model, use_case), "model_digest": digest(scores(model, frame))})
+        digest = array_digest(scores(model, frame))
+        mlflow.set_tags({"model_uri": log_model(model, use_case), "model_digest": digest})
     return str(run.info.run_id)
 
 # %% ../../nbs/06_experiments.ipynb #b64cd674
@@ -117,28 +109,28 @@ def evaluate_run(
         ExperimentError: a month to test on does not lie after the training.
     """
     run = find_run(settings, use_case, run_id)
-    seen = noted(run, "last")
+    seen = run_value(run, "last")
     if first <= seen:
-        problem = f"cannot test on {first}: the model has seen the months up to {seen}"
+        problem = f"can't test on {first}: the model has seen the months up to {seen}"
         raise ExperimentError(problem, f"Test from {month_after(seen)} on")
-    features, rows = features or noted(run, "data.features"), rows or noted(run, "data.rows")
+    features, rows = features or run_value(run, "data.features"), rows or run_value(run, "data.rows")
     past = training_rows(settings, use_case, run)
     future = labelled_features(settings, use_case, features, rows, first, last)
     result = evaluate(past, future, use_case, load_run_model(settings, use_case, run_id), rivals)
     return _logged(settings, run_id, result, {"first": first, "last": last, "features": features, "rows": rows})
 
 # %% ../../nbs/06_experiments.ipynb #eb2a19c8
-SCORES = "test_scores.json"  # the file of a run that holds the histogram of its scores
+SCORES_FILE = "test_scores.json"  # the file of a run that holds the histogram of its scores
 
 
 def _logged(settings: Settings, run_id: str, result: Evaluation, data: Mapping[str, str]) -> Evaluation:
     """Write what a test found to the run of the model."""
     mlflow = quiet_mlflow()
-    with full_disk_named(settings), mlflow.start_run(run_id=run_id):
+    with explain_full_disk(settings), mlflow.start_run(run_id=run_id):
         mlflow.log_metrics({f"test.{name}": value for name, value in result.metrics.items()})
         mlflow.set_tags({f"test.{name}": value for name, value in data.items()})
         mlflow.log_table(result.slices, "slices.json")
-        mlflow.log_dict({"counts": score_counts(result.candidates["model"]).tolist()}, SCORES)
+        mlflow.log_dict({"counts": score_counts(result.candidates["model"]).tolist()}, SCORES_FILE)
         mlflow.log_dict(json.loads(result.comparison.to_json(orient="index")), "comparison.json")
     return result
 
@@ -151,7 +143,7 @@ def reproduce(
     "Train a run again from what it wrote down, and compare the two models row by row."
     run = find_run(settings, use_case, run_id)
     kinds = {name: type(value) for name, value in asdict(TrainingConfig()).items()}
-    config = TrainingConfig(**{name: kind(noted(run, name)) for name, kind in kinds.items()})
+    config = TrainingConfig(**{name: kind(run_value(run, name)) for name, kind in kinds.items()})
     frame = training_rows(settings, use_case, run)
     again, stored = train(frame, use_case, config), load_run_model(settings, use_case, run_id)
     return float(np.abs(scores(again, frame) - scores(stored, frame)).max())

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from sklearn.pipeline import Pipeline
 
 # %% auto #0
-__all__ = ['METRICS', 'SLICE', 'calibration_table', 'measure', 'bootstrap', 'compare', 'slices', 'plot_calibration', 'calibrate',
+__all__ = ['METRICS', 'calibration_table', 'measure', 'bootstrap', 'compare', 'slices', 'plot_calibration', 'calibrate',
            'Evaluation', 'evaluate', 'score_counts']
 
 # %% ../../nbs/internals/06_evaluation.ipynb #1a0e758e
@@ -53,7 +53,7 @@ def measure(
     from sklearn.metrics import average_precision_score, brier_score_loss, log_loss, roc_auc_score
 
     if len(np.unique(known_labels(pd.DataFrame({"label": label})))) < 2:
-        raise ExperimentError(f"cannot measure on {len(label)} rows of one class", "Test on more days")
+        raise ExperimentError(f"can't measure on {len(label)} rows of one class", "Test on more days")
     calibration = calibration_table(label, score)
     gaps = (calibration["score"] - calibration["happened"]).abs()
     return {
@@ -137,22 +137,22 @@ def compare(
     return pd.DataFrame(rows).T
 
 # %% ../../nbs/internals/06_evaluation.ipynb #90d90f33
-SLICE = ["column", "value", "rows", "base_rate", "mean_score", "pr_auc", "roc_auc", "log_loss"]
+_SLICE_COLUMNS = ["column", "value", "rows", "base_rate", "mean_score", "pr_auc", "roc_auc", "log_loss"]
 
 
 def slices(
     frame: pd.DataFrame,  # rows with `label` and the columns to break down by
     score: np.ndarray,  # (n,) probabilities
     columns: Iterable[str],  # such as carrier, origin, hour
-    least: int = 100,  # smaller slices are left out
+    min_rows: int = 100,  # smaller slices are left out
 ) -> pd.DataFrame:  # a row a slice: column, value, rows, base rate, mean score, pr_auc, roc_auc, log_loss
     "Measure each part of the data by itself."
     rows = []
     for column in columns:
         for value, part in frame.assign(score=score).groupby(column, observed=True):
-            if len(part) >= least and part["label"].nunique() == 2:
+            if len(part) >= min_rows and part["label"].nunique() == 2:
                 rows.append({"column": column, "value": str(value)} | _slice(part["label"], part["score"]))
-    return pd.DataFrame(rows, columns=SLICE)
+    return pd.DataFrame(rows, columns=_SLICE_COLUMNS)
 
 # %% ../../nbs/internals/06_evaluation.ipynb #017e6f1c
 def _slice(label: pd.Series, score: pd.Series) -> dict[str, float]:

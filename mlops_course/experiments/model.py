@@ -20,15 +20,14 @@ if TYPE_CHECKING:
     from sklearn.pipeline import Pipeline
 
 # %% auto #0
-__all__ = ['LIMITS', 'DEFAULTS', 'ExperimentError', 'TrainingConfig', 'rank_categories', 'build_model', 'known_labels', 'train',
-           'scores']
+__all__ = ['DEFAULTS', 'ExperimentError', 'TrainingConfig', 'rank_categories', 'build_model', 'known_labels', 'train', 'scores']
 
 # %% ../../nbs/internals/06_model.ipynb #e0baceb7
 class ExperimentError(CourseError):
-    "An experiment cannot be run as it was asked for."
+    "An experiment can't be run as it was asked for."
 
 
-LIMITS = {
+_LIMITS = {
     "iterations": (1, 100_000),
     "learning_rate": (1e-6, 10),
     "leaves": (2, 10_000),
@@ -52,7 +51,7 @@ class TrainingConfig:
     seed: int = 2013
 
     def __post_init__(self) -> None:
-        for name, (least, most) in LIMITS.items():
+        for name, (least, most) in _LIMITS.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
                 problem = f"the training setting {name} is {value!r}"

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 # %% auto #0
-__all__ = ['IDLE', 'Split', 'sample_configs', 'search']
+__all__ = ['sample_configs', 'search']
 
 # %% ../../nbs/internals/06_searching.ipynb #2bd01588
 def sample_configs(
@@ -48,23 +48,23 @@ def sample_configs(
     return [TrainingConfig(**(asdict(base) | choice)) for choice in drawn]
 
 # %% ../../nbs/internals/06_searching.ipynb #3d4f4e56
-IDLE = 5  # seconds after which an idle worker ends; by default joblib keeps it, and its memory, for five minutes
-Split = tuple[list[str], list[str]]  # months to train on, months to test on
+_IDLE_WORKER_S = 5  # seconds after which an idle worker ends; joblib's default keeps its memory for five minutes
+_Split = tuple[list[str], list[str]]  # months to train on, months to test on
 
 
-def _try(frame: pd.DataFrame, use_case: UseCase, config: TrainingConfig, split: Split) -> dict[str, float]:
+def _try(frame: pd.DataFrame, use_case: UseCase, config: TrainingConfig, split: _Split) -> dict[str, float]:
     past, future = (frame[frame["period"].isin(part)] for part in split)
     return measure(future["label"].to_numpy(), scores(train(past, use_case, config), future), use_case.costs)
 
 
 def _tries(
-    frame: pd.DataFrame, use_case: UseCase, configs: list[TrainingConfig], splits: list[Split], jobs: int
+    frame: pd.DataFrame, use_case: UseCase, configs: list[TrainingConfig], splits: list[_Split], jobs: int
 ) -> Iterator[list[dict[str, float]]]:
     """For each setting, as soon as it and those before it are done: the metrics of each split."""
     from joblib import Parallel, delayed, parallel_config
 
     tasks = (delayed(_try)(frame, use_case, config, split) for config in configs for split in splits)
-    with parallel_config("loky", n_jobs=jobs, inner_max_num_threads=1, idle_worker_timeout=IDLE):
+    with parallel_config("loky", n_jobs=jobs, inner_max_num_threads=1, idle_worker_timeout=_IDLE_WORKER_S):
         results = Parallel(return_as="generator")(tasks)
     for _ in configs:
         yield [next(results) for _ in splits]
@@ -72,7 +72,7 @@ def _tries(
 # %% ../../nbs/internals/06_searching.ipynb #46896225
 @contextmanager
 def _search_run(
-    settings: Settings | None, use_case: UseCase, data: Mapping[str, str], trials: int, splits: list[Split]
+    settings: Settings | None, use_case: UseCase, data: Mapping[str, str], trials: int, splits: list[_Split]
 ) -> Iterator[Run | None]:
     """The run of a whole search; None when nothing is written down."""
     if settings is None:
@@ -122,7 +122,7 @@ def search(
     """Try settings on splits by time, in parallel.
 
     Raises:
-        ExperimentError: there is nothing to try, or the store cannot be opened.
+        ExperimentError: there is nothing to try, or the store can't be opened.
     """
     if not configs or not splits:
         raise ExperimentError(f"nothing to try: {len(configs)} settings, {len(splits)} splits", "Give some of both")

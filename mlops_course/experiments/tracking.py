@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 from zipfile import BadZipFile
 
 # %% auto #0
-__all__ = ['TRUSTED_TYPES', 'quiet_mlflow', 'alone', 'connect', 'full_disk_named', 'tracked_run', 'find_run', 'noted',
-           'signature_of', 'log_model', 'load_run_model', 'digest', 'rows_known_by', 'training_rows']
+__all__ = ['TRUSTED_TYPES', 'quiet_mlflow', 'exclusive_lock', 'make_store', 'connect', 'explain_full_disk', 'tracked_run',
+           'find_run', 'run_value', 'signature_of', 'log_model', 'load_run_model', 'array_digest', 'rows_known_by',
+           'training_rows']
 
 # %% ../../nbs/internals/06_tracking.ipynb #11b39aa9
 import numpy as np
@@ -55,7 +56,7 @@ def quiet_mlflow() -> Any:  # the module `mlflow`
 
 # %% ../../nbs/internals/06_tracking.ipynb #87f208ef
 @contextmanager
-def alone(
+def exclusive_lock(
     settings: Settings,  # whose workspace
 ) -> Iterator[None]:
     "Wait until no other process is in such a block; the system lets the next one in even when this one is killed."
@@ -63,9 +64,11 @@ def alone(
         lock.execute("BEGIN EXCLUSIVE")
         yield
 
-
-def _make_store(settings: Settings) -> None:
-    """Make the tracking store if it is a file that is not there yet."""
+# %% ../../nbs/internals/06_tracking.ipynb #acd55a09
+def make_store(
+    settings: Settings,  # where the store is
+) -> None:
+    "Make the tracking store if it is a file that is not there yet."
     path = tracking_file(settings)
     if path is None or path.exists():
         return
@@ -73,7 +76,7 @@ def _make_store(settings: Settings) -> None:
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    with alone(settings.prepare()), TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+    with exclusive_lock(settings.prepare()), TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         if not path.exists():
             new = Path(folder) / "new.db"
             SqlAlchemyStore(f"sqlite:///{new.as_posix()}", settings.artifacts.as_uri()).engine.dispose()
@@ -87,7 +90,7 @@ def connect(
     """Point MLflow to our store and make sure that the experiment is there.
 
     Raises:
-        ExperimentError: the store cannot be opened.
+        ExperimentError: the store can't be opened.
     """
     from sqlalchemy.exc import SQLAlchemyError
 
@@ -97,7 +100,7 @@ def connect(
         return _experiment(settings, use_case)
     except (mlflow.MlflowException, SQLAlchemyError, sqlite3.Error, OSError, ImportError) as error:
         reason = textwrap.shorten(str(error).splitlines()[0], 200, placeholder=" …").rstrip(".")
-        problem = f"cannot open the tracking store {settings.tracking}: {reason}"
+        problem = f"can't open the tracking store {settings.tracking}: {reason}"
         given = settings.tracking_uri is not None
         remedy = "Check MLOPS_COURSE_TRACKING_URI" if given else "Look at that file, or move it away to begin anew"
         raise ExperimentError(_without_password(problem), remedy) from error
@@ -111,15 +114,15 @@ def _without_password(text: str) -> str:
 def _open_store(settings: Settings) -> None:
     """Make the store if need be, put its addresses right if the workspace was moved, and point MLflow to it."""
     mlflow = quiet_mlflow()
-    _make_store(settings)
+    make_store(settings)
     relocate(settings)
     if mlflow.get_tracking_uri() != settings.tracking:
-        _forget_folders()
+        _clear_artifact_cache()
     mlflow.set_tracking_uri(settings.tracking)
     mlflow.set_registry_uri(settings.tracking)
 
 
-def _forget_folders() -> None:
+def _clear_artifact_cache() -> None:
     """MLflow remembers the folder of each run that it has met, also when another store has the same run elsewhere."""
     from mlflow.tracking._tracking_service import utils
 
@@ -141,7 +144,7 @@ def _experiment(settings: Settings, use_case: UseCase) -> str:
 
 # %% ../../nbs/internals/06_tracking.ipynb #d97a46bf
 @contextmanager
-def full_disk_named(
+def explain_full_disk(
     settings: Settings,  # whose workspace is written to
 ) -> Iterator[None]:
     "Say that the disk is full, where MLflow and its database say it in a page of their own words."
@@ -166,7 +169,7 @@ def tracked_run(
     now = fingerprint()
     tags = {f"data.{key}": value for key, value in data.items()}
     tags |= {"code.commit": str(now["commit"]), "code.dirty": str(now["dirty"]), "code.lock": str(now["lock"])}
-    with full_disk_named(settings), mlflow.start_run(experiment_id=experiment, run_name=name, tags=tags) as run:
+    with explain_full_disk(settings), mlflow.start_run(experiment_id=experiment, run_name=name, tags=tags) as run:
         mlflow.log_dict(now, "fingerprint.json")
         yield run
 
@@ -198,7 +201,7 @@ def find_run(
     return run
 
 # %% ../../nbs/internals/06_tracking.ipynb #9c081c7c
-def noted(
+def run_value(
     run: Run,  # from `find_run`
     name: str,  # of a parameter or a tag
 ) -> str:  # its value
@@ -254,12 +257,12 @@ def log_model(
         if "untrusted types" not in str(error):
             raise
         reason = textwrap.shorten(str(error).rpartition("Root error: ")[2], 200, placeholder=" …").rstrip(".")
-        raise ExperimentError(f"the model cannot be stored: {reason}", "Build it of TRUSTED_TYPES only") from error
-    _forget_place(str(stored.model_id))
+        raise ExperimentError(f"the model can't be stored: {reason}", "Build it of TRUSTED_TYPES only") from error
+    _drop_artifact_path(str(stored.model_id))
     return str(stored.model_uri)
 
 # %% ../../nbs/internals/06_tracking.ipynb #cd435280
-def _forget_place(model_id: str) -> None:
+def _drop_artifact_path(model_id: str) -> None:
     """Take the address of a local model out of its `MLmodel`."""
     folder = local_path(str(quiet_mlflow().get_logged_model(model_id).artifact_location))
     about = folder / "MLmodel" if folder else None
@@ -280,18 +283,18 @@ def load_run_model(
     """
     import skops.io
 
-    address = noted(find_run(settings, use_case, run_id), "model_uri")
+    address = run_value(find_run(settings, use_case, run_id), "model_uri")
     mlflow = quiet_mlflow()
     try:
         folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=address))
         return skops.io.load(folder / "model.skops", trusted=TRUSTED_TYPES)
     except (mlflow.MlflowException, OSError, ValueError, KeyError, TypeError, BadZipFile) as error:
         reason = textwrap.shorten(str(error) or type(error).__name__, 200, placeholder=" …").rstrip(".")
-        problem = f"cannot load the model of the run {run_id}: {reason}"
+        problem = f"can't load the model of the run {run_id}: {reason}"
         raise ExperimentError(problem, "Train it again, or go back to an earlier version") from error
 
 # %% ../../nbs/internals/06_tracking.ipynb #2275e62b
-def digest(
+def array_digest(
     values: np.ndarray,  # (n,) float64
 ) -> str:  # 64 hexadecimal digits; equal only for values that are equal to the last bit
     "Name an array by its content."
@@ -318,5 +321,5 @@ def training_rows(
     run: Run,  # from `find_run`
 ) -> pd.DataFrame:  # labelled features
     "Read the very rows that a run was trained on, in the versions that it wrote down."
-    features, rows, first, last = (noted(run, name) for name in ("data.features", "data.rows", "first", "last"))
+    features, rows, first, last = (run_value(run, name) for name in ("data.features", "data.rows", "first", "last"))
     return rows_known_by(settings, use_case, features, rows, first, last)

@@ -19,20 +19,17 @@ from pathlib import Path
 
 # %% ../../nbs/09_pipelines.ipynb #35c69289
 from ..environment import CourseError, Settings, cores, load_settings, write_atomic
-from .cache import Cache
+from .cache import CacheStore
 from mlops_course.pipelines.definition import (
-    Parameter,
     Pipeline,
     Stage,
     check_parameters,
-    distinct_values,
-    find_parameter,
     find_pipeline,
     list_pipelines,
-    month_range,
     values_over,
 )
-from .files import Ledger
+from .parameters import Parameter, distinct_values, month_range
+from .ledger import Ledger
 from .notebooks import ParameterError, PipelineError
 from .planning import Context, Options, Planned, plan_stages
 from .results import ResultError, read_result, record_result
@@ -71,7 +68,7 @@ def prepare(
     options.check(pipeline)
     if options.html and not find_spec("nbconvert"):
         raise CourseError("HTML pages need nbconvert, which isn't installed", "pip install nbconvert")
-    return Context(pipeline, values, settings, options, Cache(settings))
+    return Context(pipeline, values, settings, options, CacheStore(settings))
 
 
 def plan(
@@ -175,7 +172,7 @@ def backfill(
     pipeline = pipeline if isinstance(pipeline, Pipeline) else find_pipeline(pipeline)
     if parameter in fixed:
         raise ParameterError(f"the parameter {parameter} is given, but it is the one that varies", "Leave it out")
-    texts = [str(value) for value in distinct_values(find_parameter(pipeline, parameter), values)]
+    texts = [str(value) for value in distinct_values(pipeline.parameter(parameter), values)]
     contexts = [prepare(pipeline, {**fixed, parameter: value}, settings, options) for value in values]
     return _fill_all(dict(zip(texts, contexts, strict=True)), on_event)
 

@@ -7,31 +7,18 @@ from __future__ import annotations
 
 import hashlib
 import re
-import secrets
-import shutil
-from collections.abc import Iterable, Mapping, Sequence
-from copy import deepcopy
-from fnmatch import fnmatchcase
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import msgspec
-import numpy as np
 
-from ..environment import CourseError, Settings, fingerprint, workspace_error, write_atomic
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from sklearn.pipeline import Pipeline
-
-    from mlops_course.project import UseCase
+from ..environment import CourseError, Settings, replacing, write_atomic
 
 # %% auto #0
-__all__ = ['FORMAT', 'MANIFEST', 'MODEL', 'CARD', 'INPUT', 'OUTPUT', 'OPSETS', 'UNTESTED', 'CARD_TEXT', 'TOLERANCE', 'LIMITS',
-           'REMEDY', 'REFERENCE', 'LIVE', 'BundleError', 'Feature', 'Manifest', 'Origin', 'convert',
-           'describe_features', 'model_card', 'bundles_folder', 'write_bundle', 'group_features', 'prove_equal',
-           'read_bundle', 'open_bundle', 'case_of', 'case_folder', 'find_bundle', 'served_case', 'publish', 'live_file',
-           'for_case', 'pinned', 'live_bundle']
+__all__ = ['FORMAT', 'MANIFEST', 'MODEL', 'CARD', 'INPUT', 'OUTPUT', 'REMEDY', 'LIMITS', 'REFERENCE', 'BundleError', 'Feature',
+           'Manifest', 'place_bundle', 'read_bundle', 'open_bundle', 'bundles_folder', 'case_of', 'case_folder',
+           'find_bundle', 'manifest_sha256']
 
 # %% ../../nbs/internals/07_bundle.ipynb #52f7bd54
 class BundleError(CourseError):
@@ -50,6 +37,7 @@ class Feature(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
 # %% ../../nbs/internals/07_bundle.ipynb #a608e197
 FORMAT = 1  # of the folder; another one is refused
 MANIFEST, MODEL, CARD = "bundle.json", "model.onnx", "MODEL_CARD.md"
+INPUT, OUTPUT = "features", "probabilities"  # of the graph: (n, k) float32 to (n, 2) float32
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -73,226 +61,23 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     row_title: str = ""  # how to show a key; empty: all its parts
     files: dict[str, str] = {}  # SHA-256 of every other file
 
-# %% ../../nbs/internals/07_bundle.ipynb #be4f7a8f
-class Origin(msgspec.Struct, frozen=True, kw_only=True):
-    "Where a model comes from."
-
-    run_id: str  # the MLflow run that trained it
-    data: dict[str, str]  # references to the tables of the training
-    first: str  # first month of the training
-    last: str  # last month of the training
-    metrics: dict[str, float] = {}  # measured by the run, such as {"test.pr_auc": 0.56}
-    tested: str = ""  # months of the test, in words; empty: never tested
-
-# %% ../../nbs/internals/07_bundle.ipynb #c1666719
-def _round_down(thresholds: np.ndarray) -> np.ndarray:
-    """The largest float32 that is not above each threshold."""
-    with np.errstate(over="ignore"):
-        nearest = thresholds.astype(np.float32)
-        return np.where(nearest > thresholds, np.nextafter(nearest, np.float32(-np.inf)), nearest)
-
-# %% ../../nbs/internals/07_bundle.ipynb #98dc6825
-INPUT, OUTPUT = "features", "probabilities"
-OPSETS = {"": 18, "ai.onnx.ml": 3}
-
-
-def convert(
-    model: Pipeline,  # from `experiments.train`
-) -> bytes:  # an ONNX graph: (n, k) float32 `features` to (n, 2) float32 `probabilities`
-    "Write the classifier of a model as an ONNX graph; the same model gives the same bytes."
-    from skl2onnx import convert_sklearn
-    from skl2onnx.common.data_types import FloatTensorType
-
-    classifier = deepcopy(model.named_steps["classifier"])
-    for trees in classifier._predictors:
-        for tree in trees:
-            tree.nodes["num_threshold"] = _round_down(tree.nodes["num_threshold"])
-    inputs = [(INPUT, FloatTensorType([None, classifier.n_features_in_]))]
-    graph = convert_sklearn(classifier, "classifier", inputs, options={"zipmap": False}, target_opset=OPSETS)
-    return graph.SerializeToString(deterministic=True)
-
-# %% ../../nbs/internals/07_bundle.ipynb #f16794da
-def describe_features(
-    model: Pipeline,  # from `experiments.train`
-    rows: pd.DataFrame,  # features of the training
-    groups: Mapping[str, str],  # group of a feature, by its name; the others stand alone
-) -> tuple[Feature, ...]:  # in the order of the classifier's columns
-    "List what a model takes, with the categories that it knows and the values that are typical."
-    (_, encoder, texts), (_, _, numbers) = model.named_steps["columns"].transformers_[:2]
-    found = [
-        Feature(name, "category", _mode(rows[name]), tuple(map(str, known)), groups.get(name, ""))
-        for name, known in zip(texts, encoder.categories_ if len(texts) else (), strict=True)
-    ]
-    medians, missing = rows[list(numbers)].median(), rows[list(numbers)].isna().mean()
-    for name in numbers:
-        typical = None if missing[name] > 0.5 else float(np.float32(medians[name]))
-        found.append(Feature(name, "number", typical, group=groups.get(name, "")))
-    return tuple(found)
-
-
-def _mode(column: pd.Series) -> str | None:
-    """The most frequent value; None: there is none."""
-    counts = column.value_counts(dropna=False)
-    return str(counts.index[0]) if len(counts) and counts.index[0] == counts.index[0] else None
-
-# %% ../../nbs/internals/07_bundle.ipynb #290b451f
-def model_card(
-    use_case: UseCase,  # question, costs, bars
-    manifest: Manifest,  # of the bundle
-    origin: Origin,  # with the figures of the run
-) -> str:  # Markdown
-    "Write for people what a model is for, how good it is, and where it may fail."
-    figures = {name.removeprefix("test."): value for name, value in origin.metrics.items() if name.startswith("test.")}
-    bars = {name: getattr(use_case.success, name) for name in ("pr_auc", "roc_auc", "log_loss")}
-    lines = [f"| {name} | {value:.4f} | {bars.get(name, '')} |" for name, value in sorted(figures.items())]
-    table = "\n".join(["| figure | measured | bar |", "|---|---|---|", *lines])
-    tables = ", ".join(f"{name} `{reference}`" for name, reference in sorted(origin.data.items()))
-    texts = sum(feature.kind == "category" for feature in manifest.features)
-    return CARD_TEXT.format(
-        manifest=manifest, origin=origin, tables=tables, numbers=len(manifest.features) - texts, texts=texts,
-        results=f"Tested on {origin.tested}, which the training has not seen.\n\n{table}" if figures else UNTESTED,
-        limits="\n".join(f"- {line}" for line in _limits(use_case, figures)), hours=manifest.horizon_minutes / 60,
-        costs=use_case.costs,
-    )
-
-# %% ../../nbs/internals/07_bundle.ipynb #6a79c1a8
-UNTESTED = "It was never tested on later months. Do not use it for decisions."
-CARD_TEXT = """# Model card: {manifest.model}
-
-## Question
-{manifest.question}
-
-## Intended use
-A score from 0 to 1 for each row, made {hours:g} hours before the event. From {manifest.threshold:.4f} on, a warning
-costs less than silence (a warning {costs.warning:g}, a missed case {costs.missed:g}). It ranks and warns; a person
-decides.
-
-## Data
-Trained on {origin.first} to {origin.last}: {tables}. It takes {numbers} numbers and {texts} categories, as they are
-known at the time of the prediction.
-Run `{manifest.run_id}` holds the settings, and can be repeated.
-
-## Results
-{results}
-
-## Limits
-{limits}
-"""
-
-# %% ../../nbs/internals/07_bundle.ipynb #d4b1e926
-def _limits(use_case: UseCase, figures: Mapping[str, float]) -> list[str]:
-    """Where the model may fail, as far as its figures and its making tell."""
-    known = {"pr_auc", "roc_auc", "log_loss"} <= set(figures)
-    misses = use_case.success.shortfalls(dict(figures)) if known else []
-    return [
-        *(f"It misses a bar: {miss}." for miss in misses),
-        "A category that the training has not seen counts as missing.",
-        "A missing number is allowed, and makes the score less sure.",
-        "It has seen the months named above. Other seasons and other years differ: watch it.",
-        f"How likely is not why: a reason is what moves the score of `{use_case.name}`, not what causes the event.",
-    ]
-
-# %% ../../nbs/internals/07_bundle.ipynb #f6146fb0
-TOLERANCE = 1e-5  # largest difference of a score that is accepted
-
-
-def bundles_folder(
-    settings: Settings,  # whose workspace
-) -> Path:
-    "Name the folder that holds all bundles."
-    return settings.serving / "bundles"
-
-# %% ../../nbs/internals/07_bundle.ipynb #19a602b8
-def write_bundle(
-    settings: Settings,  # whose workspace
-    use_case: UseCase,  # question, key, costs
-    model: Pipeline,  # from `experiments.train`
-    rows: pd.DataFrame,  # features of the training: typical values, and the proof that the scores are equal
-    reference: str,  # name and version, such as `flight-delay@3`
-    origin: Origin,  # where the model comes from
-) -> Path:  # the folder
-    """Write a model as a bundle.
-
-    Raises:
-        BundleError: the graph does not score as scikit-learn does.
-    """
-    graph, groups = convert(model), group_features(map(str, rows.columns), use_case.groups)
-    features = describe_features(model, rows, groups)
-    manifest = _manifest(use_case, features, reference, origin)
-    prove_equal(model, manifest, graph, rows)
-    card = model_card(use_case, manifest, origin)
-    return _place(bundles_folder(settings) / reference, manifest, {MODEL: graph, CARD: card.encode()})
-
-# %% ../../nbs/internals/07_bundle.ipynb #583a0959
-def group_features(
-    names: Iterable[str],  # of the features
-    groups: Sequence[tuple[str, tuple[str, ...]]],  # a group's name, and patterns such as `previous_leg_*`
-) -> dict[str, str]:  # group by feature; features that no pattern knows are left out
-    "Put features into groups; the first pattern that fits decides."
-    found = {
-        name: [group for group, patterns in groups if any(fnmatchcase(name, pattern) for pattern in patterns)]
-        for name in names
-    }
-    return {name: fitting[0] for name, fitting in found.items() if fitting}
-
-
-def _manifest(use_case: UseCase, features: tuple[Feature, ...], reference: str, origin: Origin) -> Manifest:
-    """What the bundle will say about itself, without the checksums."""
-    words = use_case.words
-    return Manifest(
-        model=reference, question=use_case.question, features=features, threshold=use_case.costs.threshold,
-        horizon_minutes=use_case.horizon.total_seconds() / 60, key=use_case.key, time=use_case.time,
-        data=origin.data, run_id=origin.run_id, first=origin.first, last=origin.last, fingerprint=fingerprint(),
-        title=words.title or use_case.name, noun=words.noun, row_title=words.row_title,
-    )
-
-# %% ../../nbs/internals/07_bundle.ipynb #35c28259
-def prove_equal(
-    model: Pipeline,  # of scikit-learn
-    manifest: Manifest,  # what its graph takes
-    graph: bytes,  # from `convert`
-    rows: pd.DataFrame,  # features
-) -> float:  # largest difference of a score
-    """Score rows in both ways, from the encoding on.
-
-    Raises:
-        BundleError: a score or a decision differs.
-    """
-    from mlops_course.experiments import scores
-    from mlops_course.serving.inference import Predictor
-
-    predictor = Predictor(manifest, graph)
-    found, wanted = predictor.scores(predictor.encode_frame(rows)), scores(model, rows)
-    difference = float(np.abs(found - wanted).max(initial=0.0))
-    flips = int(((found >= manifest.threshold) != (wanted >= manifest.threshold)).sum())
-    if not difference <= TOLERANCE or flips:
-        problem = f"the graph of {manifest.model} differs from scikit-learn by up to {difference:.2g}"
-        problem += f", and in {flips} of {len(rows)} decisions"
-        raise BundleError(problem, "Train on float32 features and ordinal codes, as `experiments.train` does")
-    return difference
-
 # %% ../../nbs/internals/07_bundle.ipynb #d62a7858
-def _place(folder: Path, manifest: Manifest, files: Mapping[str, bytes]) -> Path:
-    """Write the folder beside its place and rename it; what stood there goes."""
+def place_bundle(
+    folder: Path,  # where it shall be
+    manifest: Manifest,  # what it says about itself; the checksums are filled in
+    files: Mapping[str, bytes],  # the content of the model and of its card, by name
+) -> Path:  # the folder
+    """Write a bundle beside its place and rename it; what stood there goes. Raises: WorkspaceError."""
     sums = {name: hashlib.sha256(content).hexdigest() for name, content in sorted(files.items())}
     manifest = msgspec.structs.replace(manifest, files=sums)
     about = msgspec.json.format(msgspec.json.encode(manifest), indent=1)
-    beside = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        beside.mkdir(parents=True)
+    with replacing(folder, folders=True) as beside:
         for name, content in {**files, MANIFEST: about}.items():
             write_atomic(beside / name, content)
-        if folder.exists():
-            folder.replace(beside.with_suffix(".old"))
-        beside.replace(folder)
-    except OSError as error:
-        raise workspace_error(error, folder) from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-        shutil.rmtree(beside.with_suffix(".old"), ignore_errors=True)
     return folder
 
 # %% ../../nbs/internals/07_bundle.ipynb #d44cdda1
+REMEDY = "Fetch the bundle again, or package the model again"
 LIMITS = {MANIFEST: 4_000_000, MODEL: 500_000_000, CARD: 1_000_000}  # bytes; more is refused before it is read
 
 
@@ -310,9 +95,6 @@ def _read(folder: Path, name: str) -> bytes:
         raise BundleError(f"cannot read {path}: {error.strerror or error}", REMEDY) from error
 
 # %% ../../nbs/internals/07_bundle.ipynb #6556ca94
-REMEDY = "Fetch the bundle again, or package the model again"
-
-
 def _instead(folder: Path) -> str:
     """What to do about a bundle that isn't there, or not as a whole."""
     there = [path.parent.name for path in folder.parent.glob(f"[!.]*/{MANIFEST}")]
@@ -335,7 +117,7 @@ def read_bundle(
 # %% ../../nbs/internals/07_bundle.ipynb #0d93b67b
 def open_bundle(
     folder: str | Path,  # the bundle
-) -> tuple[Manifest, bytes]:  # what it says about itself, and its graph: the very bytes that were verified
+) -> tuple[Manifest, dict[str, bytes]]:  # what it says about itself, and its files: the very bytes that were verified
     """Read and verify a bundle, for whoever wants the model as well.
 
     Raises:
@@ -350,7 +132,7 @@ def open_bundle(
         if found != expected:
             problem = f"{folder / name} is damaged: its SHA-256 is {found[:12]}…, the manifest says {expected[:12]}…"
             raise BundleError(problem, REMEDY)
-    return manifest, contents[MODEL]
+    return manifest, contents
 
 # %% ../../nbs/internals/07_bundle.ipynb #02bfb396
 class _Version(msgspec.Struct):
@@ -406,10 +188,14 @@ def _check_names(folder: Path, manifest: Manifest) -> None:
     if missing := sorted({*manifest.files} - there):
         raise BundleError(f"{folder} lacks {', '.join(missing)}", REMEDY)
 
+# %% ../../nbs/internals/07_bundle.ipynb #9aaae586
+def bundles_folder(
+    settings: Settings,  # whose workspace
+) -> Path:
+    "Name the folder that holds all bundles."
+    return settings.serving / "bundles"
+
 # %% ../../nbs/internals/07_bundle.ipynb #ee48e029
-LIVE = "live.json"
-
-
 def case_of(
     reference: str,  # a version of a model, such as `flight-delay@3`
 ) -> str:  # such as `flight-delay`
@@ -435,101 +221,9 @@ def find_bundle(
     named = isinstance(bundle, str) and REFERENCE.fullmatch(bundle)
     return bundles_folder(settings) / bundle if named else Path(bundle)
 
-# %% ../../nbs/internals/07_bundle.ipynb #d039f425
-def served_case(
-    settings: Settings,  # whose workspace; they may name a use case
-    file: str = LIVE,  # what a use case that is served has
-) -> str | None:  # its name; None: nothing is served yet
-    """Name the use case that is meant: the one that the settings name, or the only one that has that file.
-
-    Raises:
-        BundleError: there are several.
-    """
-    names = sorted(path.parent.name for path in settings.serving.glob(f"*/{file}"))
-    if settings.use_case is None and len(names) > 1:
-        problem = f"{len(names)} use cases are served from {settings.home}: {', '.join(names)}"
-        raise BundleError(problem, "Name one with --use-case or MLOPS_COURSE_USE_CASE")
-    return settings.use_case or next(iter(names), None)
-
-
-class _Live(msgspec.Struct, forbid_unknown_fields=True):
-    """The content of `live.json`."""
-
-    bundle: str  # its reference
-    manifest: str  # SHA-256 of its manifest
-
-# %% ../../nbs/internals/07_bundle.ipynb #bb204adc
-def publish(
-    settings: Settings,  # whose workspace
-    bundle: str | Path,  # a reference such as `flight-delay@3`, or a folder; one from elsewhere is copied in
-) -> Path:  # the folder that is live now
-    """Make a bundle the one of its use case that is served.
-
-    Raises:
-        BundleError: it is not there, damaged, or it can't answer.
-    """
-    from mlops_course.serving.inference import load_predictor, prove_answers
-
-    folder = find_bundle(settings, bundle)
-    manifest = read_bundle(folder)
-    prove_answers(load_predictor(folder))
-    home = bundles_folder(settings) / manifest.model
-    if folder.resolve() != home.resolve():
-        _place(home, manifest, {name: _read(folder, name) for name in manifest.files})
-    content, path = msgspec.json.encode(_Live(manifest.model, _digest(home))), live_file(settings, manifest.model)
-    if not path.is_file() or path.read_bytes() != content:
-        write_atomic(path, content)
-    return home
-
-# %% ../../nbs/internals/07_bundle.ipynb #fe3d8d9b
-def live_file(
-    settings: Settings,  # whose workspace
-    reference: str,  # any version of the use case's model
-) -> Path:
-    "Name the file that says which bundle is live."
-    return case_folder(settings, case_of(reference)) / LIVE
-
-
-def for_case(
-    settings: Settings,  # whose workspace
-    reference: str,  # a version of a model
-) -> Settings:  # that name its use case
-    "Mean the use case of a model from here on, whatever else is served."
-    return settings.model_copy(update={"use_case": case_of(reference)})
-
-
-def pinned(
-    settings: Settings,  # whose workspace
-) -> Settings:  # that name the use case that is served now, if there is one
-    "Mean what is served now from here on. Raises: BundleError when several use cases are served."
-    return settings.model_copy(update={"use_case": served_case(settings)})
-
-
-def _digest(folder: Path) -> str:
+# %% ../../nbs/internals/07_bundle.ipynb #7eda5be8
+def manifest_sha256(
+    folder: Path,  # a bundle
+) -> str:  # of its manifest, which has the checksums of all else
+    """Say which bundle this is, to the last byte. Raises: BundleError."""
     return hashlib.sha256(_read(folder, MANIFEST)).hexdigest()
-
-# %% ../../nbs/internals/07_bundle.ipynb #44748544
-def live_bundle(
-    settings: Settings,  # whose workspace
-) -> Path | None:  # its folder; None: nothing was published yet
-    """Look up which bundle is live.
-
-    Raises:
-        BundleError: `live.json` is damaged, the bundle is gone or another one, or several use cases are served.
-    """
-    name = served_case(settings)
-    if name is None:
-        return None
-    path = case_folder(settings, name) / LIVE
-    try:
-        live = msgspec.json.decode(path.read_bytes(), type=_Live)
-    except FileNotFoundError:
-        return None
-    except (msgspec.MsgspecError, UnicodeDecodeError, OSError) as error:
-        raise BundleError(f"{path} does not name a bundle: {error}", "Publish a bundle again") from error
-    if not REFERENCE.fullmatch(live.bundle) or case_of(live.bundle) != name:
-        raise BundleError(f"{path} names {live.bundle!r}, which is no version of {name}", "Publish a bundle again")
-    folder = bundles_folder(settings) / live.bundle
-    if _digest(folder) != live.manifest:
-        raise BundleError(f"{folder} is not the bundle that was published", "Publish it again, after a look at it")
-    return folder

@@ -5,231 +5,49 @@
 # %% ../../nbs/internals/07_inference.ipynb #3b59ee97
 from __future__ import annotations
 
-import sys
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from keyword import iskeyword
-from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
 
-from ..environment import CourseError
-from .bundle import INPUT, OUTPUT, REMEDY, BundleError, Manifest, open_bundle
+from .bundle import INPUT, MODEL, OUTPUT, REMEDY, BundleError, Manifest, open_bundle
+from .encoding import Encoder
+from .onnx_graph import open_session
 
 if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['OPERATION', 'BRANCHES', 'TREES', 'CHUNK', 'Codes', 'NUMBERS', 'LARGEST', 'InputError', 'Reason', 'check_graph',
-           'Predictor', 'load_predictor', 'typical_record', 'prove_answers']
+__all__ = ['Predictor', 'load_predictor', 'typical_record', 'prove_answers', 'Reason']
 
-# %% ../../nbs/internals/07_inference.ipynb #ca411371
-class InputError(CourseError):
-    "Features that cannot be scored."
+# %% ../../nbs/internals/07_inference.ipynb #98d3df6e
+_CHUNK = 16_384  # rows scored in one call
 
-    def __init__(
-        self,
-        problem: str,  # what was wrong, with the bad value
-        remedy: str,  # what to do next
-        field: str | None = None,  # the feature; None: the input as a whole
-        row: int | None = None,  # its number from 0; None: every row
-    ) -> None:
-        super().__init__(problem, remedy)
-        self.field, self.row = field, row
-
-
-class Reason(msgspec.Struct, frozen=True):
-    "How much of a score comes from one feature, or from a group of related ones."
-
-    name: str  # of the feature or the group
-    values: dict[str, float | str | None]  # what they are in this row
-    effect: float  # the score minus what it would be if they were typical
-
-# %% ../../nbs/internals/07_inference.ipynb #84ded4b2
-OPERATION = ("ai.onnx.ml", "TreeEnsembleClassifier")
-
-# %% ../../nbs/internals/07_inference.ipynb #6251fd08
-def check_graph(
-    graph: bytes,  # an ONNX model
-    width: int,  # how many features it may look at
-) -> str | None:  # what is wrong with it; None: nothing
-    "Look at a graph before anything runs it: one table of trees, and nothing else."
-    import onnx
-    from google.protobuf.message import DecodeError
-
-    try:
-        model = onnx.load_model_from_string(graph)
-    except DecodeError as error:
-        return f"it is no ONNX ({error})"
-    found = [(node.domain, node.op_type) for node in model.graph.node]
-    if found != [OPERATION]:
-        names = ", ".join(sorted({name for _, name in found})) or "none"
-        return f"only {OPERATION[1]} is allowed, once, but its operations are {names}"[:200]
-    if model.functions or model.graph.initializer or model.graph.sparse_initializer or model.training_info:
-        return "it holds more than the operation"
-    table = {each.name: each for each in model.graph.node[0].attribute}
-    if "post_transform" not in table or table["post_transform"].s != b"LOGISTIC":
-        return "its scores are no probabilities"
-    return _check_numbers(table) or _check_trees(_ints(table), table, width)
-
-# %% ../../nbs/internals/07_inference.ipynb #00ac4681
-def _check_numbers(table: dict[str, Any]) -> str | None:
-    """What is wrong with the numbers of a table of trees; None: nothing."""
-    for name, each in table.items():
-        bad = np.isnan if name == "nodes_values" else _endless  # `x <= inf` asks whether x is there at all
-        if bad(np.array([*each.floats, each.f])).any():
-            return f"its {name} are not all finite"
-        if each.HasField("t"):
-            return f"its {name} are of another kind than float32"
-    return None
-
-
-def _endless(numbers: np.ndarray) -> np.ndarray:
-    """Which numbers are NaN or infinite."""
-    return ~np.isfinite(numbers)
-
-
-def _ints(table: dict[str, Any]) -> dict[str, np.ndarray]:
-    """The whole numbers of a table of trees."""
-    return {name: np.array(each.ints, np.int64) for name, each in table.items()}
-
-# %% ../../nbs/internals/07_inference.ipynb #29a2a8e0
-BRANCHES = ("treeids", "nodeids", "featureids", "truenodeids", "falsenodeids")
-TREES = {f"nodes_{part}" for part in (*BRANCHES, "values", "modes")}
-TREES |= {f"class_{part}" for part in ("treeids", "nodeids", "ids", "weights")}
-
-# %% ../../nbs/internals/07_inference.ipynb #ff4d246b
-def _check_trees(ints: dict[str, np.ndarray], table: dict[str, Any], width: int) -> str | None:
-    """What is wrong with a table of trees; None: nothing. A branch leads to a later node of the same tree."""
-    if not TREES.issubset(table):
-        return "its trees are incomplete"
-    tree, node, feature, yes, no = (ints[f"nodes_{part}"] for part in BRANCHES)
-    leaves = [*zip(ints["class_treeids"].tolist(), ints["class_nodeids"].tolist(), strict=False)]
-    modes = np.array([mode.decode("ascii", "replace") for mode in table["nodes_modes"].strings])
-    if {len(tree), len(node), len(feature), len(yes), len(no), len(table["nodes_values"].floats)} != {len(modes)}:
-        return "its trees are incomplete"
-    weights, classes = table["class_weights"].floats, ints["class_ids"]
-    if not len(leaves) == len(classes) == len(weights) or classes.any():
-        return "its leaves are incomplete"
-    if not set(modes) <= {"BRANCH_LEQ", "LEAF"}:
-        return "its trees have branches of an unknown kind"
-    branch = modes == "BRANCH_LEQ"
-    there = set(zip(tree.tolist(), node.tolist(), strict=True))
-    inner = tree[branch].tolist()
-    ends = [*zip(inner, yes[branch].tolist(), strict=True), *zip(inner, no[branch].tolist(), strict=True)]
-    backwards = np.minimum(yes, no)[branch] <= node[branch]
-    if len(there) != len(modes) or not there.issuperset(ends + leaves) or backwards.any():
-        return "its trees have circles, or branches that lead nowhere"
-    if ((feature < 0) | (feature >= width)).any():
-        return f"its trees look at features beyond the {width} of the manifest"
-    return None
-
-# %% ../../nbs/internals/07_inference.ipynb #ca5ebffd
-def _session(graph: bytes, name: str, width: int) -> Any:
-    """An onnxruntime session of one thread whose graph takes and gives what it must."""
-    import onnxruntime
-
-    if problem := check_graph(graph, width):
-        raise BundleError(f"the graph of {name} is refused: {problem}", REMEDY)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.log_severity_level = 4
-    try:
-        session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime has no base class of its own for what it raises
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise BundleError(f"the graph of {name} cannot be loaded: {reason}", REMEDY) from error
-    inputs = [(each.name, each.type, each.shape[1:]) for each in session.get_inputs()]
-    outputs = [(each.type, each.shape[1:]) for each in session.get_outputs() if each.name == OUTPUT]
-    if inputs != [(INPUT, "tensor(float)", [width])] or outputs != [("tensor(float)", [2])]:
-        found = f"{inputs} -> {outputs}"[:200]
-        raise BundleError(f"the graph of {name} must take (n, {width}) float32 and give (n, 2): {found}", REMEDY)
-    return session
-
-# %% ../../nbs/internals/07_inference.ipynb #51e08799
-class _Knowing:
-    """What a predictor knows from its bundle."""
-
-    def __init__(self, manifest: Manifest) -> None:
-        self.manifest, self.reference, self.threshold = manifest, manifest.model, manifest.threshold
-        self.features = tuple(sys.intern(feature.name) for feature in manifest.features)  # compared by identity first
-        self.unknown: Counter[str] = Counter()  # categories that the training has not seen, by feature
-        self._codes = [
-            (place, feature.name, {name: float(code) for code, name in enumerate(feature.categories)})
-            for place, feature in enumerate(manifest.features)
-            if feature.kind == "category"
-        ]
-        one = self.features[0]
-        self._get = itemgetter(*self.features) if len(self.features) > 1 else lambda record: (record[one],)
-        self._record_type = _record_type(manifest)
-
-    def record_type(self) -> type[msgspec.Struct]:
-        "The type of a record, for a decoder of JSON: all features are required, each may be null."
-        return self._record_type
-
-# %% ../../nbs/internals/07_inference.ipynb #cfd75749
-class _Records(_Knowing):
-    """A predictor that reads records."""
-
-    def encode(
-        self,
-        records: Sequence[Mapping[str, object]],  # values by feature name, as JSON gives them
-    ) -> np.ndarray:  # (n, k) float32; NaN: missing
-        "Turn records into the numbers that the model takes. Raises: InputError naming field and row."
-        try:
-            rows = [self._get(record) for record in records]
-        except (KeyError, TypeError, IndexError) as error:
-            raise _wrong_names(records, self.features) from error
-        if any(len(record) != len(self.features) for record in records):
-            raise _wrong_names(records, self.features)
-        return _matrix(rows, self._codes, self.features, self.unknown)
-
-    def encode_structs(
-        self,
-        records: Sequence[msgspec.Struct],  # of `record_type`
-    ) -> np.ndarray:  # (n, k) float32; NaN: missing
-        "Turn decoded records into the numbers that the model takes. Raises: InputError when a number is too large."
-        rows = [msgspec.structs.astuple(each) for each in records]
-        return _matrix(rows, self._codes, self.features, self.unknown, typed=True)
-
-# %% ../../nbs/internals/07_inference.ipynb #9d811f98
-class _Tables(_Records):
-    """A predictor that reads tables as well."""
-
-    def encode_frame(
-        self,
-        frame: pd.DataFrame,  # features of any number of rows; other columns don't matter
-    ) -> np.ndarray:  # (n, k) float32; NaN: missing
-        "Turn a table into the numbers that the model takes. Raises: InputError naming field and row."
-        missing = [name for name in self.features if name not in frame.columns]
-        if missing:
-            raise _lacking(missing, None)
-        return _frame_matrix(frame, self._codes, self.features, self.unknown)
-
-# %% ../../nbs/internals/07_inference.ipynb #c0ded002
-CHUNK = 16_384  # rows scored in one call
-
-# %% ../../nbs/internals/07_inference.ipynb #9a21770b
-class _Scores(_Tables):
-    """A predictor that scores."""
+# %% ../../nbs/internals/07_inference.ipynb #c9bdddb2
+class Predictor:
+    "A bundle, ready to answer: `reference`, `manifest`, `threshold`, `features`, and a count of `unknown` categories."
 
     def __init__(self, manifest: Manifest, graph: bytes, threads: int = 1) -> None:
-        super().__init__(manifest)
-        self.threads = threads
-        self._run = _session(graph, manifest.model, len(self.features)).run
+        self.manifest, self.threads = manifest, threads
+        self.reference, self.threshold = manifest.model, manifest.threshold
+        self.encoder = Encoder(manifest.features)
+        self.features, self.unknown = self.encoder.names, self.encoder.unknown
+        self.encode, self.encode_structs = self.encoder.encode, self.encoder.encode_structs
+        self.encode_frame = self.encoder.encode_frame
+        self.decode_record = msgspec.json.Decoder(self.encoder.record_type).decode
+        self._run = open_session(graph, manifest.model, len(self.features)).run
 
     def scores(
         self,
         matrix: np.ndarray,  # (n, k) float32, from one of the encoders
     ) -> np.ndarray:  # (n,) float64: probability of the label 1
         "Score rows."
-        if 0 < len(matrix) <= CHUNK:
+        if 0 < len(matrix) <= _CHUNK:
             return self._score(matrix)
-        pieces = [matrix[start : start + CHUNK] for start in range(0, len(matrix), CHUNK)]
+        pieces = [matrix[start : start + _CHUNK] for start in range(0, len(matrix), _CHUNK)]
         if self.threads == 1 or len(pieces) < 2:
             return np.concatenate([self._score(piece) for piece in pieces] or [np.empty(0)])
         with ThreadPoolExecutor(self.threads) as pool:
@@ -238,18 +56,14 @@ class _Scores(_Tables):
     def _score(self, matrix: np.ndarray) -> np.ndarray:
         return self._run([OUTPUT], {INPUT: matrix})[0][:, 1].astype(np.float64)
 
-# %% ../../nbs/internals/07_inference.ipynb #98d3df6e
-class Predictor(_Scores):
-    "A bundle, ready to answer: `reference`, `manifest`, `threshold`, `features`, and a count of `unknown` categories."
-
     def predict(
         self,
         frame: pd.DataFrame,  # features of any number of rows
     ) -> pd.DataFrame:  # a row a row: `score` (float64), `warned` (bool), `model`, and the key where it came in
         "Score a table. Raises: InputError naming field and row."
         score = self.scores(self.encode_frame(frame))
-        who = [name for name in (*self.manifest.key, "period", self.manifest.time) if name in frame.columns]
-        return frame[who].assign(score=score, warned=score >= self.threshold, model=self.reference)
+        key = [name for name in (*self.manifest.key, "period", self.manifest.time) if name in frame.columns]
+        return frame[key].assign(score=score, warned=score >= self.threshold, model=self.reference)
 
     def reasons(
         self,
@@ -269,8 +83,8 @@ def load_predictor(
     Raises:
         BundleError: it is not what it should be.
     """
-    manifest, graph = open_bundle(folder)
-    return Predictor(manifest, graph, threads)
+    manifest, files = open_bundle(folder)
+    return Predictor(manifest, files[MODEL], threads)
 
 # %% ../../nbs/internals/07_inference.ipynb #df33a368
 def typical_record(
@@ -291,163 +105,13 @@ def prove_answers(
     if score.shape != (1,) or not np.isfinite(score).all():
         raise BundleError(f"{predictor.reference} scores a typical row as {score.tolist()}", REMEDY)
 
-# %% ../../nbs/internals/07_inference.ipynb #b5ffacaa
-Codes = list[tuple[int, str, dict[str, float]]]
-NUMBERS = frozenset({float, int, type(None)})
+# %% ../../nbs/internals/07_inference.ipynb #d7c1f36b
+class Reason(msgspec.Struct, frozen=True):
+    "How much of a score comes from one feature, or from a group of related ones."
 
-# %% ../../nbs/internals/07_inference.ipynb #c0ded001
-def _coded(row: Sequence[Any], codes: Codes, strange: list[str]) -> list[Any]:
-    """A row with the numbers of its categories; those that are not known are named. Raises: TypeError."""
-    values = list(row)
-    for place, name, known in codes:
-        text = values[place]
-        values[place] = code = known.get(text)
-        if code is None and text is not None:
-            if not isinstance(text, str):
-                raise TypeError
-            strange.append(name)
-    return values
-
-# %% ../../nbs/internals/07_inference.ipynb #4caa9155
-def _matrix(
-    rows: list[Any], codes: Codes, features: tuple[str, ...], unknown: Counter[str], typed: bool = False
-) -> np.ndarray:
-    """Tuples of values in the order of the features as (n, k) float32; a decoder has seen to the types, or not."""
-    encoded, strange = list[list[Any]](), list[str]()
-    try:
-        for row in rows:
-            values = _coded(row, codes, strange)
-            if not typed and not NUMBERS.issuperset(map(type, values)):
-                raise TypeError
-            encoded.append(values)
-        with np.errstate(over="ignore"):
-            matrix = np.array(encoded, dtype=np.float32).reshape(len(rows), len(features))
-    except (TypeError, ValueError, OverflowError):
-        return _carefully(rows, codes, features, unknown)
-    if np.isinf(matrix).any():
-        return _carefully(rows, codes, features, unknown)
-    if strange:
-        unknown.update(strange)
-    return matrix
-
-# %% ../../nbs/internals/07_inference.ipynb #ba5bc2d7
-def _carefully(rows: list[Any], codes: Codes, features: tuple[str, ...], unknown: Counter[str]) -> np.ndarray:
-    """The same, value by value: it takes NumPy's numbers as well, and names what it refuses."""
-    known = {place: table for place, _, table in codes}
-    matrix = np.full((len(rows), len(features)), np.nan, dtype=np.float32)
-    strange = []
-    for number, row in enumerate(rows):
-        for place, (name, value) in enumerate(zip(features, row, strict=True)):
-            if place not in known:
-                matrix[number, place] = _number(value, name, number)
-                continue
-            matrix[number, place] = code = _code(value, known[place], name, number)
-            strange += [name] if np.isnan(code) and not _missing(value) else []
-    unknown.update(strange)
-    return matrix
-
-# %% ../../nbs/internals/07_inference.ipynb #ca8af814
-def _missing(value: object) -> bool:
-    """None, NaN, pandas' NA: whatever does not equal itself."""
-    missing = isinstance(value, (float, np.floating)) and value != value
-    return value is None or bool(missing) or type(value).__name__ == "NAType"
-
-
-def _code(value: Any, known: Mapping[str, float], name: str, row: int) -> float:
-    """The number of a category; NaN: missing, or not known."""
-    if _missing(value):
-        return np.nan
-    if not isinstance(value, str):
-        problem = f"the feature {name} is {_shown(value)} in row {row}"
-        raise InputError(problem, "Give text, or leave it missing", name, row)
-    return known.get(value, np.nan)
-
-# %% ../../nbs/internals/07_inference.ipynb #eb0e9334
-def _number(value: Any, name: str, row: int) -> float:
-    """A number that float32 can hold; NaN: missing."""
-    if _missing(value):
-        return np.nan
-    fine = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-    plain = value.item() if isinstance(value, np.generic) else value  # float32 would overflow in the comparison
-    if not fine or not abs(plain) < LARGEST:
-        problem = f"the feature {name} is {_shown(value)} in row {row}"
-        raise InputError(problem, "Give a finite number, or leave it missing", name, row)
-    return float(value)
-
-# %% ../../nbs/internals/07_inference.ipynb #e33d3043
-LARGEST = float(np.finfo(np.float32).max) + 2.0**103  # half a step beyond the largest float32: infinite from here on
-
-
-def _shown(value: object) -> str:
-    """A value as it is shown in an error: short, and on one line."""
-    text = repr(str(value) if isinstance(value, (np.generic, float, int)) else value)
-    return text if len(text) <= 60 else f"{text[:57]}…"
-
-
-def _lacking(names: Sequence[str], row: int | None) -> InputError:
-    """The error for features that were not given."""
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    where = "" if row is None else f" in row {row}"
-    problem = f"the features lack {', '.join(names[:3])}{more}{where}"
-    return InputError(problem, "Build them with the use case's feature function", names[0], row)
-
-# %% ../../nbs/internals/07_inference.ipynb #a39b08cf
-def _wrong_names(records: Sequence[Any], features: tuple[str, ...]) -> InputError:
-    """The error for records with other names than the features."""
-    for row, record in enumerate(records):
-        if not isinstance(record, Mapping):
-            return InputError(f"row {row} is {_shown(record)}, not a record", "Give values by feature name", None, row)
-        if missing := [name for name in features if name not in record]:
-            return _lacking(missing, row)
-        if foreign := [name for name in record if name not in features]:
-            problem = f"the model knows no feature {_shown(foreign[0])}, as in row {row}"
-            return InputError(problem, "Leave it out, or correct its name", str(foreign[0]), row)
-    return InputError("the records cannot be read", "Give a list of records", None, None)
-
-# %% ../../nbs/internals/07_inference.ipynb #1b9aadc6
-def _frame_matrix(frame: pd.DataFrame, codes: Codes, features: tuple[str, ...], unknown: Counter[str]) -> np.ndarray:
-    """Columns of a table as (n, k) float32."""
-    matrix = np.empty((len(frame), len(features)), dtype=np.float32)
-    known = {place: table for place, _, table in codes}
-    for place, name in enumerate(features):
-        column = frame[name]
-        if place in known:
-            matrix[:, place] = _column_codes(column, known[place], unknown)
-        else:
-            matrix[:, place] = _column_numbers(column)
-    return matrix
-
-# %% ../../nbs/internals/07_inference.ipynb #d1107a38
-def _column_codes(column: pd.Series, known: Mapping[str, float], unknown: Counter[str]) -> np.ndarray:
-    """The numbers of categories; each different text is looked up once."""
-    name = str(column.name)
-    try:
-        places, texts = column.factorize()
-    except TypeError:  # a value that cannot be looked up, such as a list
-        places, texts = np.arange(len(column)), list(column)
-    codes = [
-        _code(text, known, name, 0 if isinstance(text, str) else int(np.argmax(places == number)))
-        for number, text in enumerate(texts)
-    ]
-    table = np.array([*codes, np.nan], dtype=np.float32)
-    strange = np.isnan(table[:-1])
-    if strange.any():
-        unknown[name] += int(strange[places[places >= 0]].sum())
-    return table[places]
-
-# %% ../../nbs/internals/07_inference.ipynb #de30e666
-def _column_numbers(column: pd.Series) -> np.ndarray:
-    """The numbers of a column, each finite or missing."""
-    name = str(column.name)
-    if column.dtype.kind not in "fiu":
-        return np.array([_number(value, name, row) for row, value in enumerate(column)], dtype=np.float32)
-    with np.errstate(over="ignore"):
-        values = column.to_numpy(dtype=np.float32, na_value=np.nan)
-    infinite = np.isinf(values)
-    if infinite.any():
-        row = int(np.flatnonzero(infinite)[0])
-        _number(column.iloc[row], name, row)
-    return values
+    name: str  # of the feature or the group
+    values: dict[str, float | str | None]  # what they are in this row
+    effect: float  # the score minus what it would be if they were typical
 
 # %% ../../nbs/internals/07_inference.ipynb #7f068e7d
 def _reasons(predictor: Predictor, row: np.ndarray, count: int) -> list[Reason]:
@@ -456,7 +120,7 @@ def _reasons(predictor: Predictor, row: np.ndarray, count: int) -> list[Reason]:
     groups: dict[str, list[int]] = {}
     for place, feature in enumerate(features):
         groups.setdefault(feature.group or feature.name, []).append(place)
-    tables = {place: known for place, _, known in predictor._codes}
+    tables = {place: known for place, _, known in predictor.encoder.codes}
     typical = np.array([_code_or_number(tables.get(at), each.typical) for at, each in enumerate(features)], np.float32)
     changed = np.repeat(row[None, :], len(groups) + 1, axis=0)
     for number, places in enumerate(groups.values()):
@@ -480,15 +144,3 @@ def _decoded(value: float, categories: Sequence[str]) -> float | str | None:
     if np.isnan(value):
         return None
     return categories[int(value)] if categories else float(value)
-
-# %% ../../nbs/internals/07_inference.ipynb #db68ff86
-def _record_type(manifest: Manifest) -> type[msgspec.Struct]:
-    """A Struct with a field for each feature; a name that is no Python name is renamed inside."""
-    fields: list[tuple[str, Any]] = []
-    renamed: dict[str, str] = {}
-    for place, feature in enumerate(manifest.features):
-        plain = feature.name.isidentifier() and not iskeyword(feature.name)
-        field = feature.name if plain else f"feature_{place}"
-        renamed |= {} if plain else {field: feature.name}
-        fields.append((field, str | None if feature.kind == "category" else float | None))
-    return msgspec.defstruct("Record", fields, forbid_unknown_fields=True, rename=renamed or None, gc=False)

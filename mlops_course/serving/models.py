@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from ..environment import CourseError, Settings
-from .bundle import CARD, LIVE, case_folder, for_case, live_bundle, served_case
+from .bundle import CARD, case_folder
+from .publishing import LIVE, for_case, live_bundle, served_case
 from .inference import Predictor, load_predictor, prove_answers
 from .problems import Problem
 

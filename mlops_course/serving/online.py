@@ -22,7 +22,7 @@ import msgspec
 import numpy as np
 
 from ..environment import CourseError, Settings
-from .inference import InputError
+from .encoding import InputError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -398,7 +398,8 @@ def _write_redis(url: str, use_case: str, layout: Layout, months: Months, source
         batch.execute()
 
 # %% ../../nbs/internals/07_online.ipynb #c4520543
-from .bundle import case_folder, served_case
+from .bundle import case_folder
+from .publishing import served_case
 
 STORE = "features.db"
 
@@ -474,10 +475,10 @@ def _rows(frame: pd.DataFrame, layout: Layout) -> dict[str, bytes]:
 # %% ../../nbs/internals/07_online.ipynb #00587903
 def _write_here(settings: Settings, use_case: str, layout: Layout, months: Months, source: str) -> None:
     """Replace months in the workspace's file; one process at a time."""
-    from mlops_course.experiments import alone
+    from mlops_course.experiments import exclusive_lock
 
     try:
-        with alone(settings.prepare()):
+        with exclusive_lock(settings.prepare()):
             _write_file(features_path(settings, use_case), use_case, layout, months, source)
     except (sqlite3.Error, OSError) as error:
         problem = f"cannot write {features_path(settings, use_case)}: {error}"

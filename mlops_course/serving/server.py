@@ -176,7 +176,7 @@ def bind(
     return taken
 
 # %% ../../nbs/internals/07_server.ipynb #03ac27a7
-APP = "mlops_course.serving.service:create_app"
+APP = "mlops_course.serving.app:create_app"
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ def imports_of(
     sources: Iterable[str],  # of code cells
 ) -> set[str]:  # as they are written: pandas, matplotlib.pyplot
     """The modules that notebook cells import at their top level."""
-    from mlops_course.pipelines.closure import syntax_tree  # one tree at a time in this process, whoever asks
+    from mlops_course.pipelines.notebooks import syntax_tree  # one tree at a time in this process, whoever asks
 
     found = set()
     for source in sources:
