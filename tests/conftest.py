@@ -83,6 +83,14 @@ def settings_in(home: Path) -> Settings:
 
 
 @pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of an MLflow store in which nothing is: making one takes seconds."""
+    settings = settings_in(tmp_path_factory.mktemp("store"))
+    make_store(settings)
+    return settings.home / "mlflow.db"
+
+
+@pytest.fixture(scope="session")
 def quarter(tmp_path_factory: pytest.TempPathFactory) -> Quarter:
     """Shared by all tests: they read its tables and train in it, and neither change a table nor register a model."""
     folder = tmp_path_factory.mktemp("quarter")

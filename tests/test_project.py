@@ -9,9 +9,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-
-from mlops_course.data import check_rows, conform
-from mlops_course.environment import CourseError
 from mlops_course.project import (
     AGREEMENTS,
     Costs,
@@ -19,7 +16,6 @@ from mlops_course.project import (
     SuccessMetrics,
     Table,
     UseCase,
-    _rows_of_month,
     calendar_month,
     find_file,
     find_use_case,
@@ -30,6 +26,10 @@ from mlops_course.project import (
     read_file,
     supplier_folder,
 )
+from mlops_course.project.supplier import _rows_of_month
+
+from mlops_course.data import check_rows, conform
+from mlops_course.environment import CourseError
 
 Tables = dict[str, pd.DataFrame]
 CONTRACTS = {table.name: table.contract for table in flight_delay.tables}

@@ -19,7 +19,7 @@ from pathlib import Path
 
 # %% ../../nbs/09_pipelines.ipynb #35c69289
 from ..environment import CourseError, Settings, cores, load_settings, write_atomic
-from .cache import Cache
+from .cache import CacheStore
 from mlops_course.pipelines.definition import (
     Pipeline,
     Stage,
@@ -68,7 +68,7 @@ def prepare(
     options.check(pipeline)
     if options.html and not find_spec("nbconvert"):
         raise CourseError("HTML pages need nbconvert, which isn't installed", "pip install nbconvert")
-    return Context(pipeline, values, settings, options, Cache(settings))
+    return Context(pipeline, values, settings, options, CacheStore(settings))
 
 
 def plan(

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..environment import Settings
-from .cache import Cache, Entry, Output, Parts
-from .cache import loops
+from .cache import CacheEntry, CacheStore, Output, StageKey, cyclic_links, find_entry, stage_key
 from .definition import Pipeline, Stage
 from .parameters import fill, references
 from .notebooks import ParameterError, notebook_parameters, suggest
@@ -79,8 +78,8 @@ class Decision:
 
     stage: Stage
     parameters: dict[str, Any] = field(default_factory=dict)  # all values for its notebook
-    parts: Parts | None = None  # None: something can't be known, so the stage always runs
-    entry: Entry | None = None  # what an earlier run made; None: the stage must run
+    parts: StageKey | None = None  # None: something can't be known, so the stage always runs
+    entry: CacheEntry | None = None  # what an earlier run made; None: the stage must run
     reasons: list[str] = field(default_factory=list)  # why it must run
 
 # %% ../../nbs/internals/09_planning.ipynb #428794a3
@@ -92,7 +91,7 @@ class _Known:
     values: Mapping[str, Any]  # of the pipeline's parameters, checked
     settings: Settings
     options: Options
-    cache: Cache
+    cache: CacheStore
 
 # %% ../../nbs/internals/09_planning.ipynb #09923a69
 class Context(_Known):
@@ -136,7 +135,7 @@ def decide(
     decision = Decision(stage, parameters, reasons=_unknown(context, stage))
     if not decision.reasons:
         parts = make_parts(context, stage, inputs)
-        decision.reasons = list(parts.reach.unfollowed) if parts.reach else []
+        decision.reasons = list(parts.closure.unfollowed)
         decision.parts = None if decision.reasons else parts
     look_up(context, decision)
     return decision
@@ -153,7 +152,7 @@ def look_up(
     elif not stage.cache:
         decision.reasons = ["it runs every time (cache: false)"]
     elif decision.parts is not None:
-        found = context.cache.lookup(decision.parts, context.pipeline.name, stage.name)
+        found = find_entry(context.cache, decision.parts, context.pipeline.name, stage.name)
         decision.entry, decision.reasons = found.entry, found.reasons
 
 # %% ../../nbs/internals/09_planning.ipynb #48ab257f
@@ -163,7 +162,7 @@ def _unknown(context: Context, stage: Stage) -> list[str]:
     for name in path_parameters(context, stage):
         if "://" in str(context.values[name]):
             found.append(f"{name} is an address: what lies there can change unseen")
-        elif around := loops(Path(str(context.values[name]))):
+        elif around := cyclic_links(Path(str(context.values[name]))):
             found.append(f"{name} has a link ({around[0]}) to a folder in which it lies, and I can't follow that")
     return found
 
@@ -182,14 +181,15 @@ def make_parts(
     context: Context,  # of the run
     stage: Stage,  # which
     inputs: Mapping[str, Output],  # parameter -> what another stage made
-) -> Parts:
+) -> StageKey:
     """Everything that could change a stage's result."""
     paths = {name: Path(str(context.values[name])) for name in path_parameters(context, stage)}
     parameters = fill(dict(stage.parameters), {**context.values, **paths})
     # A path that isn't a parameter by itself stands inside a longer text, or a list: it counts by its content as well.
     variables: dict[str, str | None] = {name: os.environ.get(name) for name in stage.environment}
     variables |= {f"{name} (secret)": "given" for name in stage.secrets}  # never its value, not even as a hash
-    return context.cache.parts(
+    return stage_key(
+        context.cache,
         context.pipeline.notebook(stage),
         context.paths,
         parameters | {f"${{{name}}}": path for name, path in paths.items() if path not in parameters.values()},

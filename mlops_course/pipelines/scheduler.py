@@ -25,10 +25,21 @@ from typing import Any, Protocol
 
 # %% ../../nbs/internals/09_scheduler.ipynb #23b23ee2
 from ..environment import CourseError, Settings, WorkspaceError, cores
-from .cache import Output, forget, placed, refuse
-from .cache import imported_at_once, reach, written_since
+from mlops_course.pipelines.cache import (
+    History,
+    Output,
+    describe_output,
+    eager_imports,
+    forget_entry,
+    keep_result,
+    key_lock,
+    outputs_in_run,
+    restore_entry,
+    source_closure,
+    written_since,
+)
 from .definition import Pipeline, Stage
-from .ledger import Ledger, Maker, claim, require_unchanged, withdraw
+from .ledger import Ledger, Maker, claim_files, require_unchanged, withdraw_claim
 from .notebooks import ParameterError, PipelineError
 from .planning import Context, Decision, decide, look_up, path_parameters
 from .results import ResultError, fresh_folder, read_result, stage_folder
@@ -127,9 +138,9 @@ def modules_of(
     stage: Stage,
 ) -> tuple[str, ...]:  # in the order in which they are imported
     """Modules that a stage's code begins with, and those that are named for it: imported before it begins."""
-    reached = reach(context.pipeline.notebook(stage), context.paths, context.cache.memo)
+    reached = source_closure(context.pipeline.notebook(stage), context.paths, context.cache.memo)
     useful = [name for name in context.pipeline.preload if name.split(".")[0] in reached.packages]
-    return tuple(dict.fromkeys([*imported_at_once(reached, context.cache.memo), *useful, *stage.preload]))
+    return tuple(dict.fromkeys([*eager_imports(reached, context.cache.memo), *useful, *stage.preload]))
 
 
 def modules_to_preload(
@@ -355,7 +366,7 @@ def _only_one(session: Session, decision: Decision) -> Iterator[None]:
         return
     held, begin = False, time.monotonic()
     while not held:
-        with session.context.cache.lock(decision.parts.key, timeout=PATIENCE) as held:
+        with key_lock(session.context.cache, decision.parts.key, timeout=PATIENCE) as held:
             late = time.monotonic() - begin > 3600
             if held or late or time.monotonic() - begin < PATIENCE:  # at once and not held: this disk has no locks
                 look_up(session.context, decision)  # perhaps someone made it while we waited
@@ -375,16 +386,16 @@ def _take(session: Session, decision: Decision, stage_run: StageRun) -> Mapping[
     if entry is None:
         return None
     maker, given, place = _maker(session, decision), _given(session, decision.stage), stage_run.notebook.parent
-    planned = placed(session.context.cache, entry, place, decision.stage.name)
-    claim(session.ledger, maker, planned, given, there=False)  # before anything is written over another one's file
+    planned = outputs_in_run(session.context.cache, entry, place, decision.stage.name)
+    claim_files(session.ledger, maker, planned, given, there=False)  # before anything is written over another's file
     try:
-        entry = session.context.cache.restore(entry, stage_run.notebook, decision.stage.name)
+        entry = restore_entry(session.context.cache, entry, stage_run.notebook, decision.stage.name)
     except CourseError as error:  # pruned or damaged in this very moment
-        withdraw(session.ledger, maker)
+        withdraw_claim(session.ledger, maker)
         decision.reasons = [f"its kept result could not be used: {error.problem}"]
         return None
     stage_run.status, stage_run.key, stage_run.results = "cached", entry.key, entry.results
-    claim(session.ledger, maker, entry.outputs, given)
+    claim_files(session.ledger, maker, entry.outputs, given)
     return entry.outputs
 
 # %% ../../nbs/internals/09_scheduler.ipynb #ee055d79
@@ -403,7 +414,7 @@ def _make(session: Session, decision: Decision, stage_run: StageRun) -> Mapping[
     stage_run.results = read_result(stage_run.notebook)
     outputs = {each: _output(session, stage_run, each, kind) for each, kind in stage.outputs.items()}
     require_unchanged(session.ledger, memo, f"while stage {name} ran{_beside(session, stage)}", run=run)
-    claim(session.ledger, _maker(session, decision), outputs, _given(session, stage))
+    claim_files(session.ledger, _maker(session, decision), outputs, _given(session, stage))
     _keep(session, decision, stage_run, (outputs, outcome.modules, time.perf_counter() - begin))
     _forget_disputed(session)
     stage_run.status = "done"
@@ -431,7 +442,7 @@ def _forget_disputed(session: Session) -> None:
     """No result stays in the cache whose file is another stage's as well."""
     for maker in set(session.ledger.disputed):
         if maker.key is not None:
-            forget(session.context.cache, maker.key)
+            forget_entry(session.context.cache, maker.key)
 
 # %% ../../nbs/internals/09_scheduler.ipynb #8b612007
 def _keep(session: Session, decision: Decision, stage_run: StageRun, made: tuple[Any, ...]) -> None:
@@ -440,14 +451,14 @@ def _keep(session: Session, decision: Decision, stage_run: StageRun, made: tuple
     names = (session.context.pipeline.name, decision.stage.name)
     if decision.parts is None:
         return
-    doubts = _touched(session.context, decision.stage, decision.parts.made)
+    doubts = _touched(session.context, decision.stage, decision.parts.taken_at)
     doubts += [] if modules is not None else ["this engine can't tell which modules it loaded"]
     if doubts:
         stage_run.reasons += [f"not kept: {doubt}" for doubt in doubts]
-        refuse(session.context.cache, decision.parts, *names, doubts)
+        History(session.context.cache, *names).add_refusal(decision.parts.key, doubts)
         return
     what: tuple[Any, ...] = (stage_run.results, outputs, stage_run.notebook, seconds, modules)
-    stored = session.context.cache.store(decision.parts, *names, *what)
+    stored = keep_result(session.context.cache, decision.parts, *names, *what)
     stage_run.key = stored.entry.key if stored.entry else None
     stage_run.reasons += [f"not kept: {reason}" for reason in stored.reasons]
 
@@ -464,7 +475,7 @@ def _output(session: Session, stage_run: StageRun, name: str, kind: str) -> Outp
         remedy = f"Call record_result({name}=…) in its notebook"
         raise ResultError(f"stage {stage_run.name} promises {name!r}, but did not record it", remedy)
     folder = stage_folder(session.record.folder, stage_run.name)
-    return session.context.cache.describe(kind, stage_run.results[name], folder)
+    return describe_output(session.context.cache, kind, stage_run.results[name], folder)
 
 # %% ../../nbs/internals/09_scheduler.ipynb #6e7ca53b
 def _try(session: Session, decision: Decision, stage_run: StageRun) -> Outcome:

@@ -17,7 +17,6 @@ import logging
 import os
 import platform
 import re
-import secrets
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -43,7 +42,7 @@ from papermill.execute import (
 from papermill.iorw import LocalHandler, load_notebook_node, papermill_io, write_ipynb
 from papermill.parameterize import parameterize_notebook
 
-from ...environment import CourseError, workspace_error
+from ...environment import CourseError, write_atomic
 from .requests import WorkerDied
 
 # %% ../../../nbs/internals/09_engine_recording.ipynb #6a969837
@@ -137,16 +136,7 @@ def save_notebook(
     notebook, path = masker(notebook) if masker else notebook, destination(path)
     if isinstance(path, str):
         return write_ipynb(printable(notebook), path)
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(nbformat.v4.writes(notebook), encoding="utf-8", errors="backslashreplace")
-        beside.replace(path)
-    except OSError as error:
-        raise workspace_error(error, path) from error
-    finally:
-        with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
+    write_atomic(path, nbformat.v4.writes(notebook), sync=False)
 
 # %% ../../../nbs/internals/09_engine_recording.ipynb #f3ba81d3
 class Recorder(NotebookExecutionManager):
