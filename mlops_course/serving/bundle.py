@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import re
-import secrets
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 
-from ..environment import CourseError, Settings, workspace_error, write_atomic
+from ..environment import CourseError, Settings, replacing, write_atomic
 
 # %% auto #0
 __all__ = ['FORMAT', 'MANIFEST', 'MODEL', 'CARD', 'INPUT', 'OUTPUT', 'REMEDY', 'LIMITS', 'REFERENCE', 'BundleError', 'Feature',
@@ -73,19 +71,9 @@ def place_bundle(
     sums = {name: hashlib.sha256(content).hexdigest() for name, content in sorted(files.items())}
     manifest = msgspec.structs.replace(manifest, files=sums)
     about = msgspec.json.format(msgspec.json.encode(manifest), indent=1)
-    beside = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        beside.mkdir(parents=True)
+    with replacing(folder, folders=True) as beside:
         for name, content in {**files, MANIFEST: about}.items():
             write_atomic(beside / name, content)
-        if folder.exists():
-            folder.replace(beside.with_suffix(".old"))
-        beside.replace(folder)
-    except OSError as error:
-        raise workspace_error(error, folder) from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-        shutil.rmtree(beside.with_suffix(".old"), ignore_errors=True)
     return folder
 
 # %% ../../nbs/internals/07_bundle.ipynb #d44cdda1
