@@ -31,7 +31,7 @@ def free_port() -> int:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with many slow tests first: the short ones fill up what is left of the time, and both cores end together."""
+    """Files with many slow tests first: the short ones fill up the rest of the time, and both cores end together."""
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -slow[item.path])  # a stable sort: the order is otherwise as it was
 
