@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+
+from mlops_course.data import check_rows, conform
+from mlops_course.environment import CourseError
 from mlops_course.project import (
     AGREEMENTS,
     Costs,
@@ -27,9 +30,6 @@ from mlops_course.project import (
     supplier_folder,
 )
 from mlops_course.project.supplier import _rows_of_month
-
-from mlops_course.data import check_rows, conform
-from mlops_course.environment import CourseError
 
 Tables = dict[str, pd.DataFrame]
 CONTRACTS = {table.name: table.contract for table in flight_delay.tables}
