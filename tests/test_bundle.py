@@ -133,8 +133,8 @@ def test_rounding_down_keeps_every_comparison(low: float, steps: int, share: flo
 def test_a_graph_that_differs_is_refused_and_leaves_nothing(
     model: Pipeline, rows: pd.DataFrame, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    other = packaging.convert(train(rows, flight_delay, TrainingConfig(61, leaf_samples=5)))
-    monkeypatch.setattr(packaging, "convert", lambda model: other)
+    other = packaging.convert_to_onnx(train(rows, flight_delay, TrainingConfig(61, leaf_samples=5)))
+    monkeypatch.setattr(packaging, "convert_to_onnx", lambda model: other)
     words = r"flight-delay@3 differs from scikit-learn by up to .* in \d+ of \d+ decisions"
     with pytest.raises(BundleError, match=words):
         write_bundle(settings, flight_delay, model, rows, "flight-delay@3", ORIGIN)

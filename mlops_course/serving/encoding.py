@@ -128,15 +128,15 @@ def _matrix(encoder: Encoder, rows: list[Any], typed: bool = False) -> np.ndarra
         with np.errstate(over="ignore"):
             matrix = np.array(encoded, dtype=np.float32).reshape(len(rows), len(encoder.names))
     except (TypeError, ValueError, OverflowError):
-        return _carefully(encoder, rows)
+        return _matrix_by_value(encoder, rows)
     if np.isinf(matrix).any():
-        return _carefully(encoder, rows)
+        return _matrix_by_value(encoder, rows)
     if strange:
         encoder.unknown.update(strange)
     return matrix
 
 # %% ../../nbs/internals/07_encoding.ipynb #ba5bc2d7
-def _carefully(encoder: Encoder, rows: list[Any]) -> np.ndarray:
+def _matrix_by_value(encoder: Encoder, rows: list[Any]) -> np.ndarray:
     """The same, value by value: it takes NumPy's numbers as well, and names what it refuses."""
     known = {place: table for place, _, table in encoder.codes}
     matrix = np.full((len(rows), len(encoder.names)), np.nan, dtype=np.float32)

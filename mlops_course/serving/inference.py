@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
-from .bundle import INPUT, MODEL, OUTPUT, REMEDY, BundleError, Manifest, open_bundle
+from mlops_course.serving.bundle import (
+    GRAPH_INPUT, GRAPH_OUTPUT, MODEL_FILE, REMEDY, BundleError, Manifest, open_bundle,
+)
 from .encoding import Encoder
 from .onnx_graph import open_session
 
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['Predictor', 'load_predictor', 'typical_record', 'prove_answers', 'Reason']
+__all__ = ['Predictor', 'load_predictor', 'typical_record', 'smoke_test', 'Reason']
 
 # %% ../../nbs/internals/07_inference.ipynb #98d3df6e
 _CHUNK = 16_384  # rows scored in one call
@@ -54,7 +56,7 @@ class Predictor:
             return np.concatenate(list(pool.map(self._score, pieces)))
 
     def _score(self, matrix: np.ndarray) -> np.ndarray:
-        return self._run([OUTPUT], {INPUT: matrix})[0][:, 1].astype(np.float64)
+        return self._run([GRAPH_OUTPUT], {GRAPH_INPUT: matrix})[0][:, 1].astype(np.float64)
 
     def predict(
         self,
@@ -84,7 +86,7 @@ def load_predictor(
         BundleError: it is not what it should be.
     """
     manifest, files = open_bundle(folder)
-    return Predictor(manifest, files[MODEL], threads)
+    return Predictor(manifest, files[MODEL_FILE], threads)
 
 # %% ../../nbs/internals/07_inference.ipynb #df33a368
 def typical_record(
@@ -94,7 +96,7 @@ def typical_record(
     return {feature.name: feature.typical for feature in predictor.manifest.features}
 
 # %% ../../nbs/internals/07_inference.ipynb #e7b74620
-def prove_answers(
+def smoke_test(
     predictor: Predictor,  # just loaded
 ) -> None:
     """Make sure that a model can answer: a typical row gets a score. Raises: BundleError."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .bundle import INPUT, OUTPUT, REMEDY, BundleError
+from .bundle import GRAPH_INPUT, GRAPH_OUTPUT, REMEDY, BundleError
 
 # %% auto #0
 __all__ = ['check_graph', 'open_session']
@@ -109,8 +109,8 @@ def open_session(graph: bytes, name: str, width: int) -> Any:
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise BundleError(f"the graph of {name} cannot be loaded: {reason}", REMEDY) from error
     inputs = [(each.name, each.type, each.shape[1:]) for each in session.get_inputs()]
-    outputs = [(each.type, each.shape[1:]) for each in session.get_outputs() if each.name == OUTPUT]
-    if inputs != [(INPUT, "tensor(float)", [width])] or outputs != [("tensor(float)", [2])]:
+    outputs = [(each.type, each.shape[1:]) for each in session.get_outputs() if each.name == GRAPH_OUTPUT]
+    if inputs != [(GRAPH_INPUT, "tensor(float)", [width])] or outputs != [("tensor(float)", [2])]:
         found = f"{inputs} -> {outputs}"[:200]
         raise BundleError(f"the graph of {name} must take (n, {width}) float32 and give (n, 2): {found}", REMEDY)
     return session

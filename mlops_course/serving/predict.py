@@ -23,7 +23,7 @@ __all__ = ['Service', 'PredictJob', 'name_keys', 'read_records', 'find_records',
 # %% ../../nbs/internals/07_predict.ipynb #ca72b0f4
 from .encoding import InputError
 from .inference import Predictor
-from .limits import Limits, Scope
+from .limits import Limits
 from .lookup import OnlineTable
 from mlops_course.serving.messages import (
     ABSENT, UNREADABLE, BatchResponse, BatchRow, PredictRequest, PredictResponse, check_headers, check_objects,
@@ -32,8 +32,8 @@ from mlops_course.serving.messages import (
 from .metrics import Metrics
 from .models import Choice, Models
 from .online import LackingRowError, name_key
-from .predictions import Entry, PredictionLog
-from .problems import Problem, Receive, Send, encode, respond
+from .predictions import LoggedPrediction, PredictionLog
+from .problems import HTTPProblem, Receive, Scope, Send, encode_json, respond
 
 _log = logging.getLogger("mlops_course.serving")
 
@@ -86,7 +86,7 @@ def name_keys(
             if request.record is ABSENT:
                 problem = "there is neither a record nor a key"
                 where = job.path(number, "record")
-                raise Problem(422, problem, "Give a record, or the key of a row", where, job.row(number))
+                raise HTTPProblem(422, problem, "Give a record, or the key of a row", where, job.row(number))
         elif key_parts is not None:
             names[number] = _name_key(key_parts, request.key, job, number)
     job.key_names = names
@@ -100,7 +100,7 @@ def _name_key(parts: Sequence[tuple[str, str]], key: dict[str, Any], job: Predic
         return name_key(parts, key)
     except InputError as error:
         field = job.path(number, f"key.{error.field}")
-        raise Problem(422, error.problem, error.remedy, field, job.row(number)) from error
+        raise HTTPProblem(422, error.problem, error.remedy, field, job.row(number)) from error
 
 # %% ../../nbs/internals/07_predict.ipynb #6757660c
 def read_records(
@@ -119,7 +119,7 @@ def read_records(
     except InputError as error:
         row = error.row or 0
         field = job.path(row, f"record.{error.field}")
-        raise Problem(422, error.problem, error.remedy, field, job.row(row)) from error
+        raise HTTPProblem(422, error.problem, error.remedy, field, job.row(row)) from error
 
 # %% ../../nbs/internals/07_predict.ipynb #77308b65
 async def find_records(
@@ -146,11 +146,11 @@ async def _look_up(service: Service, predictor: Predictor, job: PredictJob) -> l
         found = await service.online.find(names, predictor.features)
     except LackingRowError as error:
         number = places[names.index(error.key)]
-        raise Problem(422, error.problem, error.remedy, job.path(number, "key"), job.row(number)) from error
+        raise HTTPProblem(422, error.problem, error.remedy, job.path(number, "key"), job.row(number)) from error
     for number, name, record in zip(places, names, found, strict=True):
         if record is None:
             what, field = f"there is no {name} in the online feature table", job.path(number, "key")
-            raise Problem(404, what, "Ask for another row, or send a record", field, job.row(number))
+            raise HTTPProblem(404, what, "Ask for another row, or send a record", field, job.row(number))
     return found
 
 # %% ../../nbs/internals/07_predict.ipynb #18be9703
@@ -193,7 +193,7 @@ async def score_rows(
             _log.error("%s failed on request %s", predictor.reference, job.request_id, exc_info=error)
             service.models.observe(choice, time.perf_counter() - begin, None, False, records)
             choice = choice.fallback
-    raise Problem(503, "the model failed on this request", "Try again", headers=[(b"retry-after", b"1")])
+    raise HTTPProblem(503, "the model failed on this request", "Try again", headers=[(b"retry-after", b"1")])
 
 # %% ../../nbs/internals/07_predict.ipynb #cae8cf8d
 def record_predictions(
@@ -206,7 +206,7 @@ def record_predictions(
     if service.log is not None:
         try:
             service.log.append(_entries(job, scored, values))
-        except Problem:
+        except HTTPProblem:
             if service.metrics is not None:
                 service.metrics.unlogged.inc()
             raise
@@ -215,12 +215,14 @@ def record_predictions(
         service.metrics.scored(predictor.reference, scored.choice.role, values, predictor.threshold)
 
 
-def _entries(job: PredictJob, scored: ScoredRows, values: list[float]) -> list[Entry]:
+def _entries(job: PredictJob, scored: ScoredRows, values: list[float]) -> list[LoggedPrediction]:
     """What the log keeps of each row."""
     now, role, predictor = time.time(), scored.choice.role, scored.choice.predictor
     reference, threshold, request_id = predictor.reference, predictor.threshold, job.request_id
     return [
-        Entry(request_id, now, reference, value, value >= threshold, row.tobytes(), number, role, each.key or None)
+        LoggedPrediction(
+            request_id, now, reference, value, value >= threshold, row.tobytes(), number, role, each.key or None
+        )
         for number, (value, row, each) in enumerate(zip(values, scored.matrix, job.requests, strict=True))
     ]
 
@@ -269,7 +271,7 @@ class PredictOne:
         response = PredictResponse(value, value >= threshold, threshold, predictor.reference, job.request_id)
         if reasons:
             response.reasons = predictor.reasons(scored.matrix[0], reasons)
-        await respond(send, 200, encode(response))
+        await respond(send, 200, encode_json(response))
         service.models.observe(scored.choice, scored.seconds, scored.scores, True, scored.records)
 
 # %% ../../nbs/internals/07_predict.ipynb #71d1438c
@@ -287,7 +289,7 @@ class PredictMany:
         check_objects(body, most)
         job.requests = read_body(decode_batch, body).rows
         if len(job.requests) > most:
-            raise Problem(413, f"the batch has {len(job.requests)} rows", f"Send at most {most} at a time", "rows")
+            raise HTTPProblem(413, f"the batch has {len(job.requests)} rows", f"Send at most {most} at a time", "rows")
         name_keys(service, job)
         scored = await score_rows(service, job)
         predictor = scored.choice.predictor
@@ -295,5 +297,5 @@ class PredictMany:
         values, threshold = scored.scores.tolist(), predictor.threshold
         record_predictions(service, job, scored, values)
         rows = [BatchRow(value, value >= threshold) for value in values]
-        await respond(send, 200, encode(BatchResponse(rows, threshold, predictor.reference, job.request_id)))
+        await respond(send, 200, encode_json(BatchResponse(rows, threshold, predictor.reference, job.request_id)))
         service.models.observe(scored.choice, scored.seconds, scored.scores, True, scored.records)

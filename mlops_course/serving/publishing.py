@@ -11,21 +11,21 @@ import msgspec
 
 from ..environment import Settings, write_atomic
 from mlops_course.serving.bundle import (
-    MODEL, REFERENCE, BundleError, bundles_folder, case_folder, case_of, find_bundle, manifest_sha256, open_bundle,
-    place_bundle,
+    BUNDLE_REFERENCE, MODEL_FILE, BundleError, bundles_folder, case_folder, case_of, find_bundle, manifest_sha256,
+    open_bundle, place_bundle,
 )
-from .inference import Predictor, prove_answers
+from .inference import Predictor, smoke_test
 
 # %% auto #0
-__all__ = ['LIVE', 'served_case', 'live_file', 'for_case', 'pinned', 'publish', 'live_bundle']
+__all__ = ['LIVE_FILE', 'served_case', 'live_file', 'for_case', 'pinned', 'publish', 'live_bundle']
 
 # %% ../../nbs/internals/07_publishing.ipynb #d039f425
-LIVE = "live.json"
+LIVE_FILE = "live.json"
 
 
 def served_case(
     settings: Settings,  # whose workspace; they may name a use case
-    file: str = LIVE,  # what a use case that is served has
+    file: str = LIVE_FILE,  # what a use case that is served has
 ) -> str | None:  # its name; None: nothing is served yet
     """Name the use case that is meant: the one that the settings name, or the only one that has that file.
 
@@ -51,7 +51,7 @@ def live_file(
     reference: str,  # any version of the use case's model
 ) -> Path:
     "Name the file that says which bundle is live."
-    return case_folder(settings, case_of(reference)) / LIVE
+    return case_folder(settings, case_of(reference)) / LIVE_FILE
 
 
 def for_case(
@@ -80,7 +80,7 @@ def publish(
     """
     folder = find_bundle(settings, bundle)
     manifest, files = open_bundle(folder)
-    prove_answers(Predictor(manifest, files[MODEL]))
+    smoke_test(Predictor(manifest, files[MODEL_FILE]))
     home = bundles_folder(settings) / manifest.model
     if folder.resolve() != home.resolve():
         place_bundle(home, manifest, files)
@@ -102,14 +102,14 @@ def live_bundle(
     name = served_case(settings)
     if name is None:
         return None
-    path = case_folder(settings, name) / LIVE
+    path = case_folder(settings, name) / LIVE_FILE
     try:
         live = msgspec.json.decode(path.read_bytes(), type=_Live)
     except FileNotFoundError:
         return None
     except (msgspec.MsgspecError, UnicodeDecodeError, OSError) as error:
         raise BundleError(f"{path} does not name a bundle: {error}", "Publish a bundle again") from error
-    if not REFERENCE.fullmatch(live.bundle) or case_of(live.bundle) != name:
+    if not BUNDLE_REFERENCE.fullmatch(live.bundle) or case_of(live.bundle) != name:
         raise BundleError(f"{path} names {live.bundle!r}, which is no version of {name}", "Publish a bundle again")
     folder = bundles_folder(settings) / live.bundle
     if manifest_sha256(folder) != live.manifest:
