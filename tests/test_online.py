@@ -351,7 +351,7 @@ def test_a_server_that_says_nothing_holds_up_its_own_askers_only(settings: Setti
         service = Service(LiveModels(settings), Limits(), OnlineTable(remote))
         seen = asyncio.run(beside_a_silent_one(service))
     assert seen == ["a thread", "a look at the models", "the table"]
-    assert "cannot use" in service.online.problem
+    assert "can't use" in service.online.problem
 
 
 async def beside_a_silent_one(service: Service) -> list[str]:
@@ -452,7 +452,7 @@ def test_no_table_or_a_damaged_one_is_said_in_words(settings: Settings) -> None:
         open_feature_table(settings)
     features_path(settings, "flight-delay").parent.mkdir(parents=True)
     features_path(settings, "flight-delay").write_bytes(b"not a database, but long enough to be looked at" * 100)
-    with pytest.raises(FeatureTableError, match=r"cannot read the online feature table .*not a database"):
+    with pytest.raises(FeatureTableError, match=r"can.t read the online feature table .*not a database"):
         open_feature_table(settings)
 
 
@@ -460,7 +460,7 @@ def test_a_damaged_table_is_not_written_to(quarter: Quarter, tmp_path: Path) -> 
     own = quarter.fresh(tmp_path / "workspace")
     features_path(own.settings, "flight-delay").parent.mkdir(parents=True)
     features_path(own.settings, "flight-delay").write_bytes(b"not a database" * 100)
-    with pytest.raises(FeatureTableError, match=r"cannot write .*not a database"):
+    with pytest.raises(FeatureTableError, match=r"can.t write .*not a database"):
         materialise(own.settings, flight_delay, own.features, [FEBRUARY])
 
 
@@ -478,7 +478,7 @@ def test_a_server_that_refuses_is_named_without_the_password(redis_url: str, spo
     settings = quarter.settings.model_copy(update={"features_url": url})
     read, write = open_feature_table, lambda _: materialise(settings, flight_delay, quarter.features, [FEBRUARY])
     for attempt in (read, write):
-        with pytest.raises(FeatureTableError, match=r"cannot use the online feature table redis://…@127") as caught:
+        with pytest.raises(FeatureTableError, match=r"can.t use the online feature table redis://…@127") as caught:
             attempt(url)
         assert "s3cret" not in str(caught.value)
         assert "wr0ng" not in str(caught.value)

@@ -19,12 +19,12 @@ from ..environment import CourseError, Settings, workspace_error, write_atomic
 
 # %% auto #0
 __all__ = ['MANIFEST_FILE', 'MODEL_FILE', 'CARD_FILE', 'GRAPH_INPUT', 'GRAPH_OUTPUT', 'REMEDY', 'BUNDLE_REFERENCE', 'BundleError',
-           'Feature', 'Manifest', 'place_bundle', 'read_bundle', 'open_bundle', 'bundles_folder', 'case_of',
+           'Feature', 'Manifest', 'place_bundle', 'open_bundle', 'read_bundle', 'bundles_folder', 'case_of',
            'case_folder', 'find_bundle', 'manifest_sha256']
 
 # %% ../../nbs/internals/07_bundle.ipynb #52f7bd54
 class BundleError(CourseError):
-    "A bundle cannot be made, or it is not what it should be."
+    "A bundle can't be made, or it is not what it should be."
 
 
 class Feature(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -69,14 +69,23 @@ def place_bundle(
     manifest: Manifest,  # what it says about itself; the checksums are filled in
     files: Mapping[str, bytes],  # the content of the model and of its card, by name
 ) -> Path:  # the folder
-    """Write a bundle beside its place and rename it; what stood there goes. Raises: WorkspaceError."""
+    """Write a bundle beside its place and rename it; what stood there goes.
+
+    Raises:
+        WorkspaceError: the workspace can't be written to.
+    """
     sums = {name: hashlib.sha256(content).hexdigest() for name, content in sorted(files.items())}
-    manifest = msgspec.structs.replace(manifest, files=sums)
-    about = msgspec.json.format(msgspec.json.encode(manifest), indent=1)
+    about = msgspec.json.encode(msgspec.structs.replace(manifest, files=sums))
+    _replace_folder(folder, {**files, MANIFEST_FILE: msgspec.json.format(about, indent=1)})
+    return folder
+
+# %% ../../nbs/internals/07_bundle.ipynb #6321ba27
+def _replace_folder(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write the files beside the folder's place, then rename."""
     beside = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
     try:
         beside.mkdir(parents=True)
-        for name, content in {**files, MANIFEST_FILE: about}.items():
+        for name, content in files.items():
             write_atomic(beside / name, content)
         if folder.exists():
             folder.replace(beside.with_suffix(".old"))
@@ -86,7 +95,6 @@ def place_bundle(
     finally:
         shutil.rmtree(beside, ignore_errors=True)
         shutil.rmtree(beside.with_suffix(".old"), ignore_errors=True)
-    return folder
 
 # %% ../../nbs/internals/07_bundle.ipynb #d44cdda1
 REMEDY = "Fetch the bundle again, or package the model again"
@@ -105,7 +113,7 @@ def _read(folder: Path, name: str) -> bytes:
     except FileNotFoundError as error:
         raise BundleError(f"there is no {path}", _instead(folder)) from error
     except OSError as error:
-        raise BundleError(f"cannot read {path}: {error.strerror or error}", REMEDY) from error
+        raise BundleError(f"can't read {path}: {error.strerror or error}", REMEDY) from error
 
 # %% ../../nbs/internals/07_bundle.ipynb #6556ca94
 def _instead(folder: Path) -> str:
@@ -115,37 +123,6 @@ def _instead(folder: Path) -> str:
     there = [name for name in there if name.partition("@")[0] == model] or there
     there.sort(key=lambda name: (len(name), name))  # version 10 comes after 9
     return f"Those that are there: {', '.join(there[-5:])}" if there and not folder.is_dir() else REMEDY
-
-# %% ../../nbs/internals/07_bundle.ipynb #36b9ae0f
-def read_bundle(
-    folder: str | Path,  # the bundle
-) -> Manifest:  # what it says about itself
-    """Read and verify a bundle.
-
-    Raises:
-        BundleError: a file is missing, damaged, foreign, or of another format.
-    """
-    return open_bundle(folder)[0]
-
-# %% ../../nbs/internals/07_bundle.ipynb #0d93b67b
-def open_bundle(
-    folder: str | Path,  # the bundle
-) -> tuple[Manifest, dict[str, bytes]]:  # what it says about itself, and its files: the very bytes that were verified
-    """Read and verify a bundle, for whoever wants the model as well.
-
-    Raises:
-        BundleError: a file is missing, damaged, foreign, or of another format.
-    """
-    folder = Path(folder)
-    manifest = _decode(_read(folder, MANIFEST_FILE), folder / MANIFEST_FILE)
-    _check_names(folder, manifest)
-    contents = {name: _read(folder, name) for name in manifest.files}
-    for name, content in contents.items():
-        found, expected = hashlib.sha256(content).hexdigest(), manifest.files[name]
-        if found != expected:
-            problem = f"{folder / name} is damaged: its SHA-256 is {found[:12]}…, the manifest says {expected[:12]}…"
-            raise BundleError(problem, REMEDY)
-    return manifest, contents
 
 # %% ../../nbs/internals/07_bundle.ipynb #02bfb396
 class _Version(msgspec.Struct):
@@ -202,6 +179,37 @@ def _check_names(folder: Path, manifest: Manifest) -> None:
     if missing := sorted({*manifest.files} - there):
         raise BundleError(f"{folder} lacks {', '.join(missing)}", REMEDY)
 
+# %% ../../nbs/internals/07_bundle.ipynb #0d93b67b
+def open_bundle(
+    folder: str | Path,  # the bundle
+) -> tuple[Manifest, dict[str, bytes]]:  # what it says about itself, and its files: the very bytes that were verified
+    """Read and verify a bundle, for whoever wants the model as well.
+
+    Raises:
+        BundleError: a file is missing, damaged, foreign, or of another format.
+    """
+    folder = Path(folder)
+    manifest = _decode(_read(folder, MANIFEST_FILE), folder / MANIFEST_FILE)
+    _check_names(folder, manifest)
+    contents = {name: _read(folder, name) for name in manifest.files}
+    for name, content in contents.items():
+        found, expected = hashlib.sha256(content).hexdigest(), manifest.files[name]
+        if found != expected:
+            problem = f"{folder / name} is damaged: its SHA-256 is {found[:12]}…, the manifest says {expected[:12]}…"
+            raise BundleError(problem, REMEDY)
+    return manifest, contents
+
+# %% ../../nbs/internals/07_bundle.ipynb #36b9ae0f
+def read_bundle(
+    folder: str | Path,  # the bundle
+) -> Manifest:  # what it says about itself
+    """Read and verify a bundle.
+
+    Raises:
+        BundleError: a file is missing, damaged, foreign, or of another format.
+    """
+    return open_bundle(folder)[0]
+
 # %% ../../nbs/internals/07_bundle.ipynb #9aaae586
 def bundles_folder(
     settings: Settings,  # whose workspace
@@ -213,7 +221,11 @@ def bundles_folder(
 def case_of(
     reference: str,  # a version of a model, such as `flight-delay@3`
 ) -> str:  # such as `flight-delay`
-    """Name the use case of a model. Raises: BundleError."""
+    """Name the use case of a model.
+
+    Raises:
+        BundleError: it is not what it should be.
+    """
     if not BUNDLE_REFERENCE.fullmatch(reference):
         raise BundleError(f"{reference!r} is not a version of a model", "Write name@version, such as my-case@3")
     return reference.rpartition("@")[0]
@@ -239,5 +251,9 @@ def find_bundle(
 def manifest_sha256(
     folder: Path,  # a bundle
 ) -> str:  # of its manifest, which has the checksums of all else
-    """Say which bundle this is, to the last byte. Raises: BundleError."""
+    """Say which bundle this is, to the last byte.
+
+    Raises:
+        BundleError: it is not what it should be.
+    """
     return hashlib.sha256(_read(folder, MANIFEST_FILE)).hexdigest()

@@ -26,7 +26,7 @@ __all__ = ['LARGEST', 'InputError', 'Encoder']
 
 # %% ../../nbs/internals/07_encoding.ipynb #ca411371
 class InputError(CourseError):
-    "Features that cannot be scored."
+    "Features that can't be scored."
 
     def __init__(
         self,
@@ -37,52 +37,6 @@ class InputError(CourseError):
     ) -> None:
         super().__init__(problem, remedy)
         self.field, self.row = field, row
-
-# %% ../../nbs/internals/07_encoding.ipynb #51e08799
-class Encoder:
-    "Turns records and tables into the numbers that a model takes; counts `unknown` categories."
-
-    def __init__(self, features: Sequence[Feature]) -> None:
-        self.names = tuple(sys.intern(feature.name) for feature in features)  # compared by identity first
-        self.unknown: Counter[str] = Counter()  # categories that the training has not seen, by feature
-        self.codes: _Codes = [
-            (place, feature.name, {name: float(code) for code, name in enumerate(feature.categories)})
-            for place, feature in enumerate(features)
-            if feature.kind == "category"
-        ]
-        self.record_type = _record_type(features)
-        one = self.names[0]
-        self._get = itemgetter(*self.names) if len(self.names) > 1 else lambda record: (record[one],)
-
-    def encode(
-        self,
-        records: Sequence[Mapping[str, object]],  # values by feature name, as JSON gives them
-    ) -> np.ndarray:  # (n, k) float32; NaN: missing
-        "Turn records into numbers. Raises: InputError naming field and row."
-        try:
-            rows = [self._get(record) for record in records]
-        except (KeyError, TypeError, IndexError) as error:
-            raise _wrong_names(records, self.names) from error
-        if any(len(record) != len(self.names) for record in records):
-            raise _wrong_names(records, self.names)
-        return _matrix(self, rows)
-
-    def encode_structs(
-        self,
-        records: Sequence[msgspec.Struct],  # of `record_type`
-    ) -> np.ndarray:  # (n, k) float32; NaN: missing
-        "Turn decoded records into numbers. Raises: InputError when a number is too large."
-        return _matrix(self, [msgspec.structs.astuple(each) for each in records], typed=True)
-
-    def encode_frame(
-        self,
-        frame: pd.DataFrame,  # features of any number of rows; other columns don't matter
-    ) -> np.ndarray:  # (n, k) float32; NaN: missing
-        "Turn a table into numbers. Raises: InputError naming field and row."
-        missing = [name for name in self.names if name not in frame.columns]
-        if missing:
-            raise _lacking(missing, None)
-        return _frame_matrix(self, frame)
 
 # %% ../../nbs/internals/07_encoding.ipynb #db68ff86
 def _record_type(features: Sequence[Feature]) -> type[msgspec.Struct]:
@@ -96,13 +50,62 @@ def _record_type(features: Sequence[Feature]) -> type[msgspec.Struct]:
         fields.append((field, str | None if feature.kind == "category" else float | None))
     return msgspec.defstruct("Record", fields, forbid_unknown_fields=True, rename=renamed or None, gc=False)
 
+# %% ../../nbs/internals/07_encoding.ipynb #ca8af814
+def _missing(value: object) -> bool:
+    """None, NaN, pandas' NA: whatever does not equal itself."""
+    missing = isinstance(value, (float, np.floating)) and value != value
+    return value is None or bool(missing) or type(value).__name__ == "NAType"
+
+
+def _code(value: Any, known: Mapping[str, float], name: str, row: int) -> float:
+    """The number of a category; NaN: missing, or not known."""
+    if _missing(value):
+        return np.nan
+    if not isinstance(value, str):
+        problem = f"the feature {name} is {_shown(value)} in row {row}"
+        raise InputError(problem, "Give text, or leave it missing", name, row)
+    return known.get(value, np.nan)
+
+# %% ../../nbs/internals/07_encoding.ipynb #eb0e9334
+def _number(value: Any, name: str, row: int) -> float:
+    """A number that float32 can hold; NaN: missing."""
+    if _missing(value):
+        return np.nan
+    fine = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    plain = value.item() if isinstance(value, np.generic) else value  # float32 would overflow in the comparison
+    if not fine or not abs(plain) < LARGEST:
+        problem = f"the feature {name} is {_shown(value)} in row {row}"
+        raise InputError(problem, "Give a finite number, or leave it missing", name, row)
+    return float(value)
+
+# %% ../../nbs/internals/07_encoding.ipynb #e33d3043
+LARGEST = float(np.finfo(np.float32).max) + 2.0**103  # half a step beyond the largest float32: infinite from here on
+
+
+def _shown(value: object) -> str:
+    """A value as it is shown in an error: short, and on one line."""
+    text = repr(str(value) if isinstance(value, (np.generic, float, int)) else value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def _lacking(names: Sequence[str], row: int | None) -> InputError:
+    """The error for features that were not given."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    where = "" if row is None else f" in row {row}"
+    problem = f"the features lack {', '.join(names[:3])}{more}{where}"
+    return InputError(problem, "Build them with the use case's feature function", names[0], row)
+
 # %% ../../nbs/internals/07_encoding.ipynb #b5ffacaa
 _Codes = list[tuple[int, str, dict[str, float]]]  # place and name of a category, and the number of each text
 _NUMBERS = frozenset({float, int, type(None)})
 
 # %% ../../nbs/internals/07_encoding.ipynb #c0ded001
 def _coded(row: Sequence[Any], codes: _Codes, strange: list[str]) -> list[Any]:
-    """A row with the numbers of its categories; those that are not known are named. Raises: TypeError."""
+    """A row with the numbers of its categories; those that are not known are named.
+
+    Raises:
+        TypeError: a value is of another type.
+    """
     values = list(row)
     for place, name, known in codes:
         text = values[place]
@@ -151,51 +154,6 @@ def _matrix_by_value(encoder: Encoder, rows: list[Any]) -> np.ndarray:
     encoder.unknown.update(strange)
     return matrix
 
-# %% ../../nbs/internals/07_encoding.ipynb #ca8af814
-def _missing(value: object) -> bool:
-    """None, NaN, pandas' NA: whatever does not equal itself."""
-    missing = isinstance(value, (float, np.floating)) and value != value
-    return value is None or bool(missing) or type(value).__name__ == "NAType"
-
-
-def _code(value: Any, known: Mapping[str, float], name: str, row: int) -> float:
-    """The number of a category; NaN: missing, or not known."""
-    if _missing(value):
-        return np.nan
-    if not isinstance(value, str):
-        problem = f"the feature {name} is {_shown(value)} in row {row}"
-        raise InputError(problem, "Give text, or leave it missing", name, row)
-    return known.get(value, np.nan)
-
-# %% ../../nbs/internals/07_encoding.ipynb #eb0e9334
-def _number(value: Any, name: str, row: int) -> float:
-    """A number that float32 can hold; NaN: missing."""
-    if _missing(value):
-        return np.nan
-    fine = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-    plain = value.item() if isinstance(value, np.generic) else value  # float32 would overflow in the comparison
-    if not fine or not abs(plain) < LARGEST:
-        problem = f"the feature {name} is {_shown(value)} in row {row}"
-        raise InputError(problem, "Give a finite number, or leave it missing", name, row)
-    return float(value)
-
-# %% ../../nbs/internals/07_encoding.ipynb #e33d3043
-LARGEST = float(np.finfo(np.float32).max) + 2.0**103  # half a step beyond the largest float32: infinite from here on
-
-
-def _shown(value: object) -> str:
-    """A value as it is shown in an error: short, and on one line."""
-    text = repr(str(value) if isinstance(value, (np.generic, float, int)) else value)
-    return text if len(text) <= 60 else f"{text[:57]}…"
-
-
-def _lacking(names: Sequence[str], row: int | None) -> InputError:
-    """The error for features that were not given."""
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    where = "" if row is None else f" in row {row}"
-    problem = f"the features lack {', '.join(names[:3])}{more}{where}"
-    return InputError(problem, "Build them with the use case's feature function", names[0], row)
-
 # %% ../../nbs/internals/07_encoding.ipynb #a39b08cf
 def _wrong_names(records: Sequence[Any], features: tuple[str, ...]) -> InputError:
     """The error for records with other names than the features."""
@@ -207,20 +165,7 @@ def _wrong_names(records: Sequence[Any], features: tuple[str, ...]) -> InputErro
         if foreign := [name for name in record if name not in features]:
             problem = f"the model knows no feature {_shown(foreign[0])}, as in row {row}"
             return InputError(problem, "Leave it out, or correct its name", str(foreign[0]), row)
-    return InputError("the records cannot be read", "Give a list of records", None, None)
-
-# %% ../../nbs/internals/07_encoding.ipynb #1b9aadc6
-def _frame_matrix(encoder: Encoder, frame: pd.DataFrame) -> np.ndarray:
-    """Columns of a table as (n, k) float32."""
-    matrix = np.empty((len(frame), len(encoder.names)), dtype=np.float32)
-    known = {place: table for place, _, table in encoder.codes}
-    for place, name in enumerate(encoder.names):
-        column = frame[name]
-        if place in known:
-            matrix[:, place] = _column_codes(column, known[place], encoder.unknown)
-        else:
-            matrix[:, place] = _column_numbers(column)
-    return matrix
+    return InputError("the records can't be read", "Give a list of records", None, None)
 
 # %% ../../nbs/internals/07_encoding.ipynb #d1107a38
 def _column_codes(column: pd.Series, known: Mapping[str, float], unknown: Counter[str]) -> np.ndarray:
@@ -228,7 +173,7 @@ def _column_codes(column: pd.Series, known: Mapping[str, float], unknown: Counte
     name = str(column.name)
     try:
         places, texts = column.factorize()
-    except TypeError:  # a value that cannot be looked up, such as a list
+    except TypeError:  # a value that can't be looked up, such as a list
         places, texts = np.arange(len(column)), list(column)
     codes = [
         _code(text, known, name, 0 if isinstance(text, str) else int(np.argmax(places == number)))
@@ -253,3 +198,74 @@ def _column_numbers(column: pd.Series) -> np.ndarray:
         row = int(np.flatnonzero(infinite)[0])
         _number(column.iloc[row], name, row)
     return values
+
+# %% ../../nbs/internals/07_encoding.ipynb #1b9aadc6
+def _frame_matrix(encoder: Encoder, frame: pd.DataFrame) -> np.ndarray:
+    """Columns of a table as (n, k) float32."""
+    matrix = np.empty((len(frame), len(encoder.names)), dtype=np.float32)
+    known = {place: table for place, _, table in encoder.codes}
+    for place, name in enumerate(encoder.names):
+        column = frame[name]
+        if place in known:
+            matrix[:, place] = _column_codes(column, known[place], encoder.unknown)
+        else:
+            matrix[:, place] = _column_numbers(column)
+    return matrix
+
+# %% ../../nbs/internals/07_encoding.ipynb #51e08799
+class Encoder:
+    "Turns records and tables into the numbers that a model takes; counts `unknown` categories."
+
+    def __init__(self, features: Sequence[Feature]) -> None:
+        self.names = tuple(sys.intern(feature.name) for feature in features)  # compared by identity first
+        self.unknown: Counter[str] = Counter()  # categories that the training has not seen, by feature
+        self.codes: _Codes = [
+            (place, feature.name, {name: float(code) for code, name in enumerate(feature.categories)})
+            for place, feature in enumerate(features)
+            if feature.kind == "category"
+        ]
+        self.record_type = _record_type(features)
+        one = self.names[0]
+        self._get = itemgetter(*self.names) if len(self.names) > 1 else lambda record: (record[one],)
+
+    def encode(
+        self,
+        records: Sequence[Mapping[str, object]],  # values by feature name, as JSON gives them
+    ) -> np.ndarray:  # (n, k) float32; NaN: missing
+        """Turn records into numbers.
+
+        Raises:
+            InputError: a value is refused; it names field and row.
+        """
+        try:
+            rows = [self._get(record) for record in records]
+        except (KeyError, TypeError, IndexError) as error:
+            raise _wrong_names(records, self.names) from error
+        if any(len(record) != len(self.names) for record in records):
+            raise _wrong_names(records, self.names)
+        return _matrix(self, rows)
+
+    def encode_structs(
+        self,
+        records: Sequence[msgspec.Struct],  # of `record_type`
+    ) -> np.ndarray:  # (n, k) float32; NaN: missing
+        """Turn decoded records into numbers.
+
+        Raises:
+            InputError: a number is too large.
+        """
+        return _matrix(self, [msgspec.structs.astuple(each) for each in records], typed=True)
+
+    def encode_frame(
+        self,
+        frame: pd.DataFrame,  # features of any number of rows; other columns don't matter
+    ) -> np.ndarray:  # (n, k) float32; NaN: missing
+        """Turn a table into numbers.
+
+        Raises:
+            InputError: a value is refused; it names field and row.
+        """
+        missing = [name for name in self.names if name not in frame.columns]
+        if missing:
+            raise _lacking(missing, None)
+        return _frame_matrix(self, frame)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['Predictor', 'load_predictor', 'typical_record', 'smoke_test', 'Reason']
 
-# %% ../../nbs/internals/07_inference.ipynb #98d3df6e
+# %% ../../nbs/internals/07_inference.ipynb #cba7f083
 _CHUNK = 16_384  # rows scored in one call
 
 # %% ../../nbs/internals/07_inference.ipynb #c9bdddb2
@@ -62,7 +62,11 @@ class Predictor:
         self,
         frame: pd.DataFrame,  # features of any number of rows
     ) -> pd.DataFrame:  # a row a row: `score` (float64), `warned` (bool), `model`, and the key where it came in
-        "Score a table. Raises: InputError naming field and row."
+        """Score a table.
+
+        Raises:
+            InputError: a value is refused; it names field and row.
+        """
         score = self.scores(self.encode_frame(frame))
         key = [name for name in (*self.manifest.key, "period", self.manifest.time) if name in frame.columns]
         return frame[key].assign(score=score, warned=score >= self.threshold, model=self.reference)
@@ -99,11 +103,15 @@ def typical_record(
 def smoke_test(
     predictor: Predictor,  # just loaded
 ) -> None:
-    """Make sure that a model can answer: a typical row gets a score. Raises: BundleError."""
+    """Make sure that a model can answer: a typical row gets a score.
+
+    Raises:
+        BundleError: it is not what it should be.
+    """
     try:
         score = predictor.scores(predictor.encode([typical_record(predictor)]))
     except Exception as error:  # whatever a runtime raises
-        raise BundleError(f"{predictor.reference} cannot score a typical row: {error}", REMEDY) from error
+        raise BundleError(f"{predictor.reference} can't score a typical row: {error}", REMEDY) from error
     if score.shape != (1,) or not np.isfinite(score).all():
         raise BundleError(f"{predictor.reference} scores a typical row as {score.tolist()}", REMEDY)
 

@@ -55,7 +55,11 @@ class Limits:
 def read_limits(
     pairs: Iterable[str],  # like "rows=500"
 ) -> Limits:
-    """Limits as they are written on a command line; those that aren't named stay. Raises: CourseError."""
+    """Limits as they are written on a command line; those that aren't named stay.
+
+    Raises:
+        CourseError: a value makes no sense.
+    """
     found: dict[str, Any] = {}
     kinds: dict[str, type[int] | type[float]] = {name: type(value) for name, value in vars(Limits()).items()}
     for pair in pairs:
@@ -133,6 +137,10 @@ class Exchange:
         self._replayed = True
         return {"type": "http.request", "body": self.body, "more_body": False}
 
+# %% ../../nbs/internals/07_limits.ipynb #e2c361ae
+class _ClientGone(Exception):
+    """The client has left before its request was complete."""
+
 # %% ../../nbs/internals/07_limits.ipynb #6de33924
 def _too_large(
     limit: int,  # bytes
@@ -147,22 +155,27 @@ def _check_length(
     exchange: Exchange,  # whose headers are known
     limit: int,  # bytes
 ) -> None:
-    """Refuse what is too large by its own account. Raises: Problem."""
+    """Refuse what is too large by its own account.
+
+    Raises:
+        HTTPProblem: the request is refused.
+    """
     if exchange.length and not (exchange.length.isdigit() and len(exchange.length) < 19):
         raise HTTPProblem(400, "the header Content-Length is not a number", "Send the number of bytes of the body")
     if exchange.length and int(exchange.length) > limit:
         raise _too_large(limit, exchange.length.decode())
 
 # %% ../../nbs/internals/07_limits.ipynb #324446f9
-class _ClientGone(Exception):
-    """The client has left before its request was complete."""
-
-
 async def _read_body(
     exchange: Exchange,  # whose body is read into it
     guard: Guard,  # which counts what all requests hold
 ) -> None:
-    """Read a request's body. Raises: Problem when it is too large; Gone."""
+    """Read a request's body.
+
+    Raises:
+        HTTPProblem: when it is too large.
+        _ClientGone: the client has left.
+    """
     parts: list[bytes] = []
     more, exchange.reading = True, True
     size = 0
@@ -188,7 +201,11 @@ async def _identify(
     authorize: Authorize,  # the hook
     scope: Scope,  # of a request
 ) -> Any:  # what the hook says, never None
-    """Ask who it is. Raises: Problem."""
+    """Ask who it is.
+
+    Raises:
+        HTTPProblem: the request is refused.
+    """
     try:
         principal = authorize(scope)
         principal = await principal if inspect.isawaitable(principal) else principal
@@ -206,7 +223,11 @@ def _hold(
     exchange: Exchange,  # a request
     part: bytes,  # of its body
 ) -> None:
-    """Account for a part of a body in memory. Raises: Problem."""
+    """Account for a part of a body in memory.
+
+    Raises:
+        HTTPProblem: the request is refused.
+    """
     exchange.held += len(part)
     guard.held += len(part)
     if guard.held > guard.limits.waiting:
@@ -226,7 +247,11 @@ def _check_rate(
     guard: Guard,  # with the buckets
     client: str,  # who asks
 ) -> None:
-    """Take a token for a request. Raises: Problem."""
+    """Take a token for a request.
+
+    Raises:
+        HTTPProblem: the request is refused.
+    """
     seconds = guard.rate_limiter.wait(client, monotonic())
     if seconds:
         limit = f"{guard.limits.rate:g} requests a second, {guard.limits.burst} at once"
@@ -286,6 +311,7 @@ class Guard:
             await self.app(scope, receive, send)
             return
         exchange = Exchange(scope, receive, send)
+        scope.setdefault("state", {})["request_id"] = exchange.request_id
         _begin(self, exchange)
         try:
             await admit(self, exchange)
@@ -314,28 +340,45 @@ def _end(
         seconds = monotonic() - exchange.deadline + guard.limits.seconds
         guard.metrics.answered(path, exchange.scope["method"], exchange.status, seconds)
 
+# %% ../../nbs/internals/07_limits.ipynb #bd53f141
+async def _check_client(
+    guard: Guard,  # with the hook and the rate
+    exchange: Exchange,  # a request
+) -> None:
+    """Ask who it is, and whether they may ask again already.
+
+    Raises:
+        HTTPProblem: nobody knows them, or it is too soon.
+    """
+    scope = exchange.scope
+    client = scope["client"][0] if scope.get("client") else "somebody"
+    if guard.authorize is not None:
+        scope["state"]["principal"] = client = await _identify(guard.authorize, scope)
+    if guard.limits.rate:
+        _check_rate(guard, str(client))
+
 # %% ../../nbs/internals/07_limits.ipynb #3e01f7b8
 async def admit(
     guard: Guard,  # with the limits
     exchange: Exchange,  # a request
 ) -> None:
-    """Check a request step by step, and let the app answer it. Raises: Problem, Gone."""
-    scope, limits = exchange.scope, guard.limits
-    state = scope.setdefault("state", {})
-    state["request_id"] = exchange.request_id
-    _check_length(exchange, limits.body)
-    client = scope["client"][0] if scope.get("client") else "somebody"
-    if guard.authorize is not None and scope["path"] not in _OPEN_PATHS:
-        state["principal"] = client = await _identify(guard.authorize, scope)
-    if limits.rate and scope["path"] not in _OPEN_PATHS:
-        _check_rate(guard, str(client))
+    """Check a request step by step, and let the app answer it.
+
+    Raises:
+        HTTPProblem: the request is refused.
+        _ClientGone: the client has left.
+    """
+    guarded = exchange.scope["path"] not in _OPEN_PATHS
+    _check_length(exchange, guard.limits.body)
+    if guarded:
+        await _check_client(guard, exchange)
     if exchange.length or exchange.chunked:
         await _read_body(exchange, guard)
-    if guard.running >= limits.running and scope["path"] not in _OPEN_PATHS:
+    if guarded and guard.running >= guard.limits.running:
         raise _busy(f"{guard.running} requests are running")
     guard.running += 1
     try:
-        await guard.app(scope, exchange.replay, exchange.send)
+        await guard.app(exchange.scope, exchange.replay, exchange.send)
     finally:
         guard.running -= 1
 

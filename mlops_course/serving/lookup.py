@@ -54,7 +54,12 @@ class OnlineTable:
     async def find(
         self, keys: Sequence[str], features: Sequence[str]
     ) -> list[FeatureRecord | None]:  # one for each key; None: there is no such row
-        """Look rows up. Raises: Problem when there is no table, LackingRowError."""
+        """Look rows up.
+
+        Raises:
+            HTTPProblem: when there is no table.
+            LackingRowError: a row lacks a feature.
+        """
         try:
             if self.table is None or isinstance(self.table.store, FileStore):
                 return _get(self, self.table, keys, features)
@@ -71,7 +76,11 @@ class OnlineTable:
 def _get(
     online: OnlineTable, table: FeatureTable | None, keys: Sequence[str], features: Sequence[str]
 ) -> list[FeatureRecord | None]:
-    """Read rows, unless the table was lost since they were asked for. Raises: FeatureTableError."""
+    """Read rows, unless the table was lost since they were asked for.
+
+    Raises:
+        FeatureTableError: the table can't be read.
+    """
     if table is None or online.table is not table:
         raise FeatureTableError(online.problem)
     return table.get(keys, features)

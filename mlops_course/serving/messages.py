@@ -95,7 +95,7 @@ def unreadable(
     if isinstance(error, RecursionError):
         return HTTPProblem(400, "the body is nested too deeply", "Send a record: an object without objects inside")
     remedy = "Send JSON as RFC 8259 has it, without NaN and Infinity"
-    return HTTPProblem(400, f"the body is no JSON in UTF-8: {error}", remedy)
+    return HTTPProblem(400, f"the body is not valid JSON in UTF-8: {error}", remedy)
 
 # %% ../../nbs/internals/07_messages.ipynb #71c88f82
 UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
@@ -105,7 +105,11 @@ def read_body(
     decode: Callable[[bytes], Any],  # of msgspec
     body: bytes,  # of a request
 ) -> Any:
-    """Read a body. Raises: Problem."""
+    """Read a body.
+
+    Raises:
+        HTTPProblem: the request is refused.
+    """
     try:
         return decode(body)
     except UNREADABLE as error:
@@ -117,7 +121,11 @@ def refuse_repeated(
     names: int,  # that were found in it
     colons: int = 0,  # inside its values
 ) -> None:
-    """Refuse a name that is given twice. Raises: Problem."""
+    """Refuse a name that is given twice.
+
+    Raises:
+        HTTPProblem: the request is refused.
+    """
     if body.count(b":") == names + colons and b"\\" not in body:
         return  # as many names as were found: none is there twice
 
@@ -139,7 +147,11 @@ def check_objects(
     body: bytes,  # of a batch, not read yet
     most: int,  # rows that are allowed
 ) -> None:
-    """Refuse what has more objects than a batch can have. Raises: Problem."""
+    """Refuse what has more objects than a batch can have.
+
+    Raises:
+        HTTPProblem: the request is refused.
+    """
     bound = 3 * most + 1
     if body.count(b"{") > bound and (found := _STRINGS.sub(b"", body).count(b"{")) > bound:
         what = f"the body has {found} objects, and {most} rows have {bound} at most"
@@ -152,7 +164,11 @@ _JSON_TYPE = re.compile(rb"application/json(?:\s*;\s*charset=\"?utf-8\"?)?\s*", 
 def check_headers(
     scope: Scope,  # of a request with a body
 ) -> str | None:  # the sticky key, if one was sent
-    """Look at the headers that say how a body is to be read. Raises: Problem."""
+    """Look at the headers that say how a body is to be read.
+
+    Raises:
+        HTTPProblem: the request is refused.
+    """
     sticky_key = None
     for name, value in scope["headers"]:
         if name == b"content-type" and value != JSON and not _JSON_TYPE.fullmatch(value):
@@ -175,7 +191,11 @@ def request_id_of(
 def wanted_reasons(
     query: bytes,  # of the address
 ) -> int:  # how many
-    """Whether somebody wants to know why. Raises: Problem."""
+    """Whether somebody wants to know why.
+
+    Raises:
+        HTTPProblem: the request is refused.
+    """
     wanted = dict(parse_qsl(query.decode("latin-1"), keep_blank_values=True, max_num_fields=20)).get("reasons", "false")
     if wanted in ("true", "false"):
         return 5 if wanted == "true" else 0

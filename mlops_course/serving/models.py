@@ -62,17 +62,28 @@ class Models(Protocol):
         """Look whether there is something new."""
 
     def live(self) -> Choice:
-        """Say which model is live, whoever else answers some requests. Raises: Problem with status 503."""
+        """Say which model is live, whoever else answers some requests.
+
+        Raises:
+            HTTPProblem: with status 503.
+        """
         raise NotImplementedError
 
     def choose(self, sticky: str | None) -> Choice:
-        """Say who answers; the same sticky key gets the same model, None the usual one. Raises: Problem with 503."""
+        """Say who answers; the same sticky key gets the same model, None the usual one.
+
+        Raises:
+            HTTPProblem: with 503.
+        """
         raise NotImplementedError
 
     def observe(self, choice: Choice, seconds: float, scores: Any, ok: bool, records: Sequence[Record]) -> None:
         """Hear, after the response, what came of it: seconds, (n,) float64 scores or None, whether it worked, rows."""
 
 # %% ../../nbs/internals/07_models.ipynb #b6111031
+_NONE_YET = "no model has been published yet"
+
+
 def change_mark(
     path: Path,  # of a file
 ) -> object:
@@ -84,9 +95,6 @@ def change_mark(
         return type(error)
 
 # %% ../../nbs/internals/07_models.ipynb #4edc048a
-_NONE_YET = "no model has been published yet"
-
-
 class LiveModels:
     """The bundle that was published last: the usual `Models`."""
 
@@ -116,13 +124,21 @@ class LiveModels:
             _log.error("%s", self.problem, exc_info=None if isinstance(error, (CourseError, OSError)) else error)
 
     def live(self) -> Choice:
-        """The live model. Raises: Problem when there is none."""
+        """The live model.
+
+        Raises:
+            HTTPProblem: there is none.
+        """
         if self.choice is None:
             raise no_model(self.problem)
         return self.choice
 
     def choose(self, sticky: str | None) -> Choice:
-        """The live model, for every key. Raises: Problem when there is none."""
+        """The live model, for every key.
+
+        Raises:
+            HTTPProblem: there is none.
+        """
         return self.live()
 
     def observe(self, choice: Choice, seconds: float, scores: Any, ok: bool, records: Sequence[Record]) -> None:
@@ -137,7 +153,12 @@ class LiveModels:
 
 # %% ../../nbs/internals/07_models.ipynb #ee33d9dd
 def _take_live(models: LiveModels) -> None:
-    """Load what is live, beside the model that answers, and let it take over. Raises: CourseError, OSError."""
+    """Load what is live, beside the model that answers, and let it take over.
+
+    Raises:
+        CourseError: a value makes no sense.
+        OSError: the system refuses.
+    """
     folder = live_bundle(models.settings)
     if folder is None:
         models.problem = "what was published is gone" if models.choice else _NONE_YET

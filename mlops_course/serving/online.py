@@ -72,7 +72,11 @@ def name_key(
     parts: Sequence[tuple[str, str]],  # name and kind of each
     given: Mapping[str, object],  # the values by name; times in ISO form
 ) -> str:  # the name of a row
-    """Name a row by its key. Raises: InputError naming the field."""
+    """Name a row by its key.
+
+    Raises:
+        InputError: a value is refused; it names the field.
+    """
     if foreign := [name for name in given if name not in dict(parts)]:
         names = ", ".join(name for name, _ in parts)
         raise InputError(f"a key has no {str(foreign[0])[:60]!r}", f"Give {names}", str(foreign[0])[:60])
@@ -87,7 +91,7 @@ def _key_part(name: str, kind: str, value: Any) -> str:
             if moment.tzinfo and not moment.microsecond:
                 return moment.astimezone(UTC).strftime(_TIME_FORMAT)
         except (ValueError, OverflowError):
-            pass  # it is refused below, as any other text that is no time
+            pass  # it is refused below, as any other text that is not a time
     elif kind == "integer" and isinstance(value, (int, np.integer)) and not isinstance(value, bool):
         return str(int(value))
     elif kind == "text" and isinstance(value, str) and 0 < len(value) <= 100 and _SEPARATOR not in value:
@@ -185,7 +189,11 @@ class FeatureTable:
         self,
         given: Mapping[str, object],  # the key's values by name; times in ISO form
     ) -> str:  # the row's name
-        "Name a row. Raises: InputError naming the field."
+        """Name a row.
+
+        Raises:
+            InputError: a value is refused; it names the field.
+        """
         return name_key(self.parts, given)
 
     def get(
@@ -193,7 +201,11 @@ class FeatureTable:
         keys: Sequence[str],  # from `key`
         features: Sequence[str] | None = None,  # which ones; None: all
     ) -> list[FeatureRecord | None]:  # one for each key; None: there is no such row
-        "Look rows up, all of them in the same state of the table. Raises: FeatureTableError."
+        """Look rows up, all of them in the same state of the table.
+
+        Raises:
+            FeatureTableError: the table can't be read.
+        """
         rows = {key: _unpack(packed) for key, packed in self.store.find(self.use_case, keys).items()}
         if any(row.layout not in self.layouts for row in rows.values()):
             self.layouts = self.store.layouts(self.use_case)
@@ -210,6 +222,7 @@ CREATE TABLE IF NOT EXISTS rows (
 CREATE INDEX IF NOT EXISTS by_month ON rows (use_case, month);
 """
 _LAYOUTS = "SELECT name, layout FROM layouts WHERE use_case = ? ORDER BY rowid"
+BETWEEN = "SELECT key FROM rows WHERE use_case = ? AND key >= ? ORDER BY key LIMIT ?"
 _FIND = "SELECT key, packed FROM rows WHERE use_case = ? AND key IN (SELECT value FROM json_each(?))"
 
 # %% ../../nbs/internals/07_online.ipynb #675e937f
@@ -219,7 +232,7 @@ def _explained_file(path: Path) -> Iterator[None]:
     try:
         yield
     except (sqlite3.Error, msgspec.MsgspecError) as error:
-        problem = f"cannot read the online feature table {path}: {error}"
+        problem = f"can't read the online feature table {path}: {error}"
         raise FeatureTableError(problem, "Delete the file, and materialise the features again") from error
 
 # %% ../../nbs/internals/07_online.ipynb #ea1161be
@@ -261,15 +274,16 @@ class FileStore:
         self.base.close()
 
 # %% ../../nbs/internals/07_online.ipynb #f4b10c28
-BETWEEN = "SELECT key FROM rows WHERE use_case = ? AND key >= ? ORDER BY key LIMIT ?"
-
-
 def _pick_keys(
     base: sqlite3.Connection,  # of the table's file
     use_case: str,  # whose rows
     count: int,  # how many
 ) -> list[str]:
-    """Some keys from all over the table, without looking through it. Raises: sqlite3.Error."""
+    """Some keys from all over the table, without looking through it.
+
+    Raises:
+        sqlite3.Error: the file can't be read.
+    """
     ask = base.execute
     first = ask(BETWEEN, (use_case, "", 1)).fetchone()
     last = ask("SELECT key FROM rows WHERE use_case = ? ORDER BY key DESC LIMIT 1", (use_case,)).fetchone()
@@ -334,7 +348,7 @@ def _explained(url: str) -> Iterator[None]:
         yield
     except (RedisError, OSError, ValueError) as error:
         place = re.sub(r"//[^/@]*@", "//…@", url)
-        problem = f"cannot use the online feature table {place}: {error}"
+        problem = f"can't use the online feature table {place}: {error}"
         raise FeatureTableError(problem, "Check MLOPS_COURSE_FEATURES_URL, and that the server runs") from error
 
 
@@ -415,7 +429,7 @@ def open_feature_table(
     """Open the online feature table.
 
     Raises:
-        FeatureTableError: there is none, or it cannot be reached.
+        FeatureTableError: there is none, or it can't be reached.
         BundleError: there are several, and none is named.
     """
     if isinstance(where, Settings):
@@ -434,7 +448,7 @@ def materialise(
     """Put the features of some months where a service finds them; what was there of these months goes.
 
     Raises:
-        FeatureTableError: there is no row of a month, or the table cannot be written.
+        FeatureTableError: there is no row of a month, or the table can't be written.
     """
     from mlops_course.data import read_table
 
@@ -477,5 +491,5 @@ def _write_locally(settings: Settings, use_case: str, layout: RowLayout, months:
         with exclusive_lock(settings.prepare()):
             write_file(features_path(settings, use_case), use_case, layout, months, source)
     except (sqlite3.Error, OSError) as error:
-        problem = f"cannot write {features_path(settings, use_case)}: {error}"
+        problem = f"can't write {features_path(settings, use_case)}: {error}"
         raise FeatureTableError(problem, "Free some space, or delete a damaged file, and run again") from error

@@ -14,34 +14,12 @@ from .bundle import GRAPH_INPUT, GRAPH_OUTPUT, REMEDY, BundleError
 # %% auto #0
 __all__ = ['check_graph', 'open_session']
 
-# %% ../../nbs/internals/07_onnx_graph.ipynb #6251fd08
-_OPERATION = ("ai.onnx.ml", "TreeEnsembleClassifier")
-
-
-def check_graph(
-    graph: bytes,  # an ONNX model
-    width: int,  # how many features it may look at
-) -> str | None:  # what is wrong with it; None: nothing
-    "Look at a graph before anything runs it: one table of trees, and nothing else."
-    import onnx
-    from google.protobuf.message import DecodeError
-
-    try:
-        model = onnx.load_model_from_string(graph)
-    except DecodeError as error:
-        return f"it is not valid ONNX ({error})"
-    found = [(node.domain, node.op_type) for node in model.graph.node]
-    if found != [_OPERATION]:
-        names = ", ".join(sorted({name for _, name in found})) or "none"
-        return f"only {_OPERATION[1]} is allowed, once, but its operations are {names}"[:200]
-    if model.functions or model.graph.initializer or model.graph.sparse_initializer or model.training_info:
-        return "it holds more than the operation"
-    table = {each.name: each for each in model.graph.node[0].attribute}
-    if "post_transform" not in table or table["post_transform"].s != b"LOGISTIC":
-        return "its scores are not probabilities"
-    return _check_numbers(table) or _check_trees(_ints(table), table, width)
-
 # %% ../../nbs/internals/07_onnx_graph.ipynb #00ac4681
+_BRANCHES = ("treeids", "nodeids", "featureids", "truenodeids", "falsenodeids")
+_TREES = {f"nodes_{part}" for part in (*_BRANCHES, "values", "modes")}
+_TREES |= {f"class_{part}" for part in ("treeids", "nodeids", "ids", "weights")}
+
+
 def _check_numbers(table: dict[str, Any]) -> str | None:
     """What is wrong with the numbers of a table of trees; None: nothing."""
     for name, each in table.items():
@@ -61,11 +39,6 @@ def _not_finite(numbers: np.ndarray) -> np.ndarray:
 def _ints(table: dict[str, Any]) -> dict[str, np.ndarray]:
     """The whole numbers of a table of trees."""
     return {name: np.array(each.ints, np.int64) for name, each in table.items()}
-
-# %% ../../nbs/internals/07_onnx_graph.ipynb #29a2a8e0
-_BRANCHES = ("treeids", "nodeids", "featureids", "truenodeids", "falsenodeids")
-_TREES = {f"nodes_{part}" for part in (*_BRANCHES, "values", "modes")}
-_TREES |= {f"class_{part}" for part in ("treeids", "nodeids", "ids", "weights")}
 
 # %% ../../nbs/internals/07_onnx_graph.ipynb #ff4d246b
 def _check_trees(ints: dict[str, np.ndarray], table: dict[str, Any], width: int) -> str | None:
@@ -93,6 +66,33 @@ def _check_trees(ints: dict[str, np.ndarray], table: dict[str, Any], width: int)
         return f"its trees look at features beyond the {width} of the manifest"
     return None
 
+# %% ../../nbs/internals/07_onnx_graph.ipynb #6251fd08
+_OPERATION = ("ai.onnx.ml", "TreeEnsembleClassifier")
+
+
+def check_graph(
+    graph: bytes,  # an ONNX model
+    width: int,  # how many features it may look at
+) -> str | None:  # what is wrong with it; None: nothing
+    "Look at a graph before anything runs it: one table of trees, and nothing else."
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        model = onnx.load_model_from_string(graph)
+    except DecodeError as error:
+        return f"it is not valid ONNX ({error})"
+    found = [(node.domain, node.op_type) for node in model.graph.node]
+    if found != [_OPERATION]:
+        names = ", ".join(sorted({name for _, name in found})) or "none"
+        return f"only {_OPERATION[1]} is allowed, once, but its operations are {names}"[:200]
+    if model.functions or model.graph.initializer or model.graph.sparse_initializer or model.training_info:
+        return "it holds more than the operation"
+    table = {each.name: each for each in model.graph.node[0].attribute}
+    if "post_transform" not in table or table["post_transform"].s != b"LOGISTIC":
+        return "its scores are not probabilities"
+    return _check_numbers(table) or _check_trees(_ints(table), table, width)
+
 # %% ../../nbs/internals/07_onnx_graph.ipynb #ca5ebffd
 def open_session(graph: bytes, name: str, width: int) -> Any:
     """An onnxruntime session of one thread whose graph takes and gives what it must."""
@@ -107,7 +107,7 @@ def open_session(graph: bytes, name: str, width: int) -> Any:
         session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime has no base class of its own for what it raises
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise BundleError(f"the graph of {name} cannot be loaded: {reason}", REMEDY) from error
+        raise BundleError(f"the graph of {name} can't be loaded: {reason}", REMEDY) from error
     inputs = [(each.name, each.type, each.shape[1:]) for each in session.get_inputs()]
     outputs = [(each.type, each.shape[1:]) for each in session.get_outputs() if each.name == GRAPH_OUTPUT]
     if inputs != [(GRAPH_INPUT, "tensor(float)", [width])] or outputs != [("tensor(float)", [2])]:

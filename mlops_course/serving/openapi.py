@@ -63,9 +63,9 @@ def _refusal(
 
 
 REFUSALS: dict[int | str, dict[str, Any]] = {
-    400: _refusal("The body is no JSON."), 404: _refusal("There is no such row."),
+    400: _refusal("The body is not valid JSON."), 404: _refusal("There is no such row."),
     408: _refusal("The body came too slowly."), 413: _refusal("The body or the batch is too large."),
-    415: _refusal("The body is no JSON by its headers."),
+    415: _refusal("The body is not JSON by its headers."),
     422: _refusal("A field is missing, unknown, or has a wrong value."), 429: _refusal("Too many requests."),
     503: _refusal("There is no model, too much to do, or the log can't be written."),
 }  # fmt: skip

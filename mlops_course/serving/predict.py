@@ -78,7 +78,11 @@ def name_keys(
     service: Service,  # with the table
     job: PredictJob,  # whose keys get names
 ) -> None:
-    """Check the keys that came along. Raises: Problem."""
+    """Check the keys that came along.
+
+    Raises:
+        HTTPProblem: the request is refused.
+    """
     key_parts = service.online.key_parts
     names: list[str | None] = [None] * len(job.requests)
     for number, request in enumerate(job.requests):
@@ -93,9 +97,13 @@ def name_keys(
     if job.sticky_key is None and len(names) == 1:
         job.sticky_key = names[0]
 
-
+# %% ../../nbs/internals/07_predict.ipynb #860a2eca
 def _name_key(parts: Sequence[tuple[str, str]], key: dict[str, Any], job: PredictJob, number: int) -> str:
-    """Name one row by its key. Raises: Problem."""
+    """Name one row by its key.
+
+    Raises:
+        HTTPProblem: the request is refused.
+    """
     try:
         return name_key(parts, key)
     except InputError as error:
@@ -107,7 +115,11 @@ def read_records(
     predictor: Predictor,  # that was chosen
     job: PredictJob,  # whose rows all have a record
 ) -> tuple[list[Any], np.ndarray]:  # the records, and (n, k) float32
-    """Read records as the model wants them. Raises: Problem."""
+    """Read records as the model wants them.
+
+    Raises:
+        HTTPProblem: the request is refused.
+    """
     decode, records = predictor.decode_record, []
     for number, request in enumerate(job.requests):
         try:
@@ -127,7 +139,11 @@ async def find_records(
     predictor: Predictor,  # that was chosen
     job: PredictJob,  # of whose rows some have a key only
 ) -> tuple[list[Any], np.ndarray]:  # the records, and (n, k) float32
-    """Look up what is asked for by key, read the rest. Raises: Problem."""
+    """Look up what is asked for by key, read the rest.
+
+    Raises:
+        HTTPProblem: the request is refused.
+    """
     found = iter(await _look_up(service, predictor, job))
     rest = [request for request in job.requests if request.record is not ABSENT]
     given, _ = read_records(predictor, PredictJob(rest, job.request_id, within=job.within)) if rest else ([], None)
@@ -137,9 +153,13 @@ async def find_records(
     ]
     return records, predictor.encode(records)
 
-
+# %% ../../nbs/internals/07_predict.ipynb #dbaa9d69
 async def _look_up(service: Service, predictor: Predictor, job: PredictJob) -> list[Any]:
-    """The records of the rows that have a key only. Raises: Problem."""
+    """The records of the rows that have a key only.
+
+    Raises:
+        HTTPProblem: the request is refused.
+    """
     places = [number for number, request in enumerate(job.requests) if request.record is ABSENT]
     names = [str((job.key_names or [])[number]) for number in places]
     try:
@@ -166,19 +186,27 @@ class ScoredRows:
 
 
 def _check_scores(scores: np.ndarray) -> None:
-    """Make sure that a model has said something. Raises: ArithmeticError."""
+    """Make sure that a model has said something.
+
+    Raises:
+        ArithmeticError: a score is not a number.
+    """
     if not np.isfinite(scores).all():
-        raise ArithmeticError(f"{np.count_nonzero(~np.isfinite(scores))} of {len(scores)} scores are no numbers")
+        raise ArithmeticError(f"{np.count_nonzero(~np.isfinite(scores))} of {len(scores)} scores are not numbers")
 
 # %% ../../nbs/internals/07_predict.ipynb #94e301b8
 _ON_THE_SPOT = 16  # rows that are scored in the event loop's thread
 
-
+# %% ../../nbs/internals/07_predict.ipynb #d38ff6b8
 async def score_rows(
     service: Service,  # with the models
     job: PredictJob,  # the rows
 ) -> ScoredRows:
-    """Score rows with the model whose turn it is. Raises: Problem."""
+    """Score rows with the model whose turn it is.
+
+    Raises:
+        HTTPProblem: the request is refused.
+    """
     choice: Choice | None = service.models.choose(job.sticky_key or job.request_id)
     whole = ABSENT not in [request.record for request in job.requests]
     while choice is not None:
@@ -202,7 +230,11 @@ def record_predictions(
     scored: ScoredRows,  # what a model made of them
     values: list[float],  # the scores
 ) -> None:
-    """Record predictions before they are given away. Raises: Problem with status 503."""
+    """Record predictions before they are given away.
+
+    Raises:
+        HTTPProblem: with status 503.
+    """
     if service.log is not None:
         try:
             service.log.append(_entries(job, scored, values))
@@ -214,7 +246,7 @@ def record_predictions(
         predictor = scored.choice.predictor
         service.metrics.scored(predictor.reference, scored.choice.role, values, predictor.threshold)
 
-
+# %% ../../nbs/internals/07_predict.ipynb #f06d2cd3
 def _entries(job: PredictJob, scored: ScoredRows, values: list[float]) -> list[LoggedPrediction]:
     """What the log keeps of each row."""
     now, role, predictor = time.time(), scored.choice.role, scored.choice.predictor
@@ -238,7 +270,11 @@ async def _body_of(receive: Receive) -> bytes:
 
 
 def _refuse_repeated(body: bytes, job: PredictJob, predictor: Predictor) -> None:
-    """Refuse names that are given twice; the model says how many names a record has. Raises: Problem."""
+    """Refuse names that are given twice; the model says how many names a record has.
+
+    Raises:
+        HTTPProblem: the request is refused.
+    """
     names, colons = int(bool(job.within)), 0
     for request in job.requests:
         names += 0 if request.record is ABSENT else 1 + len(predictor.features)

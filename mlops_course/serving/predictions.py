@@ -86,7 +86,11 @@ def host_name() -> str:
 def _open_segment(
     folder: Path,  # of the log
 ) -> tuple[Path, int]:  # the file, and a descriptor that appends to it
-    """Begin a segment. Raises: OSError."""
+    """Begin a segment.
+
+    Raises:
+        OSError: the system refuses.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     name = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{host_name()}-{os.getpid()}-{secrets.token_hex(4)}"
     hidden, path = folder / f".{name}.tmp", folder / f"{name}.open"
@@ -106,7 +110,11 @@ def _write_all(
     data: bytes,  # whole lines
     before: int,  # bytes that are in it
 ) -> None:
-    """Write everything or nothing. Raises: OSError."""
+    """Write everything or nothing.
+
+    Raises:
+        OSError: the system refuses.
+    """
     try:
         written = os.write(descriptor, data)
         while written < len(data):  # the disk is nearly full, or a signal came
@@ -129,19 +137,31 @@ class Segment:
         self._dirty = False  # whether something is not on the disk yet
 
     def write(self, data: bytes) -> None:
-        """Append everything or nothing. Raises: OSError."""
+        """Append everything or nothing.
+
+        Raises:
+            OSError: the system refuses.
+        """
         _write_all(self.descriptor, data, self.size)
         self.size += len(data)
         self._dirty = True
 
     def sync(self) -> None:
-        """Bring to the disk what was written. Raises: OSError."""
+        """Bring to the disk what was written.
+
+        Raises:
+            OSError: the system refuses.
+        """
         if self._dirty:
             self._dirty = False
             os.fsync(self.descriptor)
 
     def close(self) -> None:
-        """End it: it is whole, on the disk, and may be collected. Raises: OSError."""
+        """End it: it is whole, on the disk, and may be collected.
+
+        Raises:
+            OSError: the system refuses.
+        """
         os.fsync(self.descriptor)
         self.path.rename(self.path.with_suffix(".jsonl")) if self.size else self.path.unlink()
         os.close(self.descriptor)
@@ -164,13 +184,21 @@ class PredictionLog:
             self.folder, self.locate = self.locate(model), None
 
     def open(self) -> Segment:
-        """The segment; it is begun if there is none. Raises: OSError."""
+        """The segment; it is begun if there is none.
+
+        Raises:
+            OSError: the system refuses.
+        """
         if self.segment is None:
             self.segment = Segment(self.folder)
         return self.segment
 
     def append(self, entries: Sequence[LoggedPrediction]) -> None:
-        """Write down what is going to be answered. Raises: Problem with status 503, and then nothing is written."""
+        """Write down what is going to be answered.
+
+        Raises:
+            HTTPProblem: with status 503, and then nothing is written.
+        """
         if self.problem:
             raise _unwritten(self.problem)
         data = b"".join([encode_json(entry) + b"\n" for entry in entries])

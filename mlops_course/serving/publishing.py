@@ -17,7 +17,7 @@ from mlops_course.serving.bundle import (
 from .inference import Predictor, smoke_test
 
 # %% auto #0
-__all__ = ['LIVE_FILE', 'served_case', 'live_file', 'for_case', 'pinned', 'publish', 'live_bundle']
+__all__ = ['LIVE_FILE', 'served_case', 'live_file', 'for_case', 'pinned', 'live_bundle', 'publish']
 
 # %% ../../nbs/internals/07_publishing.ipynb #d039f425
 LIVE_FILE = "live.json"
@@ -37,13 +37,6 @@ def served_case(
         problem = f"{len(names)} use cases are served from {settings.home}: {', '.join(names)}"
         raise BundleError(problem, "Name one with --use-case or MLOPS_COURSE_USE_CASE")
     return settings.use_case or next(iter(names), None)
-
-# %% ../../nbs/internals/07_publishing.ipynb #4e9cead2
-class _Live(msgspec.Struct, forbid_unknown_fields=True):
-    """The content of `live.json`."""
-
-    bundle: str  # its reference
-    manifest: str  # SHA-256 of its manifest
 
 # %% ../../nbs/internals/07_publishing.ipynb #fe3d8d9b
 def live_file(
@@ -65,8 +58,45 @@ def for_case(
 def pinned(
     settings: Settings,  # whose workspace
 ) -> Settings:  # that name the use case that is served now, if there is one
-    "Mean what is served now from here on. Raises: BundleError when several use cases are served."
+    """Mean what is served now from here on.
+
+    Raises:
+        BundleError: when several use cases are served.
+    """
     return settings.model_copy(update={"use_case": served_case(settings)})
+
+# %% ../../nbs/internals/07_publishing.ipynb #4e9cead2
+class _Live(msgspec.Struct, forbid_unknown_fields=True):
+    """The content of `live.json`."""
+
+    bundle: str  # its reference
+    manifest: str  # SHA-256 of its manifest
+
+# %% ../../nbs/internals/07_publishing.ipynb #44748544
+def live_bundle(
+    settings: Settings,  # whose workspace
+) -> Path | None:  # its folder; None: nothing was published yet
+    """Look up which bundle is live.
+
+    Raises:
+        BundleError: `live.json` is damaged, the bundle is gone or another one, or several use cases are served.
+    """
+    name = served_case(settings)
+    if name is None:
+        return None
+    path = case_folder(settings, name) / LIVE_FILE
+    try:
+        live = msgspec.json.decode(path.read_bytes(), type=_Live)
+    except FileNotFoundError:
+        return None
+    except (msgspec.MsgspecError, UnicodeDecodeError, OSError) as error:
+        raise BundleError(f"{path} does not name a bundle: {error}", "Publish a bundle again") from error
+    if not BUNDLE_REFERENCE.fullmatch(live.bundle) or case_of(live.bundle) != name:
+        raise BundleError(f"{path} names {live.bundle!r}, which is not a version of {name}", "Publish a bundle again")
+    folder = bundles_folder(settings) / live.bundle
+    if manifest_sha256(folder) != live.manifest:
+        raise BundleError(f"{folder} is not the bundle that was published", "Publish it again, after a look at it")
+    return folder
 
 # %% ../../nbs/internals/07_publishing.ipynb #bb204adc
 def publish(
@@ -89,29 +119,3 @@ def publish(
     if not path.is_file() or path.read_bytes() != content:
         write_atomic(path, content)
     return home
-
-# %% ../../nbs/internals/07_publishing.ipynb #44748544
-def live_bundle(
-    settings: Settings,  # whose workspace
-) -> Path | None:  # its folder; None: nothing was published yet
-    """Look up which bundle is live.
-
-    Raises:
-        BundleError: `live.json` is damaged, the bundle is gone or another one, or several use cases are served.
-    """
-    name = served_case(settings)
-    if name is None:
-        return None
-    path = case_folder(settings, name) / LIVE_FILE
-    try:
-        live = msgspec.json.decode(path.read_bytes(), type=_Live)
-    except FileNotFoundError:
-        return None
-    except (msgspec.MsgspecError, UnicodeDecodeError, OSError) as error:
-        raise BundleError(f"{path} does not name a bundle: {error}", "Publish a bundle again") from error
-    if not BUNDLE_REFERENCE.fullmatch(live.bundle) or case_of(live.bundle) != name:
-        raise BundleError(f"{path} names {live.bundle!r}, which is no version of {name}", "Publish a bundle again")
-    folder = bundles_folder(settings) / live.bundle
-    if manifest_sha256(folder) != live.manifest:
-        raise BundleError(f"{folder} is not the bundle that was published", "Publish it again, after a look at it")
-    return folder

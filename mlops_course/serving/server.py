@@ -99,7 +99,7 @@ class Connection(HttpToolsProtocol):
         if self.pending > self.app.limits.head and not self.transport.is_closing():
             _end_headers(self)
 
-# %% ../../nbs/internals/07_server.ipynb #6110ebe0
+# %% ../../nbs/internals/07_server.ipynb #7420b700
 def _end_headers(connection: Connection) -> None:
     """End a connection whose headers are too long."""
     if not connection.in_headers and connection.cycle.response_started:
@@ -149,12 +149,16 @@ def watch_connections(
 class ServeError(CourseError):
     """The service can't be started."""
 
-
+# %% ../../nbs/internals/07_server.ipynb #89778570
 def bind(
     host: str,  # a name or an address of this machine
     port: int,  # 0: any that is free
 ) -> socket.socket:  # listening
-    """Take an address. Raises: ServeError."""
+    """Take an address.
+
+    Raises:
+        ServeError: it can't be done.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     taken = socket.socket(family, socket.SOCK_STREAM)
     try:
@@ -174,7 +178,7 @@ def bind(
 # %% ../../nbs/internals/07_server.ipynb #03ac27a7
 APP = "mlops_course.serving.app:create_app"
 
-
+# %% ../../nbs/internals/07_server.ipynb #18cc79f9
 @dataclass(frozen=True)
 class Launch:
     """How a worker makes its app."""
@@ -185,7 +189,11 @@ class Launch:
     supervisor: int | None = None  # the process that looks after the workers, if there are several
 
     def __call__(self) -> Any:
-        """Make the app. Raises: ServeError."""
+        """Make the app.
+
+        Raises:
+            ServeError: it can't be done.
+        """
         if self.supervisor not in (None, os.getpid()):
             threading.Thread(target=_end_with_supervisor, daemon=True).start()
         try:
@@ -258,22 +266,34 @@ def serve(
     announce: Callable[[str], None] | None = None,  # is told the address
     app: str = APP,  # `module:function` that makes the app
 ) -> None:
-    """Serve until told to end. Raises: ServeError."""
+    """Serve until told to end.
+
+    Raises:
+        ServeError: it can't be done.
+    """
     if workers < 1:
         raise ServeError(f"{workers} workers can't serve", "Ask for 1 or more")
-    limits = limits or Limits()
-    supervisor = os.getpid() if workers > 1 else None
-    launch = Launch(settings.prepare(), replace(limits, rate=limits.rate / workers), app, supervisor)
+    launch = _launch(settings.prepare(), limits or Limits(), workers, app)
     if app != APP:
         launch()  # what can't be made is said once, here, and not by each worker again and again
     taken = bind(host, port)
     if announce is not None:
-        named = f"[{host}]" if ":" in host else host
-        announce(f"http://{named}:{taken.getsockname()[1]}")
+        announce(_address(host, taken))
     config = _server_config(launch, workers, as_json)
     (_run_one if workers == 1 else _run_many)(config, taken)
 
 # %% ../../nbs/internals/07_server.ipynb #cf2cd10c
+def _launch(settings: Settings, limits: Limits, workers: int, app: str) -> Launch:
+    """How each worker makes its app, with its share of the rate."""
+    own = replace(limits, rate=limits.rate / workers)
+    return Launch(settings, own, app, os.getpid() if workers > 1 else None)
+
+
+def _address(host: str, taken: socket.socket) -> str:
+    """Where a browser finds the service."""
+    return f"http://{f'[{host}]' if ':' in host else host}:{taken.getsockname()[1]}"
+
+
 def _run_one(
     config: uvicorn.Config,  # of the server
     taken: socket.socket,  # where it listens
@@ -284,7 +304,7 @@ def _run_one(
         signal.signal(each, server.handle_exit)  # the server raises it once more when it has ended
     server.run([taken])
 
-
+# %% ../../nbs/internals/07_server.ipynb #05c1f82f
 def _run_many(
     config: uvicorn.Config,  # of the server
     taken: socket.socket,  # where all of them listen
