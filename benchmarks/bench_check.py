@@ -24,7 +24,7 @@ from mlops_course.environment import Settings, load_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 WANTED = 5.0  # times faster than nbgrader, and seconds that a check may take
-COMMAND = [sys.executable, "-c", "from mlops_course.course.commands import learn_app; learn_app()"]
+COMMAND = [sys.executable, "-c", "from mlops_course.commands.learn import learn_app; learn_app()"]
 
 
 def answered_copy(lesson: Lesson) -> str:

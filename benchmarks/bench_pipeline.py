@@ -27,8 +27,8 @@ from typing import Any
 import yaml
 
 from mlops_course.pipelines import Pipeline, check_parameters, find_pipeline, read_result
-from mlops_course.pipelines.definition import fill
 from mlops_course.pipelines.notebooks import read_code
+from mlops_course.pipelines.parameters import fill
 from mlops_course.project import read_delivery
 
 ME = Path(__file__).resolve()

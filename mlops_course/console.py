@@ -59,7 +59,7 @@ def print_all(
     """Print tables and text, in a file as wide as in a wide terminal."""
     from rich.console import Console
 
-    console = Console(stderr=to_errors, highlight=False)
+    console = Console(stderr=to_errors, highlight=False, force_jupyter=False)
     console.width = console.width if console.is_terminal or "COLUMNS" in os.environ else 120
     for each in what:
         console.print(each)

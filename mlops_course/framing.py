@@ -15,9 +15,9 @@ import pandas as pd
 from .environment import CourseError
 
 # %% auto #0
-__all__ = ['NONSENSE', 'Tables', 'Compute', 'FramingError', 'Costs', 'cost_of_decisions', 'cost_curve', 'limited_warnings',
-           'cost_per_row', 'LeakError', 'known_too_late', 'pretend_unknown', 'find_leaks', 'require_no_leaks',
-           'constant_scores', 'rate_scores']
+__all__ = ['NONSENSE', 'FramingError', 'Costs', 'cost_of_decisions', 'cost_curve', 'limited_warnings', 'cost_per_row',
+           'LeakError', 'known_too_late', 'pretend_unknown', 'find_leaks', 'require_no_leaks', 'constant_scores',
+           'rate_scores']
 
 # %% ../nbs/03_lifecycle.ipynb #7460b1c4
 class FramingError(CourseError):
@@ -47,7 +47,7 @@ def _arrays(**given: object) -> list[np.ndarray]:
     arrays = {name: np.asarray(value) for name, value in given.items()}
     shapes = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
     if len({array.shape for array in arrays.values()}) != 1 or any(array.ndim != 1 for array in arrays.values()):
-        raise FramingError(f"one value a row is needed of each, but the shapes are {shapes}", "Take the same rows")
+        raise FramingError(f"each needs one value per row, but the shapes are {shapes}", "Take the same rows")
     for name, array in arrays.items():
         if not array.size:
             raise FramingError(f"{name} is empty", "Give at least one row")
@@ -62,7 +62,7 @@ def cost_of_decisions(
     warned: np.ndarray,  # (n,) bool: the decisions
     costs: Costs,  # what mistakes cost
 ) -> float:  # mean of all rows, in the costs' unit of money
-    """What decisions cost a row, or are expected to cost.
+    """Work out what decisions cost per row, or are expected to cost.
 
     Raises:
         FramingError: the arrays do not fit together, or values are missing.
@@ -79,7 +79,7 @@ def cost_curve(
     costs: Costs,  # what mistakes cost
     thresholds: np.ndarray,  # (k,) thresholds to try
 ) -> np.ndarray:  # (k,) cost of a row at each threshold
-    "What a row costs at many thresholds: sorted once, however many thresholds there are."
+    "Work out what a row costs at many thresholds: sorted once, however many there are."
     label, score = _arrays(label=label, score=score)
     order = np.argsort(score, kind="stable")
     silent = np.searchsorted(score[order], thresholds, side="left")  # rows below each threshold
@@ -96,10 +96,10 @@ def limited_warnings(
     """Warn of the highest scores of each group, and of no more than it can handle.
 
     Raises:
-        FramingError: the capacity is not a whole number from 0 on, or the arrays do not fit together.
+        FramingError: the capacity is not a whole number, 0 or more, or the arrays do not fit together.
     """
     if isinstance(capacity, bool) or not isinstance(capacity, (int, np.integer)) or capacity < 0:
-        raise FramingError(f"the capacity is {capacity!r}", "Give a whole number from 0 on")
+        raise FramingError(f"the capacity is {capacity!r}", "Give a whole number, 0 or more")
     score, group = _arrays(score=score, group=group)
     codes, groups = pd.factorize(group)
     order = np.lexsort((-score, codes))  # group by group, from high scores to low
@@ -114,7 +114,7 @@ def cost_per_row(
     score: np.ndarray,  # (n,) probabilities
     costs: Costs,  # what mistakes cost
 ) -> float:  # in the costs' unit of money
-    "What one row costs on average, when warnings are given from the threshold on."
+    "Work out what one row costs on average, when warnings are given at or above the threshold."
     label, score = _arrays(label=label, score=score)
     return cost_of_decisions(label, score >= costs.threshold, costs)
 
@@ -155,7 +155,7 @@ def _nonsense(column: pd.Series, value: float) -> pd.Series:
         return pd.Series(value, index=column.index)
     if kind.is_string_dtype(column.dtype):
         return pd.Series(f"nonsense {value:g}", index=column.index)
-    raise FramingError(f"{column.name!r} holds {column.dtype}: no nonsense fits that", "Make it text or numbers")
+    raise FramingError(f"{column.name!r} holds {column.dtype}: no nonsense of that type", "Make it text or numbers")
 
 # %% ../nbs/03_lifecycle.ipynb #f5fff473
 def pretend_unknown(
@@ -164,7 +164,7 @@ def pretend_unknown(
     moment: pd.Timestamp,  # now
     value: float = NONSENSE[0],  # what takes the place of what is not known yet
 ) -> pd.DataFrame:  # the table as a liar would fill it in at that moment
-    """Replace everything that became known after a moment, or never, by nonsense.
+    """Replace everything that became known after a moment, or never, with nonsense.
 
     Raises:
         FramingError: a column is not there.
@@ -177,11 +177,11 @@ def pretend_unknown(
     return table.assign(**changed)
 
 # %% ../nbs/03_lifecycle.ipynb #903c93be
-Tables = Mapping[str, pd.DataFrame]
-Compute = Callable[[dict[str, pd.DataFrame]], pd.DataFrame]
+_Tables = Mapping[str, pd.DataFrame]
+_Compute = Callable[[dict[str, pd.DataFrame]], pd.DataFrame]
 
 
-def _computed(compute: Compute, tables: Tables, predicted_at: pd.Series) -> pd.DataFrame:
+def _computed(compute: _Compute, tables: _Tables, predicted_at: pd.Series) -> pd.DataFrame:
     """Features of copies of the tables, one row for each prediction."""
     features = compute({name: table.copy() for name, table in tables.items()})
     if not isinstance(features, pd.DataFrame) or not features.index.equals(predicted_at.index):
@@ -196,15 +196,15 @@ def _differs(one: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
     return ~((one == other) | (one.isna() & other.isna()))
 
 # %% ../nbs/03_lifecycle.ipynb #d51e1dc6
-def _nothing_to_find(tables: Tables, known: Mapping[str, Mapping[str, str]]) -> FramingError:
+def _nothing_to_find(tables: _Tables, known: Mapping[str, Mapping[str, str]]) -> FramingError:
     """A test that could not fail proves nothing."""
-    problem = f"can't look for leaks in {sorted(tables)} when it is only said of {sorted(known)} what became known"
-    return FramingError(problem, "Say of each prediction when it is made, and of each column when it became known")
+    problem = f"can't look for leaks in {sorted(tables)}: known times are given for {sorted(known)} only"
+    return FramingError(problem, "Say when each prediction is made, and when each column became known")
 
 # %% ../nbs/03_lifecycle.ipynb #8b373285
 def find_leaks(
-    compute: Compute,  # your feature function: tables by name to features
-    tables: Tables,  # your data
+    compute: _Compute,  # your feature function: tables by name to features
+    tables: _Tables,  # your data
     known: Mapping[str, Mapping[str, str]],  # table -> column -> the column that says when it became known
     predicted_at: pd.Series,  # when each row of the features is predicted
     moments: int = 3,  # how many moments to stop the clock at
@@ -232,7 +232,7 @@ def find_leaks(
 def require_no_leaks(
     leaks: pd.DataFrame,  # from `find_leaks` or `known_too_late`
 ) -> None:
-    """Pass in silence, or stop: for a test, or for the last line before training.
+    """Do nothing, or stop: for a test, or for the last line before training.
 
     Raises:
         LeakError: there are leaks; it names them.

@@ -17,7 +17,10 @@ import pytest
 import typer
 
 from mlops_course import __version__
-from mlops_course.cli import _Watched, app, asked_for, describe_error, parse_parameters, ui_command, without_password
+from mlops_course.cli import app, asked_for, describe_error
+from mlops_course.commands import parse_parameters
+from mlops_course.commands.look import ui_command, without_password
+from mlops_course.commands.run import _Watched
 from mlops_course.console import summary
 from mlops_course.environment import CourseError, Settings
 from mlops_course.pipelines import ParameterError, PipelineRun, StageRun
@@ -89,7 +92,8 @@ def test_help_imports_nothing_heavy() -> None:
 
 
 def test_no_command_shows_the_help_and_a_wrong_one_is_wrong_usage() -> None:
-    assert "Commands" in course().stdout + course().stderr
+    shown = course()
+    assert all(f"\n{panel}:\n" in shown.stdout + shown.stderr for panel in ("Learn", "Run", "Serve", "Look"))
     done = course("rnu")
     assert done.returncode == 2
     assert "rnu" in done.stderr
@@ -530,7 +534,8 @@ def test_mlflow_gets_the_address_by_a_variable_and_not_as_an_argument(settings: 
     private = Settings(home=settings.home, tracking_uri="postgresql://ann:s3cret@db/mlflow")
     assert "s3cret" not in " ".join(ui_command(private, 5000))
     script = "import os, sys; print(os.environ['MLFLOW_BACKEND_STORE_URI'], *sys.argv)"
-    replaced = f"import sys, mlops_course.cli as cli; cli.ui_command = lambda *a: [sys.executable, '-c', {script!r}]; "
+    replaced = "import sys, mlops_course.cli as cli, mlops_course.commands.look as look; "
+    replaced += f"look.ui_command = lambda *a: [sys.executable, '-c', {script!r}]; "
     command = [sys.executable, "-c", replaced + "cli.app(args=['ui'])"]
     variables = {**os.environ, "MLOPS_COURSE_TRACKING_URI": private.tracking}
     done = subprocess.run(command, capture_output=True, text=True, env=variables, check=True)

@@ -16,7 +16,6 @@ import pytest
 from mlops_course.course import check, hint, solution, wrong_answers
 from mlops_course.course.checking import Report, check_notebook
 from mlops_course.course.copies import copy_of, digest, key_of, make_copy, reset_exercise, start_copy, update_copy
-from mlops_course.course.front import Shown, check_names, show_hint, show_solution
 from mlops_course.course.lessons import (
     Lesson,
     LessonError,
@@ -31,6 +30,7 @@ from mlops_course.course.lessons import (
     read_question,
     tags,
 )
+from mlops_course.course.notebook_api import Card, check_exercise, show_hint, show_solution
 from mlops_course.course.progress import read_progress
 from mlops_course.environment import CourseError
 
@@ -514,8 +514,8 @@ def names(**more: Any) -> dict[str, Any]:
     return {"delays": [3, -5, 40, 12, 0], "median": lambda numbers: sorted(numbers)[2], "check": check, **more}
 
 
-def checked(scope: dict[str, Any], number: str = "21.1") -> Shown:
-    found = check_names(number, scope)
+def checked(scope: dict[str, Any], number: str = "21.1") -> Card:
+    found = check_exercise(number, scope)
     assert found is not None
     return found
 

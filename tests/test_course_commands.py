@@ -15,7 +15,7 @@ import pytest
 from mlops_course.course.lessons import notebook_text, read_notebook
 
 LESSONS = Path(__file__).resolve().parent / "lessons"
-PROGRAM = "import typer; from mlops_course.course.commands import learn_app; from mlops_course.cli import Commands; "
+PROGRAM = "import typer; from mlops_course.commands.learn import learn_app; from mlops_course.cli import Commands; "
 PROGRAM += "app = typer.Typer(cls=Commands, pretty_exceptions_enable=False); app.add_typer(learn_app); app()"
 COMMAND = [sys.executable, "-c", PROGRAM]
 pytestmark = pytest.mark.system

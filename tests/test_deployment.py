@@ -22,13 +22,13 @@ import pytest
 from conftest import Quarter, settings_in
 
 from mlops_course.deployment import (
-    Limits,
     ReleaseError,
+    ReleaseLimits,
     live_reference,
     promote_release,
     read_counts,
-    read_history,
     read_release,
+    read_release_history,
     refuse_during_release,
     release_status,
     roll_back_release,
@@ -43,7 +43,7 @@ pytestmark = pytest.mark.skipif(os.name == "nt", reason="several workers share a
 STABLE, GOOD, BAD = "flight-delay@1", "flight-delay@2", "flight-delay@3"
 COMMAND = [sys.executable, "-c", "from mlops_course.cli import main; main()"]
 CARRIER = "US"  # one flight in sixteen
-FAST = {"least": 100, "slice_least": 40, "hold_seconds": 0.0, "pairs_a_second": 400}
+FAST = {"min_samples": 100, "slice_min_samples": 40, "hold_seconds": 0.0, "pairs_a_second": 400}
 
 
 @dataclass(frozen=True)
@@ -206,18 +206,18 @@ def workspace(models: Models, tmp_path: Path) -> Settings:
 @pytest.mark.slow
 def test_a_canary_that_is_bad_for_one_carrier_is_rolled_back_by_itself(models: Models, workspace: Settings) -> None:
     with serving(workspace) as server:
-        start_release(workspace, BAD, "canary", (0.3,), Limits(enough=100_000, **FAST))
+        start_release(workspace, BAD, "canary", (0.3,), ReleaseLimits(min_requests=100_000, **FAST))
         client = Client(server.url, models.records).until(lambda: ended(workspace))
         after = httpx.get(f"{server.url}/model").json()["reference"]
     client.assert_nothing_failed()
-    last = read_history(workspace)[-1]
+    last = read_release_history(workspace)[-1]
     assert (last["status"], last["by"]) == ("rolled back", "guard")
     assert f"of carrier={CARRIER} " in last["reason"]
     assert "carrier" in last["reason"].split(";")[0], "the mean over all flights gave nothing away"
     assert live_reference(workspace) == after == STABLE
     checks = {(each["name"], each["slice"]): each["verdict"] for each in release_status(workspace)["checks"]}
-    assert {name for (_, name), verdict in checks.items() if verdict == "broken"} == {f"carrier={CARRIER}"}
-    assert checks["errors", ""] != "broken" != checks["shift", ""]
+    assert {name for (_, name), verdict in checks.items() if verdict == "fail"} == {f"carrier={CARRIER}"}
+    assert checks["errors", ""] != "fail" != checks["shift", ""]
     told = [model for when, _, _, model in client.answers if when > client.answers[-1][0] - 0.5]
     assert set(told) == {STABLE}, "nobody gets the bad version any more"
 
@@ -225,11 +225,11 @@ def test_a_canary_that_is_bad_for_one_carrier_is_rolled_back_by_itself(models: M
 @pytest.mark.slow
 def test_a_good_canary_goes_from_step_to_step_and_is_promoted(models: Models, workspace: Settings) -> None:
     with serving(workspace) as server:
-        start_release(workspace, GOOD, "canary", (0.2, 0.6), Limits(enough=700, **FAST), "more trees")
+        start_release(workspace, GOOD, "canary", (0.2, 0.6), ReleaseLimits(min_requests=700, **FAST), "more trees")
         client = Client(server.url, models.records).until(lambda: ended(workspace))
         after = httpx.get(f"{server.url}/model").json()["reference"]
     client.assert_nothing_failed()
-    history = read_history(workspace)
+    history = read_release_history(workspace)
     assert [(line["status"], line["share"], line["by"]) for line in history] == [
         ("running", 0.2, "person"), ("running", 0.6, "guard"), ("promoted", 0.0, "guard"),
     ]  # fmt: skip
@@ -252,7 +252,7 @@ def no_flapping(client: Client) -> dict[int, list[str]]:
 
 @pytest.mark.slow
 def test_a_release_survives_a_restart_and_keys_keep_their_version(models: Models, workspace: Settings) -> None:
-    start_release(workspace, GOOD, "ab", (0.4,), Limits(**FAST))
+    start_release(workspace, GOOD, "ab", (0.4,), ReleaseLimits(**FAST))
     heard, answered = [], []
     release = read_release(workspace)
     assert release is not None
@@ -280,7 +280,7 @@ def test_a_release_survives_a_restart_and_keys_keep_their_version(models: Models
 def test_without_a_key_requests_are_shared_by_chance_and_the_stable_version_stays_the_one_that_is_shown(
     models: Models, workspace: Settings
 ) -> None:
-    start_release(workspace, GOOD, "ab", (0.5,), Limits(**FAST))
+    start_release(workspace, GOOD, "ab", (0.5,), ReleaseLimits(**FAST))
     with serving(workspace, workers=1) as server, httpx.Client(base_url=server.url) as client:
         asked = {"record": models.records[0]}
         told = [client.post("/predict", json=asked).json()["model"] for _ in range(60)]
@@ -296,7 +296,8 @@ def test_without_a_key_requests_are_shared_by_chance_and_the_stable_version_stay
 @pytest.mark.slow
 def test_a_killed_worker_is_no_loss_even_if_it_was_the_guard(models: Models, workspace: Settings) -> None:
     with serving(workspace) as server:
-        start_release(workspace, BAD, "canary", (0.5,), Limits(enough=100_000, **{**FAST, "slice_least": 150}))
+        limits = ReleaseLimits(min_requests=100_000, **{**FAST, "slice_min_samples": 150})
+        start_release(workspace, BAD, "canary", (0.5,), limits)
         release = read_release(workspace)
         assert release is not None
         client = Client(server.url, models.records)
@@ -313,7 +314,7 @@ def test_a_killed_worker_is_no_loss_even_if_it_was_the_guard(models: Models, wor
         assert after.candidate.answered >= before.candidate.answered
         assert not ended(workspace), "too little was seen before"
         Client(server.url, models.records).until(lambda: ended(workspace)).assert_nothing_failed()
-    assert f"carrier={CARRIER}" in read_history(workspace)[-1]["reason"]
+    assert f"carrier={CARRIER}" in read_release_history(workspace)[-1]["reason"]
 
 
 @pytest.mark.slow
@@ -329,7 +330,7 @@ def test_blue_green_switches_all_at_once_and_back(models: Models, workspace: Set
         shares = []
         for step in (
             lambda: None,
-            lambda: release("start", GOOD, "--strategy", "blue-green", "--limit", "enough=99999"),
+            lambda: release("start", GOOD, "--strategy", "blue-green", "--limit", "min_requests=99999"),
         ):
             step()
             time.sleep(2.5)
@@ -349,12 +350,12 @@ def test_blue_green_switches_all_at_once_and_back(models: Models, workspace: Set
 @pytest.mark.slow
 def test_a_shadow_answers_nobody_and_is_found_out_all_the_same(models: Models, workspace: Settings) -> None:
     with serving(workspace) as server:
-        start_release(workspace, BAD, "shadow", limits=Limits(**FAST))
+        start_release(workspace, BAD, "shadow", limits=ReleaseLimits(**FAST))
         client = Client(server.url, models.records).until(lambda: ended(workspace))
         metrics = httpx.get(f"{server.url}/metrics").text
     client.assert_nothing_failed()
     assert {model for _, _, _, model in client.answers} == {STABLE}
-    assert f"carrier={CARRIER}" in read_history(workspace)[-1]["reason"]
+    assert f"carrier={CARRIER}" in read_release_history(workspace)[-1]["reason"]
     counts = release_status(workspace)["counts"]
     assert counts["candidate"]["answered"] == 0 < counts["silent_candidate"]["answered"]
     assert f'model="{BAD}",role="candidate"' not in metrics
@@ -371,7 +372,7 @@ def test_a_candidate_that_cannot_be_loaded_is_rolled_back_and_nobody_notices(
         client = Client(server.url, models.records).until(lambda: ended(workspace))
     client.assert_nothing_failed()
     assert {model for _, _, _, model in client.answers} == {STABLE}
-    assert "can't be used" in read_history(workspace)[-1]["reason"]
+    assert "can't be used" in read_release_history(workspace)[-1]["reason"]
 
 
 # ---------------------------------------------------------------- by hand, without a service
@@ -388,7 +389,7 @@ def test_only_a_sound_bundle_with_the_same_features_is_released(models: Models, 
     with pytest.raises(ReleaseError, match="there is no strategy 'rolling'"):
         start_release(workspace, GOOD, "rolling")
     with pytest.raises(ReleaseError, match="flight-delay@1 has no column of categories named carriers, distance"):
-        start_release(workspace, GOOD, limits=Limits(slices=("carrier", "distance", "carriers")))
+        start_release(workspace, GOOD, limits=ReleaseLimits(slices=("carrier", "distance", "carriers")))
     assert read_release(workspace) is None
 
 
@@ -407,4 +408,5 @@ def test_a_person_promotes_and_takes_it_back(workspace: Settings) -> None:
     assert live_reference(workspace) == STABLE
     with pytest.raises(ReleaseError, match="nothing to roll back"):
         roll_back_release(workspace, "again")
-    assert [line["reason"] for line in read_history(workspace)] == ["asked for", "Friday evening", "Saturday morning"]
+    reasons = [line["reason"] for line in read_release_history(workspace)]
+    assert reasons == ["asked for", "Friday evening", "Saturday morning"]

@@ -20,14 +20,13 @@ import pytest
 from pydantic import ValidationError
 
 from mlops_course import environment
+from mlops_course.doctor import Tool, check_machine
 from mlops_course.environment import (
     CourseError,
     Settings,
     SettingsError,
-    Tool,
     WorkspaceError,
     default_home,
-    doctor,
     find_project,
     fingerprint,
     load_settings,
@@ -415,7 +414,7 @@ def named(tools: list[Tool], name: str) -> Tool:
 
 
 def test_the_doctor_passes_this_machine_and_says_a_version(settings: Settings) -> None:
-    tools = doctor(settings)
+    tools = check_machine(settings)
     assert [tool.name for tool in tools if not tool.ok] == []
     assert named(tools, "git").version.count(".") >= 1
     assert named(tools, "python").version == ".".join(map(str, sys.version_info[:3]))
@@ -424,7 +423,7 @@ def test_the_doctor_passes_this_machine_and_says_a_version(settings: Settings) -
 
 def test_without_git_the_doctor_says_so(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    tools = doctor(settings)
+    tools = check_machine(settings)
     git, quarto = named(tools, "git"), named(tools, "quarto")
     assert (git.found, git.ok) == (False, False)
     assert "git-scm.com" in git.how_to_get
@@ -433,7 +432,7 @@ def test_without_git_the_doctor_says_so(settings: Settings, tmp_path: Path, monk
 
 def test_a_home_inside_a_file_fails_the_disk_check(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x", encoding="utf-8")
-    disk = named(doctor(Settings(home=tmp_path / "file" / "workspace")), "disk space")
+    disk = named(check_machine(Settings(home=tmp_path / "file" / "workspace")), "disk space")
     assert not disk.ok
     assert str(tmp_path / "file") in disk.how_to_get
 
@@ -456,7 +455,7 @@ def test_the_doctor_compares_packages_with_the_lock(tmp_path: Path, monkeypatch:
     lock.write_text("pandas==0.1\n", encoding="utf-8")
     assert lock_differences(lock) == [f"pandas is {metadata.version('pandas')}, the lock says 0.1"]
     monkeypatch.chdir(clone)
-    locked = named(doctor(Settings(home=tmp_path / "w")), "locked packages")
+    locked = named(check_machine(Settings(home=tmp_path / "w")), "locked packages")
     assert not locked.found
     assert "the lock says 0.1" in locked.how_to_get
 

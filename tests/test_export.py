@@ -22,9 +22,10 @@ import yaml
 
 from mlops_course import __version__
 from mlops_course.environment import CourseError
-from mlops_course.pipelines.definition import Parameter, Pipeline, find_pipeline
+from mlops_course.pipelines.definition import Pipeline, find_pipeline
 from mlops_course.pipelines.export import Place, export, main, place_for, run_stage, save_export
 from mlops_course.pipelines.notebooks import ParameterError, PipelineError
+from mlops_course.pipelines.parameters import Parameter
 from mlops_course.pipelines.results import ResultError, read_result
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -103,7 +103,7 @@ def test_frames_are_taken_as_they_come() -> None:
 
 WRONG_ROWS: list[tuple[Any, Any, str]] = [
     ([1.0, 0.0], [True], r"the shapes are late \(2,\), warned \(1,\).*Take the same rows"),
-    ([[1.0]], [[True]], "one value a row"),
+    ([[1.0]], [[True]], "one value per row"),
     ([], [], "late is empty"),
     ([1.0, np.nan], [True, False], r"1 of 2 values of late are missing.*Leave out"),
     ([1.0, 0.0], [0.9, 0.1], "True or False, not float64.*Compare the score with a threshold"),
@@ -159,7 +159,7 @@ def test_groups_may_be_dates_or_text() -> None:
 
 @pytest.mark.parametrize("capacity", [-1, 2.5, True, "3"])
 def test_a_capacity_is_a_whole_number(capacity: Any) -> None:
-    with pytest.raises(FramingError, match=r"the capacity is .*whole number from 0 on"):
+    with pytest.raises(FramingError, match=r"the capacity is .*whole number, 0 or more"):
         limited_warnings(np.array([0.1]), np.array([1]), capacity)
 
 
@@ -352,7 +352,7 @@ def test_names_that_depend_on_the_data_are_refused() -> None:
     "known", [{}, {"flights": {}}, {"trains": {"delay": "left"}}], ids=["nothing", "no column", "another table"]
 )
 def test_a_test_that_could_not_fail_is_refused(known: dict[str, dict[str, str]]) -> None:
-    with pytest.raises(FramingError, match="Say of each prediction when it is made"):
+    with pytest.raises(FramingError, match="Say when each prediction is made"):
         leaks_of(honest, known=known)
 
 
@@ -364,7 +364,7 @@ def test_a_column_that_is_not_there_is_named() -> None:
 def test_a_prediction_without_a_time_is_refused() -> None:
     times = some_flights()["flights"]["predicted_at"].copy()
     times.iloc[3] = pd.NaT
-    with pytest.raises(FramingError, match="Say of each prediction when it is made"):
+    with pytest.raises(FramingError, match="Say when each prediction is made"):
         leaks_of(honest, predicted_at=times)
 
 

@@ -19,8 +19,8 @@ import pytest
 from conftest import Quarter, settings_in
 from test_deployment import COMMAND, serving
 
-from mlops_course.deployment import InboxError, Scored, watch
-from mlops_course.deployment.microbatch import Inbox, claim, take_back
+from mlops_course.deployment import InboxError, ScoredFile, watch_inbox
+from mlops_course.deployment.inbox import Inbox, claim_file, recover_abandoned
 from mlops_course.environment import Settings
 from mlops_course.experiments import TrainingConfig, train, train_run
 from mlops_course.project import flight_delay
@@ -66,10 +66,10 @@ def deliver(inbox: Path, name: str, rows: pd.DataFrame) -> Path:
     return hidden.rename(path)
 
 
-def run_once(settings: Settings, inbox: Path, settle: float = 0) -> list[Scored]:
+def run_once(settings: Settings, inbox: Path, settle: float = 0) -> list[ScoredFile]:
     """Score all that is there."""
-    told: list[Scored] = []
-    watch(settings, inbox, told.append, once=True, settle=settle)
+    told: list[ScoredFile] = []
+    watch_inbox(settings, inbox, told.append, once=True, settle=settle)
     return told
 
 
@@ -135,7 +135,7 @@ def test_batch_micro_batch_and_online_give_the_same_answers(own_quarter: Quarter
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
-        ("letter.docx", b"Dear operations desk", "letter.docx is no file of features. Deliver one of .csv, .csv.gz"),
+        ("letter.docx", b"Dear operations desk", "letter.docx is not a file of features. Deliver one of .csv, .csv.gz"),
         ("empty.csv", b"", "empty.csv can't be read: No columns"),
         ("heads.csv", b"carrier,origin,dest,hour_of_day,temperature\n", "heads.csv holds no rows"),
         ("torn.parquet", b"PAR1....", "torn.parquet can't be read: "),
@@ -316,9 +316,10 @@ def test_a_process_that_is_asked_to_end_gives_back_what_it_had(
 def test_several_watchers_share_the_work_and_score_each_file_once(small: Settings, inbox: Path) -> None:
     for number in range(60):
         deliver(inbox, f"file{number:02d}.csv", flights(20, seed=number))
-    told: list[list[Scored]] = [[], [], []]
+    told: list[list[ScoredFile]] = [[], [], []]
     watchers = [
-        threading.Thread(target=watch, args=(small, inbox, each.append, True), kwargs={"settle": 0}) for each in told
+        threading.Thread(target=watch_inbox, args=(small, inbox, each.append, True), kwargs={"settle": 0})
+        for each in told
     ]
     for watcher in watchers:
         watcher.start()
@@ -341,16 +342,16 @@ def test_a_new_live_model_scores_the_next_file(small: Settings, inbox: Path, tmp
     newer = write_bundle(
         settings, flight_delay, model, rows, "flight-delay@2", Origin(run_id="x", data={}, first="", last="")
     )
-    told: list[Scored] = []
+    told: list[ScoredFile] = []
 
-    def tell(scored: Scored) -> None:
+    def tell(scored: ScoredFile) -> None:
         told.append(scored)
         publish(settings, newer)
 
     deliver(inbox, "a.csv", flights(5, seed=1))
     time.sleep(0.02)
     deliver(inbox, "b.csv", flights(5, seed=2))
-    watch(settings, inbox, tell, once=True, settle=0)
+    watch_inbox(settings, inbox, tell, once=True, settle=0)
     assert [(scored.file, scored.model) for scored in told] == [
         ("a.csv", "flight-delay@1"),
         ("b.csv", "flight-delay@2"),
@@ -372,13 +373,13 @@ def test_a_file_that_is_given_back_does_not_overwrite_a_new_delivery(inbox: Path
     for killed in (False, True):
         owner = Inbox(inbox).open()
         (inbox / "incoming" / "some.csv").write_text(f"claimed {killed}")
-        claimed = claim(owner, 0)
+        claimed = claim_file(owner, 0)
         assert claimed is not None
         (inbox / "incoming" / "some.csv").write_text(f"delivered {killed}")
         if killed:
             owner.lock.release(force=True)
             other = Inbox(inbox).open()
-            assert take_back(other) == []
+            assert recover_abandoned(other) == []
             other.close()
         else:
             owner.close()

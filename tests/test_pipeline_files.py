@@ -15,15 +15,16 @@ from hypothesis import given
 from hypothesis import strategies as some
 from jsonschema import Draft202012Validator
 
-from mlops_course.pipelines.definition import TYPES, Pipeline, Stage, list_pipelines
-from mlops_course.pipelines.entries import ParameterEntry, PipelineEntry, StageEntry, check_entries, entries_of
+from mlops_course.pipelines.definition import Pipeline, PipelineFile, Stage, _check_default, list_pipelines
 from mlops_course.pipelines.notebooks import PipelineError
-from mlops_course.pipelines.schema import DEFAULTS, OUTPUTS, pipeline_schema, reference
+from mlops_course.pipelines.parameters import TYPES, Parameter
+from mlops_course.pipelines.reading import entries_of, read_part
+from mlops_course.pipelines.schema import DEFAULT_SCHEMAS, OUTPUT_CONTENTS, pipeline_schema, reference
 
 SCHEMA = pipeline_schema()
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "nbs" / "pipeline_files.ipynb"
-PARTS = (PipelineEntry, ParameterEntry, StageEntry)
+PARTS = (PipelineFile, Parameter, Stage)
 STAGE = {"name": "train", "notebook": "train.ipynb"}
 SMALL = {"name": "demo", "stages": [STAGE]}
 
@@ -35,7 +36,7 @@ def schema_takes(file: object) -> bool:
 def reader_takes(file: object) -> bool:
     """Whether the reader gets as far as the notebooks."""
     try:
-        check_entries(file, PipelineEntry, "demo.yaml")
+        read_part(file, PipelineFile, "demo.yaml")
     except PipelineError:
         return False
     return True
@@ -102,7 +103,7 @@ FILES = [SMALL | wrong for wrong in WRONG] + [SMALL | {"stages": [STAGE | wrong]
 def test_what_the_schema_can_tell_is_refused_by_both(file: dict[str, Any]) -> None:
     assert not schema_takes(file)
     with pytest.raises(PipelineError) as caught:
-        check_entries(file, PipelineEntry, "demo.yaml")
+        read_part(file, PipelineFile, "demo.yaml")
     line = str(caught.value)
     assert line.startswith("demo.yaml") and ". " in line and "\n" not in line
 
@@ -113,7 +114,7 @@ RIGHT: list[dict[str, Any]] = [
     {"order": "first <= last", "timeout": 0.5},
     {"order": ["first <= last < end", "a < b"]},
     {"parameters": {"rows": {"type": "integer", "default": None, "help": None}}},
-    {"stages": [STAGE | {key: None for key in entries_of(StageEntry) if key not in STAGE}]},
+    {"stages": [STAGE | {key: None for key in entries_of(Stage) if key not in STAGE}]},
     {"stages": [STAGE | {"inputs": {"model": "champion"}, "after": ["clean"], "retries": 0, "backoff": 0}]},
     {"stages": [STAGE | {"parameters": {"a": {"b": [1, None]}, "_c": "${d}"}}]},
 ]
@@ -130,13 +131,13 @@ SCALARS = some.none() | some.booleans() | some.integers(-2, 3) | some.sampled_fr
 VALUES = some.recursive(SCALARS, lambda inside: some.lists(inside, max_size=3) | some.dictionaries(WORDS, inside))
 
 
-@given(key=some.sampled_from([*entries_of(StageEntry), "other"]), value=VALUES)
+@given(key=some.sampled_from([*entries_of(Stage), "other"]), value=VALUES)
 def test_reader_and_schema_agree_on_any_entry_of_a_stage(key: str, value: object) -> None:
     file = SMALL | {"stages": [STAGE | {key: value}]}
     assert schema_takes(file) == reader_takes(file)
 
 
-@given(key=some.sampled_from([*entries_of(PipelineEntry), "other"]), value=VALUES)
+@given(key=some.sampled_from([*entries_of(PipelineFile), "other"]), value=VALUES)
 def test_reader_and_schema_agree_on_any_entry_of_the_file(key: str, value: object) -> None:
     assert schema_takes(SMALL | {key: value}) == reader_takes(SMALL | {key: value})
 
@@ -154,10 +155,8 @@ def test_reader_and_schema_agree_on_defaults(kind: str, value: object) -> None:
 
 
 def default_is_read(part: dict[str, Any]) -> bool:
-    from mlops_course.pipelines.definition import _read_parameter
-
     try:
-        _read_parameter("x", part, "demo.yaml")
+        _check_default(read_part(part, Parameter, "demo.yaml", "x"), "demo.yaml")
     except PipelineError:
         return False
     return True
@@ -167,31 +166,29 @@ def default_is_read(part: dict[str, Any]) -> bool:
 
 
 def test_the_declaration_is_what_the_code_knows() -> None:
-    assert set(entries_of(ParameterEntry)["type"][0].choices) == set(TYPES) == set(DEFAULTS)
-    assert set(OUTPUTS) == set(entries_of(StageEntry)["outputs"][0].parts[1][0].choices)
+    properties = {name: part["properties"] for name, part in SCHEMA["$defs"].items()}
+    assert set(properties["Parameter"]["type"]["enum"]) == set(TYPES) == set(DEFAULT_SCHEMAS)
+    kinds = properties["Stage"]["outputs"]["anyOf"][0]["additionalProperties"]["enum"]
+    assert set(OUTPUT_CONTENTS) == set(kinds)
 
 
-def test_what_is_left_out_is_what_the_declaration_says() -> None:
-    declared = {field.name: field.default for field in dataclasses.fields(StageEntry)}
-    real = {field.name: field.default for field in dataclasses.fields(Stage)}
-    assert set(declared) == set(real)
-    for name in ("cache", "retries", "backoff", "timeout"):
-        assert declared[name] == real[name]
-    assert set(entries_of(PipelineEntry)) == {field.name for field in dataclasses.fields(Pipeline)} - {"path"}
+def test_all_that_the_file_declares_is_in_the_pipeline() -> None:
+    assert set(entries_of(Stage)) == {field.name for field in dataclasses.fields(Stage)}
+    assert set(entries_of(PipelineFile)) == {field.name for field in dataclasses.fields(Pipeline)} - {"path"}
 
 
 @pytest.mark.parametrize("part", PARTS, ids=lambda part: part.__name__)
 def test_every_entry_has_a_meaning_and_examples_that_fit(part: type) -> None:
     table = reference(part)
-    for field in dataclasses.fields(part):
-        (line,) = [line for line in table.splitlines() if line.startswith(f"| `{field.name}` ")]
+    for name in entries_of(part):
+        (line,) = [line for line in table.splitlines() if line.startswith(f"| `{name}` ")]
         kind, default, meaning, examples = [cell.strip() for cell in line.split(" | ")[1:]]
         assert kind and default and meaning
         for example in re.findall(r"`([^`]+)`", examples):
             fitting = {"name": "x", "notebook": "x.ipynb", "type": "month", "stages": [STAGE]}
             whole = {key: fitting[key] for key in entries_of(part) if key in fitting} | yaml.safe_load(example)
-            assert check_entries(whole, part, "example")
-        assert examples.strip("| ") or field.name == "stages"
+            assert read_part(whole, part, "example", "x" if part is Parameter else None)
+        assert examples.strip("| ") or name == "stages"
 
 
 # ---------------------------------------------------------------- the shipped file, and the page

@@ -39,9 +39,9 @@ from mlops_course.pipelines import (
     record_result,
     run,
 )
-from mlops_course.pipelines.definition import TYPES, fill, references
 from mlops_course.pipelines.engine.workers import GRACE
 from mlops_course.pipelines.notebooks import Taken, notebook_parameters, recorded_names
+from mlops_course.pipelines.parameters import TYPES, fill, references
 from mlops_course.pipelines.runs import repository
 from mlops_course.pipelines.scheduler import stage_environment
 

@@ -19,7 +19,7 @@ import psutil
 import pytest
 from service_helpers import FIRST, SECOND, Running, serving, until
 
-from mlops_course.cli import about_service
+from mlops_course.commands.serve import about_service
 from mlops_course.environment import Settings
 from mlops_course.serving import publish
 from mlops_course.serving.predictions import log_folder, read_segment

@@ -12,10 +12,10 @@ def check(
     """Check the answer to an exercise in this notebook. Raises: LessonError when there is no such exercise."""
     import sys
 
-    from mlops_course.course.front import check_names, show
+    from mlops_course.course.notebook_api import check_exercise, show_card
 
     caller = sys._getframe(1)
-    show(check_names(exercise, caller.f_globals, caller.f_code.co_filename))
+    show_card(check_exercise(exercise, caller.f_globals, caller.f_code.co_filename))
 
 
 def wrong_answers(
@@ -23,7 +23,7 @@ def wrong_answers(
     answers: dict[str, tuple[str, str]],  # label: (code in the solution's place, words of the check's message)
 ) -> None:
     """For authors: answers that the check must refuse, each with words of its own. Raises: LessonError."""
-    from mlops_course.course.front import check_declaration
+    from mlops_course.course.notebook_api import check_declaration
 
     check_declaration(exercise, answers)
 
@@ -32,9 +32,9 @@ def hint(
     exercise: str,  # like 5.2
 ) -> None:
     """Show a hint for an exercise; asked again, the next one."""
-    from mlops_course.course.front import show, show_hint
+    from mlops_course.course.notebook_api import show_card, show_hint
 
-    show(show_hint(exercise))
+    show_card(show_hint(exercise))
 
 
 def solution(
@@ -42,6 +42,6 @@ def solution(
     yes: bool = False,  # True: also before it is passed
 ) -> None:
     """Show an exercise's solution, once it is passed or when you insist. Raises: CourseError before that."""
-    from mlops_course.course.front import show, show_solution
+    from mlops_course.course.notebook_api import show_card, show_solution
 
-    show(show_solution(exercise, yes))
+    show_card(show_solution(exercise, yes))

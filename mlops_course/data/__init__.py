@@ -112,7 +112,7 @@ def validate(
 def _found(
     parts: Mapping[str, CheckedTable], written: Mapping[str, tuple[str, list[str]]], report: pd.DataFrame
 ) -> Validation:
-    """What came of all tables together."""
+    """The results of all tables together."""
     return Validation(
         tables={name: reference for name, (reference, _) in written.items()},
         rows={name: len(part.good) for name, part in parts.items()},
@@ -151,7 +151,7 @@ def require_history(
     wanted: list[str],  # months, one after the other
     delivered: Mapping[str, int] | None = None,  # rows of each month's own delivery; None: nobody knows
 ) -> None:
-    """See to it that no month is missing among those that features are computed from.
+    """Require every month that features are computed from.
 
     Raises:
         DataError: a month is missing; before the very first one there is nothing.

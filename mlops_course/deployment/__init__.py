@@ -12,41 +12,43 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 # %% auto #0
-__all__ = ['release_app', 'start_release', 'promote_release', 'roll_back_release', 'release_status', 'read_counts', 'Decision',
-           'decide', 'judge', 'judge_recent', 'InboxError', 'Scored', 'watch', 'STEPS', 'Limits', 'Release',
-           'ReleaseError', 'begin', 'change', 'read_history', 'read_release', 'candidate_answers', 'place_of',
-           'ReleaseModels', 'can_replace', 'live_reference', 'refuse_during_release']
+__all__ = ['release_app', 'start_release', 'promote_release', 'roll_back_release', 'release_status', 'read_counts',
+           'ReleaseDecision', 'decide_release', 'judge_counts', 'judge_recent', 'InboxError', 'ScoredFile',
+           'watch_inbox', 'STEPS', 'Release', 'ReleaseError', 'ReleaseLimits', 'create_release', 'update_release',
+           'read_release', 'read_release_history', 'candidate_answers', 'place_of', 'ReleaseModels', 'can_replace',
+           'live_reference', 'refuse_during_release']
 
 # %% ../../nbs/11_deployment.ipynb #6ddc07ea
 from .counting import ROLES, read_counts
-from .judging import Decision, decide, judge, judge_recent
-from .microbatch import InboxError, Scored, watch
-from .pairing import usual_columns
-from mlops_course.deployment.releases import (
-    STEPS, Limits, Release, ReleaseError, begin, change, live_reference, read_history, read_release,
-    refuse_during_release,
+from .inbox import InboxError
+from .judging import ReleaseDecision, decide_release, judge_counts, judge_recent
+from .microbatch import ScoredFile, watch_inbox
+from .pairing import default_slice_columns
+from mlops_course.deployment.release_files import (
+    create_release, live_reference, read_release, read_release_history, refuse_during_release, update_release,
 )
+from .releases import STEPS, Release, ReleaseError, ReleaseLimits
 from .routing import candidate_answers, place_of
 from .workers import ReleaseModels, can_replace
 from ..serving import load_predictor
 from ..serving.bundle import bundles_folder
 from ..serving.publishing import for_case
 
-_all_ = ["read_counts", "Decision", "decide", "judge", "judge_recent", "InboxError", "Scored", "watch"]
-_all_ += ["STEPS", "Limits", "Release", "ReleaseError", "begin", "change", "read_history", "read_release"]
-_all_ += ["candidate_answers", "place_of", "ReleaseModels", "can_replace", "live_reference", "refuse_during_release"]
+_all_ = ["read_counts", "ReleaseDecision", "decide_release", "judge_counts", "judge_recent", "InboxError"]
+_all_ += ["ScoredFile", "watch_inbox", "STEPS", "Release", "ReleaseError", "ReleaseLimits", "create_release"]
+_all_ += ["update_release", "read_release", "read_release_history", "candidate_answers", "place_of", "ReleaseModels"]
+_all_ += ["can_replace", "live_reference", "refuse_during_release"]
 
 # %% ../../nbs/11_deployment.ipynb #5fe7bb4b
 if TYPE_CHECKING:
     from mlops_course.environment import Settings
     from mlops_course.serving import Predictor
-    from mlops_course.serving.limits import Authorize, Guard
-    from mlops_course.serving.limits import Limits as ServiceLimits
+    from mlops_course.serving.limits import Authorize, Guard, Limits
 
 # %% ../../nbs/11_deployment.ipynb #21be270e
 def release_app(
     settings: Settings,  # where the workspace is
-    limits: ServiceLimits | None = None,  # of the service; None: the usual ones
+    limits: Limits | None = None,  # of the service; None: the usual ones
     authorize: Authorize | None = None,  # a request's scope to a principal; None: everybody may do everything
 ) -> Guard:  # an ASGI app
     """The service of section 7, with a router for releases in it."""
@@ -60,7 +62,7 @@ def start_release(
     candidate: str,  # a bundle in it, such as flight-delay@4
     strategy: str = "canary",  # shadow, canary, blue-green or ab
     steps: tuple[float, ...] | None = None,  # shares of the requests; None: the strategy's own
-    limits: Limits | None = None,  # None: the usual ones
+    limits: ReleaseLimits | None = None,  # None: the usual ones
     reason: str = "asked for",  # why; it is kept
 ) -> Release:
     """Put a candidate beside the live model. Raises: ReleaseError, BundleError."""
@@ -75,7 +77,8 @@ def start_release(
     folder = bundles_folder(settings)
     live, new = load_predictor(folder / stable), load_predictor(folder / candidate)
     can_replace(live, new)
-    return begin(settings, strategy, stable, candidate, steps, _with_slices(limits or Limits(), live), reason)
+    limits = _with_slices(limits or ReleaseLimits(), live)
+    return create_release(settings, strategy, stable, candidate, steps, limits, reason)
 
 # %% ../../nbs/11_deployment.ipynb #e77c7776
 def promote_release(
@@ -101,10 +104,10 @@ def roll_back_release(
     return _changed(settings, release, reason, "rolled back", release.stable)
 
 # %% ../../nbs/11_deployment.ipynb #f70c8688
-def _with_slices(limits: Limits, stable: Predictor) -> Limits:
-    """Name the columns that make slices: a guard that looks at others is blind. Raises: ReleaseError."""
+def _with_slices(limits: ReleaseLimits, stable: Predictor) -> ReleaseLimits:
+    """Name the columns that make slices: whoever looks at others is blind. Raises: ReleaseError."""
     if limits.slices is None:
-        return msgspec.structs.replace(limits, slices=usual_columns(stable))
+        return msgspec.structs.replace(limits, slices=default_slice_columns(stable))
     there = sorted(each.name for each in stable.manifest.features if each.kind == "category")
     if unknown := sorted(set(limits.slices) - set(there)):
         problem = f"{stable.reference} has no column of categories named {', '.join(unknown)}"
@@ -122,7 +125,7 @@ def _current(settings: Settings) -> Release:
 
 def _changed(settings: Settings, release: Release, reason: str, status: str, live: str) -> Release:
     """Do what a person wants, also if the guard has taken a step meanwhile."""
-    while (changed := change(settings, release, reason, "person", live, status=status)) is None:
+    while (changed := update_release(settings, release, reason, "person", live, status=status)) is None:
         now, answers = _current(settings), live_reference(settings)
         over = now.status == status or (status == "promoted" and now.status != "running")
         if over or now.id != release.id or answers not in (now.stable, now.candidate):
@@ -140,9 +143,10 @@ def release_status(
     if release is None:
         return {"live": live, "release": None}
     counts = read_counts(settings, release.id)
-    found = [*judge(counts, release.limits), *judge_recent(counts, release.limits)]
+    found = [*judge_counts(counts, release.limits), *judge_recent(counts, release.limits)]
     checks = [{**asdict(check), "verdict": check.verdict} for check in found]
-    outlook = asdict(decide(release, counts, release.held())) if release.status == "running" else None
+    running = release.status == "running"
+    outlook = asdict(decide_release(release, counts, release.seconds_in_step())) if running else None
     return {
         "live": live, "release": {**msgspec.to_builtins(release), "share": release.share}, "checks": checks,
         "outlook": outlook, "counts": _summary(msgspec.to_builtins(counts)),

@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+import operator
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 import msgspec
 from msgspec import Meta, Struct
@@ -16,95 +17,100 @@ from msgspec import Meta, Struct
 from .statistics import BUCKETS, bucket_of
 from ..environment import Settings, write_atomic
 
-log = logging.getLogger("mlops_course.serving")
+_log = logging.getLogger("mlops_course.serving")
 
 # %% auto #0
-__all__ = ['log', 'Number', 'Buckets', 'ROLES', 'Requests', 'Pairs', 'Counts', 'since', 'counts_folder', 'write_counts',
+__all__ = ['TimeBuckets', 'ROLES', 'RequestCounts', 'PairCounts', 'Counts', 'since', 'counts_folder', 'write_counts',
            'read_counts']
 
-# %% ../../nbs/internals/11_counting.ipynb #5f528f58
-Number = Annotated[int, Meta(ge=0)]
-Buckets = Annotated[list[Number], Meta(min_length=BUCKETS, max_length=BUCKETS)]  # of another length: another version's
+# %% ../../nbs/internals/11_counting.ipynb #d776a3e5
+_Number = Annotated[int, Meta(ge=0)]
+TimeBuckets = Annotated[list[_Number], Meta(min_length=BUCKETS, max_length=BUCKETS)]  # else they are another version's
 
 
-class Requests(Struct, forbid_unknown_fields=True):
+class _Sums(Struct, forbid_unknown_fields=True):
+    """A record of numbers that can be added up."""
+
+    def __add__(self, other: Self) -> Self:
+        return self._by_field(operator.add, other)
+
+    def __sub__(self, other: Self) -> Self:
+        return self._by_field(operator.sub, other)
+
+    def _by_field(self, operation: Callable[[Any, Any], Any], other: Self) -> Self:
+        """A new record: each number of this one with that of the other."""
+        fields = zip(msgspec.structs.astuple(self), msgspec.structs.astuple(other), strict=True)
+        return type(self)(*(_combine(operation, mine, others) for mine, others in fields))
+
+
+def _combine(operation: Callable[[Any, Any], Any], mine: Any, others: Any) -> Any:
+    """Two numbers, or two lists of them."""
+    return list(map(operation, mine, others)) if isinstance(mine, list) else operation(mine, others)
+
+# %% ../../nbs/internals/11_counting.ipynb #bc7ed6b0
+class RequestCounts(_Sums):
     """What became of the requests of one version."""
 
-    answered: Number = 0  # failed ones included
-    failed: Number = 0
-    rows: Number = 0
-    warned: Number = 0  # rows with a score at or above the version's threshold
+    answered: _Number = 0  # failed ones included
+    failed: _Number = 0
+    rows: _Number = 0
+    warned: _Number = 0  # rows with a score at or above the version's threshold
     total: float = 0.0  # sum of the scores
-    buckets: Buckets = msgspec.field(default_factory=lambda: [0] * BUCKETS)  # how many took so long
+    buckets: TimeBuckets = msgspec.field(default_factory=lambda: [0] * BUCKETS)  # how many took so long
 
-    def add(self, other: Requests) -> None:
-        """Take in the counts of another worker."""
-        for name in ("answered", "failed", "rows", "warned", "total"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.buckets = [one + two for one, two in zip(self.buckets, other.buckets, strict=True)]
-
-    def timed(self, seconds: float) -> None:
-        """Note how long one request took."""
+    def add_time(self, seconds: float) -> None:
+        """Count how long one took."""
         self.buckets[bucket_of(seconds)] += 1
 
-# %% ../../nbs/internals/11_counting.ipynb #1befc598
-class Pairs(Struct, forbid_unknown_fields=True):
+# %% ../../nbs/internals/11_counting.ipynb #be384ca1
+class PairCounts(_Sums):
     """Rows that both versions scored: the candidate's score minus the stable one's."""
 
-    count: Number = 0
+    count: _Number = 0
     total: float = 0.0
     squares: float = 0.0
-    flips: Number = 0  # decided otherwise
+    flips: _Number = 0  # rows that are decided otherwise
 
-    def note(self, difference: float, flipped: bool) -> None:
-        """Take in one row."""
+    def add_row(self, difference: float, flipped: bool) -> None:
+        """Count one row."""
         self.count += 1
         self.total += difference
         self.squares += difference**2
         self.flips += flipped
 
-    def add(self, other: Pairs) -> None:
-        """Take in the counts of another worker."""
-        for name in ("count", "total", "squares", "flips"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-
-# %% ../../nbs/internals/11_counting.ipynb #1944ceaf
-class _Pairing(Struct, forbid_unknown_fields=True, kw_only=True):
-    """Rows that both versions scored."""
-
-    pairs: dict[str, Pairs] = msgspec.field(default_factory=lambda: {"": Pairs()})  # by slice; "" is all
-
-    def pair(self, slices: Iterable[str], difference: float, flipped: bool) -> None:
-        """Take in one row that both versions scored."""
-        for name in slices:
-            self.pairs.setdefault(name, Pairs()).note(difference, flipped)
-
 # %% ../../nbs/internals/11_counting.ipynb #f82368dc
 ROLES = ("stable", "candidate", "silent_stable", "silent_candidate")
 
 
-class Counts(_Pairing, forbid_unknown_fields=True):
+class Counts(Struct, forbid_unknown_fields=True):
     """All that one worker, or all together, have seen of a release."""
 
-    stable: Requests = msgspec.field(default_factory=Requests)
-    candidate: Requests = msgspec.field(default_factory=Requests)
-    silent_stable: Requests = msgspec.field(default_factory=Requests)
-    silent_candidate: Requests = msgspec.field(default_factory=Requests)
+    stable: RequestCounts = msgspec.field(default_factory=RequestCounts)
+    candidate: RequestCounts = msgspec.field(default_factory=RequestCounts)
+    silent_stable: RequestCounts = msgspec.field(default_factory=RequestCounts)
+    silent_candidate: RequestCounts = msgspec.field(default_factory=RequestCounts)
+    pairs: dict[str, PairCounts] = msgspec.field(default_factory=lambda: {"": PairCounts()})  # by slice; "" is all
     problem: str = ""  # why a worker can't use the candidate at all
     unread: list[str] = msgspec.field(default_factory=list)  # workers whose counts can't be read
-    window: Number = 0  # number of the current window of time
+    window: _Number = 0  # number of the current window of time
     recent: Counts | None = None  # what was counted in it
+
+    def add_pair(self, slices: Iterable[str], difference: float, flipped: bool) -> None:
+        """Count one row that both versions scored."""
+        for name in slices:
+            self.pairs.setdefault(name, PairCounts()).add_row(difference, flipped)
 
     def add(self, other: Counts) -> None:
         """Take in the counts of another worker."""
-        for name in ROLES:
-            getattr(self, name).add(getattr(other, name))
+        for role in ROLES:
+            setattr(self, role, getattr(self, role) + getattr(other, role))
         for name, pairs in other.pairs.items():
-            self.pairs.setdefault(name, Pairs()).add(pairs)
-        self.problem, self.unread = self.problem or other.problem, self.unread + other.unread
+            self.pairs[name] = self.pairs.get(name, PairCounts()) + pairs
+        self.problem = self.problem or other.problem
+        self.unread = self.unread + other.unread
         _add_recent(self, other)
 
-# %% ../../nbs/internals/11_counting.ipynb #4ec2593d
+
 def _add_recent(total: Counts, other: Counts) -> None:
     """Take in what another worker has counted lately; only the newest window counts."""
     if other.recent is None:
@@ -120,18 +126,8 @@ def since(
     then: Counts,  # of the same, earlier
 ) -> Counts:
     """What was counted between two moments."""
-    pairs = {name: _less(each, then.pairs.get(name, Pairs())) for name, each in now.pairs.items()}
-    roles = {role: _less(getattr(now, role), getattr(then, role)) for role in ROLES}
-    for role in ROLES:
-        both = zip(getattr(now, role).buckets, getattr(then, role).buckets, strict=True)
-        roles[role].buckets = [one - two for one, two in both]
-    return Counts(**roles, pairs=pairs)
-
-
-def _less(now: Any, then: Any) -> Any:
-    """The differences of all numbers."""
-    numbers = {name: getattr(now, name) for name in now.__struct_fields__ if name != "buckets"}
-    return type(now)(**{name: value - getattr(then, name) for name, value in numbers.items()})
+    pairs = {name: each - then.pairs.get(name, PairCounts()) for name, each in now.pairs.items()}
+    return Counts(**{role: getattr(now, role) - getattr(then, role) for role in ROLES}, pairs=pairs)
 
 # %% ../../nbs/internals/11_counting.ipynb #70004278
 def counts_folder(
@@ -162,6 +158,6 @@ def read_counts(
         try:
             together.add(read(path.read_bytes()))
         except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
-            log.error("can't read the counts in %s: %s", path, error)
+            _log.error("can't read the counts in %s: %s", path, error)
             together.unread.append(path.stem)
     return together

@@ -9,177 +9,181 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-import msgspec
-
-from .counting import Buckets, Counts, Pairs, Requests
-from .releases import SLICES, Limits, Release
+from .counting import Counts, PairCounts, RequestCounts, TimeBuckets
+from .releases import MAX_SLICES, Release, ReleaseLimits
 from mlops_course.deployment.statistics import (
-    BUCKETS, FASTEST, FINENESS, mean_interval, quantile_buckets, share_interval, times_of,
+    BUCKETS, FASTEST, buckets_between, mean_interval, quantile_buckets, share_interval, times_of,
 )
 
 # %% auto #0
-__all__ = ['FAR', 'Check', 'judge', 'judge_recent', 'Decision', 'decide', 'answered']
+__all__ = ['Check', 'judge_counts', 'judge_recent', 'ReleaseDecision', 'decide_release']
 
-# %% ../../nbs/internals/11_judging.ipynb #e05565b6
+# %% ../../nbs/internals/11_judging.ipynb #ebfd28a8
+_Verdict = Literal["pass", "fail", "inconclusive", "insufficient"]
+
+
 @dataclass(frozen=True)
 class Check:
     """One quantity of a release, with its limit."""
 
-    name: str  # errors, latency, slow, shift or flips
+    name: str  # errors, latency, slow, shift or decision_flip_rate
     slice: str  # such as carrier=UA; empty: all rows
     low: float  # the quantity lies between low and high, at this look and all others
     high: float
     limit: float
     count: int  # how many requests or rows it is made from
-    least: int  # fewer decide nothing
+    min_samples: int  # fewer decide nothing
     lately: bool = False  # in the current window alone
 
     @property
-    def verdict(self) -> str:  # broken, held, open, or few
-        if self.count < self.least:
-            return "few"
-        return "broken" if self.low > self.limit else "held" if self.high <= self.limit else "open"
+    def verdict(self) -> _Verdict:
+        """What the interval says about the limit."""
+        if self.count < self.min_samples:
+            return "insufficient"
+        return "fail" if self.low > self.limit else "pass" if self.high <= self.limit else "inconclusive"
 
     def __str__(self) -> str:
         where = (f" of {self.slice}" if self.slice else "") + (" lately" if self.lately else "")
         return f"{self.name}{where} {self.low:.3g} to {self.high:.3g}, limit {self.limit:g} ({self.count} counted)"
 
-# %% ../../nbs/internals/11_judging.ipynb #ce887a16
-FAR = 3  # a row is slow when it takes so many times as long as a typical one may
+# %% ../../nbs/internals/11_judging.ipynb #0ded40d5
+def _check_errors(candidate: RequestCounts, stable: RequestCounts, limits: ReleaseLimits, risk: float) -> Check:
+    """Failed requests; a stable version that has hardly answered is taken to be faultless."""
+    low, high = share_interval(candidate.failed, candidate.answered, risk / 8)
+    known = stable.answered >= limits.min_samples
+    stable_low, stable_high = share_interval(stable.failed, stable.answered, risk / 8) if known else (0.0, 0.0)
+    difference = low - stable_high, high - stable_low
+    return Check("errors", "", *difference, limits.errors, candidate.answered, limits.min_samples)
+
+# %% ../../nbs/internals/11_judging.ipynb #24dff2a4
+_SLOW_FACTOR = 3  # a row is slow when it takes so many times as long as a typical one may
 
 
-def _errors(one: Requests, other: Requests, limits: Limits) -> Check:
-    """Failed requests of the candidate and the stable version; one that never answered is taken to be faultless."""
-    low, high = share_interval(one.failed, one.answered, limits.alpha / 16)
-    there = other.answered >= limits.least
-    least, most = share_interval(other.failed, other.answered, limits.alpha / 16) if there else (0.0, 0.0)
-    return Check("errors", "", low - most, high - least, limits.errors, one.answered, limits.least)
-
-
-def _times(counts: Counts, limits: Limits) -> Iterator[Check]:
+def _check_times(counts: Counts, limits: ReleaseLimits, risk: float) -> Iterator[Check]:
     """Times of single rows that both versions have scored, in turn: the typical row, and the slow ones."""
-    one, other = counts.silent_candidate.buckets, counts.silent_stable.buckets
-    medians = [quantile_buckets(each, 0.5, limits.alpha / 32) for each in (one, other)]
-    (low, high), (least, most) = (times_of(*each) for each in medians)
-    timed, least = min(sum(one), sum(other)), max(least, FASTEST)  # both may be faster than the first edge
-    yield Check("latency", "", low / most, high / least, limits.latency, timed, limits.least)
-    further = math.ceil(FINENESS * math.log2(FAR * limits.latency))
-    first, last = (min(each + further, BUCKETS - 2) for each in medians[1])
-    lows, highs = zip(*_slower(one, other, first, last, limits.alpha / 32), strict=True)
-    yield Check("slow", "", min(lows), max(highs), limits.slow, timed, limits.least)
+    candidate, stable = counts.silent_candidate.buckets, counts.silent_stable.buckets
+    count, median = min(sum(candidate), sum(stable)), quantile_buckets(stable, 0.5, risk / 16)
+    stable_low, stable_high = times_of(*median)
+    low, high = times_of(*quantile_buckets(candidate, 0.5, risk / 16))
+    ratio = low / stable_high, high / max(stable_low, FASTEST)  # both may be faster than the first edge
+    yield Check("latency", "", *ratio, limits.latency, count, limits.min_samples)
+    further = buckets_between(_SLOW_FACTOR * limits.latency)
+    borders = range(min(median[0] + further, BUCKETS - 2), min(median[1] + further, BUCKETS - 2) + 1)
+    lows, highs = zip(*_more_above(candidate, stable, borders, risk / 16), strict=True)
+    yield Check("slow", "", min(lows), max(highs), limits.slow, count, limits.min_samples)
 
-# %% ../../nbs/internals/11_judging.ipynb #56c0044d
-def _slower(one: Buckets, other: Buckets, first: int, last: int, alpha: float) -> Iterator[tuple[float, float]]:
-    """By how much one has more in the buckets above an edge, for each edge from the first to the last."""
-    for edge in range(first, last + 1):
-        (low, high), (least, most) = (share_interval(sum(each[edge + 1 :]), sum(each), alpha) for each in (one, other))
-        yield low - most, high - least
 
-# %% ../../nbs/internals/11_judging.ipynb #a90d8b2e
-def _scores(name: str, pairs: Pairs, limits: Limits, slices: int) -> Iterator[Check]:
-    """How the scores of one slice differ."""
-    alpha, least = limits.alpha / 16 / slices, limits.slice_least if name else limits.least
-    low, high = mean_interval(pairs.count, pairs.total, pairs.squares, alpha)
+def _more_above(one: TimeBuckets, other: TimeBuckets, borders: range, risk: float) -> Iterator[tuple[float, float]]:
+    """By how much one has more in the buckets above each border."""
+    for border in borders:
+        low, high = share_interval(sum(one[border + 1 :]), sum(one), risk)
+        other_low, other_high = share_interval(sum(other[border + 1 :]), sum(other), risk)
+        yield low - other_high, high - other_low
+
+# %% ../../nbs/internals/11_judging.ipynb #0d0b8647
+def _check_scores(name: str, pairs: PairCounts, limits: ReleaseLimits, risk: float) -> Iterator[Check]:
+    """How the scores of all rows (no name), or of one slice, differ."""
+    low, high = mean_interval(pairs.count, pairs.total, pairs.squares, risk)
     nearest = 0.0 if low <= 0 <= high else min(abs(low), abs(high))
-    shift, flips = (limits.slice_shift, limits.slice_flips) if name else (limits.shift, limits.flips)
-    yield Check("shift", name, nearest, max(abs(low), abs(high)), shift, pairs.count, least)
-    yield Check("flips", name, *share_interval(pairs.flips, pairs.count, alpha), flips, pairs.count, least)
+    flip_rate = share_interval(pairs.flips, pairs.count, risk)
+    shift_limit, flip_limit, min_samples = limits.of_slices if name else limits.of_all_rows
+    yield Check("shift", name, nearest, max(abs(low), abs(high)), shift_limit, pairs.count, min_samples)
+    yield Check("decision_flip_rate", name, *flip_rate, flip_limit, pairs.count, min_samples)
 
-
-def _together(one: Requests, other: Requests) -> Requests:
-    """Answered and silent requests of a version."""
-    both = Requests()
-    both.add(one)
-    both.add(other)
-    return both
-
-# %% ../../nbs/internals/11_judging.ipynb #9d6c01f0
-def judge(
+# %% ../../nbs/internals/11_judging.ipynb #5a717cb8
+def judge_counts(
     counts: Counts,  # of all workers
-    limits: Limits,  # of the release
+    limits: ReleaseLimits,  # of the release
+    risk: float | None = None,  # probability that a candidate within all limits ever fails; None: half of alpha
 ) -> list[Check]:  # the gravest quantities first
     """Compare all that was counted with the limits."""
-    candidate = _together(counts.candidate, counts.silent_candidate)
-    stable = _together(counts.stable, counts.silent_stable)
-    checks = [_errors(candidate, stable, limits), *_times(counts, limits)]
-    checks += _scores("", counts.pairs.get("", Pairs()), limits, 1)
-    for name in _largest(counts)[:SLICES]:
-        checks += _scores(name, counts.pairs[name], limits, SLICES)
+    risk = limits.alpha / 2 if risk is None else risk
+    candidate, stable = counts.candidate + counts.silent_candidate, counts.stable + counts.silent_stable
+    checks = [_check_errors(candidate, stable, limits, risk), *_check_times(counts, limits, risk)]
+    checks += _check_scores("", counts.pairs.get("", PairCounts()), limits, risk / 8)
+    for name in _largest_slices(counts)[:MAX_SLICES]:
+        checks += _check_scores(name, counts.pairs[name], limits, risk / 8 / MAX_SLICES)
     return checks
 
 
-def _largest(counts: Counts) -> list[str]:
+def _largest_slices(counts: Counts) -> list[str]:
     """The slices, the one with most rows first."""
     return sorted((name for name in counts.pairs if name), key=lambda name: (-counts.pairs[name].count, name))
 
 # %% ../../nbs/internals/11_judging.ipynb #2a76de46
 def judge_recent(
     counts: Counts,  # of all workers
-    limits: Limits,  # of the release
+    limits: ReleaseLimits,  # of the release
 ) -> list[Check]:  # of the current window alone; empty when there is none
     """Compare what was counted lately with the limits."""
     if counts.recent is None:
         return []
     risk = limits.alpha * 3 / math.pi**2 / (counts.window + 1) ** 2  # of all windows together: half of alpha
-    found = judge(counts.recent, msgspec.structs.replace(limits, alpha=2 * risk))
-    return [dataclasses.replace(check, lately=True) for check in found]
+    return [dataclasses.replace(check, lately=True) for check in judge_counts(counts.recent, limits, risk)]
 
-# %% ../../nbs/internals/11_judging.ipynb #12e32528
+# %% ../../nbs/internals/11_judging.ipynb #4dab1e2b
 @dataclass(frozen=True)
-class Decision:
+class ReleaseDecision:
     """What shall be done with a release."""
 
     action: str  # wait, step, promote or roll back
     reason: str
     values: dict[str, Any]  # what becomes different in the release
 
-# %% ../../nbs/internals/11_judging.ipynb #11b45bf4
-def decide(
+
+def decide_release(
     release: Release,  # that is running
     counts: Counts,  # of all workers
     seconds: float,  # since its present step began
-) -> Decision:
+) -> ReleaseDecision:
     """Say what shall be done, and why."""
-    limits = release.limits
-    checks, recent = judge(counts, limits), judge_recent(counts, limits)
-    broken = [check for check in [*checks, *recent] if check.verdict == "broken"]
-    if counts.problem or broken:
-        reason = counts.problem or "; ".join(map(str, broken[:3]))
-        return Decision("roll back", reason, {"status": "rolled back"})
-    unsure = [check for check in recent if check.low > check.limit]  # too few to roll back, too bad to go on
-    unsure += [check for check in checks if check.verdict == "open" or (check.verdict == "few" and not check.slice)]
-    new = answered(release, counts) - release.before
-    if new < limits.enough or seconds < limits.hold_seconds or unsure or counts.unread:
-        blind = [f"can't read the counts of {', '.join(counts.unread[:3])}"] if counts.unread else []
-        return Decision("wait", "; ".join([*blind, *_waiting(new, seconds, unsure, limits)]), {})
-    return _onward(release, counts, checks)
+    checks, recent = judge_counts(counts, release.limits), judge_recent(counts, release.limits)
+    failed = [check for check in [*checks, *recent] if check.verdict == "fail"]
+    if counts.problem or failed:
+        reason = counts.problem or "; ".join(map(str, failed[:3]))
+        return ReleaseDecision("roll back", reason, {"status": "rolled back"})
+    missing = _missing(release, counts, seconds, [*_too_bad_to_go_on(recent), *_unsure(checks)])
+    if missing:
+        return ReleaseDecision("wait", "; ".join(missing), {})
+    return _go_on(release, counts, checks)
 
-# %% ../../nbs/internals/11_judging.ipynb #9109e2c0
-def answered(
-    release: Release,  # that is running
-    counts: Counts,  # of all workers
-) -> int:  # requests; a shadow answers none, so its silent rows count
-    """How much the candidate has done so far."""
-    return counts.candidate.answered if release.share else counts.silent_candidate.answered
+# %% ../../nbs/internals/11_judging.ipynb #4e2dd471
+def _unsure(checks: list[Check]) -> list[Check]:
+    """Those since the beginning that nobody knows enough about; small slices don't count."""
+    unsure = [check for check in checks if check.verdict in ("inconclusive", "insufficient")]
+    return [check for check in unsure if check.verdict == "inconclusive" or not check.slice]
 
 
-def _waiting(new: int, seconds: float, unsure: list[Check], limits: Limits) -> list[str]:
-    """What is still missing."""
-    missing = [f"{new} of {limits.enough} requests in this step"] if new < limits.enough else []
+def _too_bad_to_go_on(recent: list[Check]) -> list[Check]:
+    """Those of the current window that would fail if there were more data."""
+    return [check for check in recent if check.low > check.limit]
+
+
+def _missing(release: Release, counts: Counts, seconds: float, unsure: list[Check]) -> list[str]:
+    """What is still missing before a release may go on."""
+    limits, new = release.limits, _candidate_answered(release, counts) - release.before
+    missing = [f"can't read the counts of {', '.join(counts.unread[:3])}"] if counts.unread else []
+    missing += [f"{new} of {limits.min_requests} requests in this step"] if new < limits.min_requests else []
     missing += [f"{seconds:.0f} of {limits.hold_seconds:g} s"] if seconds < limits.hold_seconds else []
     return [*missing, *(f"not sure yet: {check}" for check in unsure[:3])]
 
-# %% ../../nbs/internals/11_judging.ipynb #c09a5ce6
-def _onward(release: Release, counts: Counts, checks: list[Check]) -> Decision:
-    """All held: the next step, or the end."""
-    small, rest = sorted({check.slice for check in checks if check.verdict == "few"}), _largest(counts)[SLICES:]
-    reason = f"all limits held over {answered(release, counts)} requests"
+
+def _candidate_answered(release: Release, counts: Counts) -> int:
+    """How much the candidate has done so far; a shadow answers nothing, so its silent rows count."""
+    return counts.candidate.answered if release.share else counts.silent_candidate.answered
+
+# %% ../../nbs/internals/11_judging.ipynb #81437374
+def _go_on(release: Release, counts: Counts, checks: list[Check]) -> ReleaseDecision:
+    """Nothing is missing: the next step, or the end."""
+    small = sorted({check.slice for check in checks if check.verdict == "insufficient"})
+    rest, answered = _largest_slices(counts)[MAX_SLICES:], _candidate_answered(release, counts)
+    reason = f"all limits held over {answered} requests"
     reason += f"; too few rows to judge {', '.join(small)}" if small else ""
     reason += f"; more slices than are judged: {', '.join(rest[:5])} ({len(rest)} of them)" if rest else ""
     if release.strategy in ("shadow", "ab"):
-        return Decision("wait", f"{reason}; a person decides what is next", {})
+        return ReleaseDecision("wait", f"{reason}; a person decides what is next", {})
     if release.step + 1 < len(release.steps):
-        return Decision("step", reason, {"step": release.step + 1, "before": answered(release, counts)})
-    return Decision("promote", reason, {"status": "promoted"})
+        return ReleaseDecision("step", reason, {"step": release.step + 1, "before": answered})
+    return ReleaseDecision("promote", reason, {"status": "promoted"})

@@ -15,78 +15,81 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from .counting import Counts, Requests
-from .releases import SLICES, Limits
+from .counting import Counts, RequestCounts
+from .releases import MAX_SLICES, ReleaseLimits
 from ..serving import Predictor
 from ..serving.models import Record
 
 # %% auto #0
-__all__ = ['Asked', 'Row', 'Known', 'LOOKS', 'PROBES', 'Sample', 'known_values', 'usual_columns', 'pick', 'as_dict',
-           'compare_rows', 'time_rows', 'compare_sample', 'tally']
+__all__ = ['Sample', 'slice_values', 'default_slice_columns', 'time_rows', 'compare_sample', 'tally']
 
-# %% ../../nbs/internals/11_pairing.ipynb #b552be99
-Asked = tuple[Predictor, Any, Sequence[Record]]  # who answered, (n,) float64 scores, the rows
+# %% ../../nbs/internals/11_pairing.ipynb #aae371dc
+_Answered = tuple[Predictor, Any, Sequence[Record]]  # who answered, (n,) float64 scores, the rows
 
 
 class Sample:
     """Answered requests that wait to be compared: a fair sample of a second's."""
 
-    def __init__(self, most: int, generator: random.Random | None = None) -> None:
-        self.most, self.seen, self.kept = most, 0, list[Asked]()
+    def __init__(self, size: int, generator: random.Random | None = None) -> None:
+        self.size = size
+        self.seen = 0
+        self.kept: list[_Answered] = []
         self.generator = generator or random.Random()
 
-    def offer(self, asked: Asked) -> None:
+    def offer(self, answered: _Answered) -> None:
         """Take in a request; all that were offered have the same chance to be kept."""
         self.seen, kept = self.seen + 1, self.kept  # another thread may take the list meanwhile
-        if len(kept) < self.most:
-            kept.append(asked)
-        elif self.most and (place := self.generator.randrange(self.seen)) < self.most:
-            kept[place] = asked
+        if len(kept) < self.size:
+            kept.append(answered)
+        elif self.size and (place := self.generator.randrange(self.seen)) < self.size:
+            kept[place] = answered
 
-    def take(self) -> list[Asked]:
+    def take(self) -> list[_Answered]:
         """Hand over what was kept, and begin anew."""
         kept, self.kept, self.seen = self.kept, [], 0
         return kept
 
-# %% ../../nbs/internals/11_pairing.ipynb #ed31e44d
-Row = tuple[dict[str, Any], float, tuple[str, ...]]  # by feature name, the score it got, which slices it counts for
-Known = dict[str, frozenset[str]]  # values of each column whose values are slices
-LOOKS = 100  # rows of one request that are looked at
+# %% ../../nbs/internals/11_pairing.ipynb #96791eca
+_Slices = dict[str, frozenset[str]]  # values of each column whose values are slices
 
 
-def known_values(
+def slice_values(
     columns: Sequence[str],  # whose values are the slices; those that aren't categories make none
     predictors: Sequence[Predictor],  # whose manifests list the categories
-) -> Known:
+) -> _Slices:
     """The slices that there can be: clients can't invent one."""
     features = [each for predictor in predictors for each in predictor.manifest.features if each.kind == "category"]
-    found: Known = {}
+    found: _Slices = {}
     for each in features:
         if each.name in columns:
             found[each.name] = found.get(each.name, frozenset()) | frozenset(each.categories)
     return found
 
-# %% ../../nbs/internals/11_pairing.ipynb #f3c0fff3
-def usual_columns(
+
+def default_slice_columns(
     stable: Predictor,  # whose manifest lists the categories
 ) -> tuple[str, ...]:  # those with the fewest values first
     """The columns whose values are the slices if nobody names any: as long as all of them can be judged."""
     columns = {each.name: len(each.categories) for each in stable.manifest.features if each.kind == "category"}
     ordered = sorted(columns, key=lambda name: (columns[name], name))
     together = itertools.accumulate(columns[name] for name in ordered)
-    return tuple(name for name, many in zip(ordered, together, strict=True) if many <= SLICES)
+    return tuple(name for name, many in zip(ordered, together, strict=True) if many <= MAX_SLICES)
 
-# %% ../../nbs/internals/11_pairing.ipynb #6551fe44
-def pick(
-    asked: Asked,  # one request
-    known: Known,  # which slices there are
+# %% ../../nbs/internals/11_pairing.ipynb #dec8ee1c
+_Row = tuple[dict[str, Any], float, tuple[str, ...]]  # by feature name, the score it got, which slices it counts for
+_MAX_ROWS = 100  # of one request that are looked at
+
+
+def _pick_rows(
+    answered: _Answered,  # one request
+    known: _Slices,  # which slices there are
     generator: random.Random,  # chance
-) -> list[Row]:  # at most one for all rows ("") and one for each slice
+) -> list[_Row]:  # at most one for all rows ("") and one for each slice
     """Choose the rows of a request that are compared."""
-    predictor, scores, records = asked
-    chosen, done = list[Row](), set[str]()
-    for place in generator.sample(range(len(records)), min(len(records), LOOKS)):
-        row = as_dict(records[place], predictor)
+    predictor, scores, records = answered
+    chosen, done = list[_Row](), set[str]()
+    for place in generator.sample(range(len(records)), min(len(records), _MAX_ROWS)):
+        row = _as_dict(records[place], predictor)
         given = {name: row[name] for name in known if row.get(name) is not None}
         named = {f"{name}={value if value in known[name] else 'other'}" for name, value in given.items()}
         slices = {"", *named} - done
@@ -95,46 +98,32 @@ def pick(
             done |= slices
     return chosen
 
-# %% ../../nbs/internals/11_pairing.ipynb #4d8131e9
-def as_dict(record: Record, predictor: Predictor) -> dict[str, Any]:
+
+def _as_dict(record: Record, predictor: Predictor) -> dict[str, Any]:
     """A row by feature name, whatever the service made of it."""
     if isinstance(record, msgspec.Struct):
         return dict(zip(predictor.features, msgspec.structs.astuple(record), strict=True))
     return record
 
-# %% ../../nbs/internals/11_pairing.ipynb #05e66ad1
-def compare_rows(
-    stable: Predictor,  # one version
-    candidate: Predictor,  # the other
-    by_candidate: bool,  # who answered
-    rows: Sequence[Row],  # answered by it
-    counts: Counts,  # to add to
-) -> None:
-    """Let the other version score rows, and note how the answers differ."""
-    answering, other = (candidate, stable) if by_candidate else (stable, candidate)
-    silent = counts.silent_stable if by_candidate else counts.silent_candidate
-    for (_, given, slices), found in zip(rows, _silently(other, rows, silent), strict=True):
-        if found is not None:
-            flipped = (given >= answering.threshold) != (found >= other.threshold)
-            counts.pair(slices, given - found if by_candidate else found - given, flipped)
-
-# %% ../../nbs/internals/11_pairing.ipynb #9c536900
-def _silently(predictor: Predictor, rows: Sequence[Row], silent: Requests) -> list[float | None]:
+# %% ../../nbs/internals/11_pairing.ipynb #ebe27761
+def _score_silently(predictor: Predictor, rows: Sequence[_Row], silent: RequestCounts) -> list[float | None]:
     """Scores that nobody waits for; None where the version failed."""
     records = [row for row, _, _ in rows]
     try:
         found = predictor.scores(predictor.encode(records)).tolist() if records else []
         scores = [score if math.isfinite(score) else None for score in found]
     except Exception:  # whatever a runtime raises: look which rows it was
-        scores = [_alone(predictor, record) for record in records]
+        scores = [_score_alone(predictor, record) for record in records]
     done = [score for score in scores if score is not None]
-    silent.answered, silent.failed = silent.answered + len(scores), silent.failed + len(scores) - len(done)
-    silent.rows, silent.total = silent.rows + len(done), silent.total + sum(done)
+    silent.answered += len(scores)
+    silent.failed += len(scores) - len(done)
+    silent.rows += len(done)
+    silent.total += sum(done)
     silent.warned += sum(score >= predictor.threshold for score in done)
     return scores
 
 
-def _alone(predictor: Predictor, record: dict[str, Any]) -> float | None:
+def _score_alone(predictor: Predictor, record: dict[str, Any]) -> float | None:
     """The score of one row; None: it can't be scored."""
     try:
         score = float(predictor.scores(predictor.encode([record]))[0])
@@ -142,52 +131,68 @@ def _alone(predictor: Predictor, record: dict[str, Any]) -> float | None:
     except Exception:  # it is counted as failed
         return None
 
-# %% ../../nbs/internals/11_pairing.ipynb #ac0ad331
-PROBES = 20  # rows a second that are timed
+# %% ../../nbs/internals/11_pairing.ipynb #e6e098f8
+def _compare_rows(
+    stable: Predictor,  # one version
+    candidate: Predictor,  # the other
+    by_candidate: bool,  # who answered
+    rows: Sequence[_Row],  # answered by it
+    counts: Counts,  # to add to
+) -> None:
+    """Let the other version score rows, and count how the answers differ."""
+    answering, other = (candidate, stable) if by_candidate else (stable, candidate)
+    silent = counts.silent_stable if by_candidate else counts.silent_candidate
+    for (_, given, slices), found in zip(rows, _score_silently(other, rows, silent), strict=True):
+        if found is not None:
+            flipped = (given >= answering.threshold) != (found >= other.threshold)
+            counts.add_pair(slices, given - found if by_candidate else found - given, flipped)
+
+# %% ../../nbs/internals/11_pairing.ipynb #39f1f43a
+_TIMED_ROWS = 20  # a second
 
 
 def time_rows(
     stable: Predictor,  # one version
     candidate: Predictor,  # the other
-    rows: Sequence[Row],  # to be scored by both
+    rows: Sequence[_Row],  # to be scored by both
     counts: Counts,  # to add to
 ) -> None:
     """Measure how long each version takes for a single row."""
     turns = [(stable, counts.silent_stable), (candidate, counts.silent_candidate)]
     for predictor, _ in turns if rows else []:
-        _alone(predictor, rows[0][0])  # whoever is first after a pause pays for it, so that isn't timed
+        _score_alone(predictor, rows[0][0])  # whoever is first after a pause pays for it, so that isn't timed
     timed = sum(counts.silent_stable.buckets)  # if each look has one row, the order still alternates
-    for number, (row, _, _) in enumerate(rows[:PROBES], start=timed):
+    for number, (row, _, _) in enumerate(rows[:_TIMED_ROWS], start=timed):
         for predictor, silent in turns if number % 2 else turns[::-1]:
             begin = time.perf_counter()
-            if _alone(predictor, row) is not None:
-                silent.timed(time.perf_counter() - begin)
+            if _score_alone(predictor, row) is not None:
+                silent.add_time(time.perf_counter() - begin)
 
 # %% ../../nbs/internals/11_pairing.ipynb #8feb9e57
 def compare_sample(
     stable: Predictor,  # one version
     candidate: Predictor,  # the other
     sample: Sample,  # of a second's requests; it is empty afterwards
-    limits: Limits,  # of the release
+    limits: ReleaseLimits,  # of the release
     counts: Counts,  # to add to
 ) -> int:  # rows that were compared
     """Compare what was answered since the last time."""
-    rows: dict[Predictor, list[Row]] = {stable: [], candidate: []}
-    columns = usual_columns(stable) if limits.slices is None else limits.slices
-    known, taken = known_values(columns, (stable, candidate)), sample.take()
+    rows: dict[Predictor, list[_Row]] = {stable: [], candidate: []}
+    columns = default_slice_columns(stable) if limits.slices is None else limits.slices
+    known, taken = slice_values(columns, (stable, candidate)), sample.take()
     sample.generator.shuffle(taken)
-    for asked in taken:
+    for answered in taken:
         left = limits.pairs_a_second - sum(map(len, rows.values()))
-        if left > 0 and asked[0] in rows:
-            rows[asked[0]] += pick(asked, known, sample.generator)[:left]
+        if left > 0 and answered[0] in rows:
+            rows[answered[0]] += _pick_rows(answered, known, sample.generator)[:left]
     time_rows(stable, candidate, [*rows[stable], *rows[candidate]], counts)
-    compare_rows(stable, candidate, False, rows[stable], counts)
-    compare_rows(stable, candidate, True, rows[candidate], counts)
+    _compare_rows(stable, candidate, False, rows[stable], counts)
+    _compare_rows(stable, candidate, True, rows[candidate], counts)
     return sum(map(len, rows.values()))
 
 # %% ../../nbs/internals/11_pairing.ipynb #e7104c0e
 def tally(
-    requests: Requests,  # of the version that answered
+    requests: RequestCounts,  # of the version that answered
     scores: np.ndarray | None,  # (n,) float64; None: it failed
     threshold: float,  # from which it warns
 ) -> bool:  # whether it worked: a score that is no number is a failure

@@ -9,19 +9,19 @@ import math
 from collections.abc import Callable, Sequence
 
 # %% auto #0
-__all__ = ['FASTEST', 'FINENESS', 'BUCKETS', 'evidence', 'share_interval', 'mean_interval', 'bucket_of', 'edge_of',
-           'quantile_buckets', 'times_of', 'quantile_interval']
+__all__ = ['FASTEST', 'BUCKETS', 'share_interval', 'mean_interval', 'bucket_of', 'buckets_between', 'edge_of', 'quantile_buckets',
+           'times_of']
 
-# %% ../../nbs/internals/11_statistics.ipynb #e7330cc1
-def evidence(
+# %% ../../nbs/internals/11_statistics.ipynb #151384ec
+def _evidence(
     count: int,  # how many were so
     trials: int,  # of how many
     share: float,  # the supposed true share, 0 to 1
 ) -> float:  # log of the ratio; above log(1 / alpha) the share can be given up
     """How much the counts speak against a supposed share.
 
-    References: Robbins (1970), Statistical methods related to the law of the iterated logarithm; the mixture is
-    Beta(1/2, 1/2).
+    References:
+        Robbins (1970), Statistical methods related to the law of the iterated logarithm; the mixture is Beta(1/2, 1/2).
     """
     rest = trials - count
     if (count and share <= 0) or (rest and share >= 1):
@@ -41,19 +41,19 @@ def share_interval(
         return 0.0, 1.0
     seen, border = count / trials, math.log(1 / alpha)
 
-    def kept(share: float) -> bool:
-        return evidence(count, trials, share) <= border
+    def possible(share: float) -> bool:
+        return _evidence(count, trials, share) <= border
 
-    low = 0.0 if count == 0 else _edge(kept, inside=seen, outside=0.0)
-    high = 1.0 if count == trials else _edge(kept, inside=seen, outside=1.0)
+    low = 0.0 if count == 0 else _edge(possible, inside=seen, outside=0.0)
+    high = 1.0 if count == trials else _edge(possible, inside=seen, outside=1.0)
     return low, high
 
 
-def _edge(kept: Callable[[float], bool], inside: float, outside: float) -> float:
+def _edge(possible: Callable[[float], bool], inside: float, outside: float) -> float:
     """Where an interval ends, by halving."""
     for _ in range(40):
         middle = (inside + outside) / 2
-        inside, outside = (middle, outside) if kept(middle) else (inside, middle)
+        inside, outside = (middle, outside) if possible(middle) else (inside, middle)
     return outside
 
 # %% ../../nbs/internals/11_statistics.ipynb #88281ef2
@@ -66,8 +66,9 @@ def mean_interval(
 ) -> tuple[float, float]:
     """The means that the values don't speak against, at this look and all others.
 
-    References: Waudby-Smith, Arbour, Sinha, Kennedy, Ramdas (2024), Time-uniform central limit theory and asymptotic
-    confidence sequences.
+    References:
+        Waudby-Smith, Arbour, Sinha, Kennedy, Ramdas (2024), Time-uniform central limit theory and asymptotic
+        confidence sequences.
     """
     if count == 0:
         return -math.inf, math.inf
@@ -78,24 +79,31 @@ def mean_interval(
     width = deviation * math.sqrt(scale / (count**2 * rate) * math.log(scale / alpha**2))
     return mean - width, mean + width
 
-# %% ../../nbs/internals/11_statistics.ipynb #f9d16cac
-FASTEST, FINENESS, BUCKETS = 1e-6, 8, 217  # seconds; edges for each doubling; the last bucket is open (134 s)
+# %% ../../nbs/internals/11_statistics.ipynb #cee0545b
+FASTEST = 1e-6  # seconds; the first bucket holds all that is faster
+BUCKETS = 217  # the last one is open, from 134 s on
+_PER_DOUBLING = 8  # so many buckets further, a time is twice as long
 
 
 def bucket_of(
-    seconds: float,  # how long a request took
+    seconds: float,  # how long something took
 ) -> int:  # 0 to 216
     """The bucket that a time belongs to."""
-    if seconds <= FASTEST:
-        return 0
-    return min(math.ceil(FINENESS * math.log2(seconds / FASTEST)), BUCKETS - 1)
+    return 0 if seconds <= FASTEST else min(buckets_between(seconds / FASTEST), BUCKETS - 1)
+
+
+def buckets_between(
+    factor: float,  # at least 1
+) -> int:
+    """How many buckets further a time is that is so many times as long."""
+    return math.ceil(_PER_DOUBLING * math.log2(factor))
 
 
 def edge_of(
     bucket: int,  # 0 to 216
 ) -> float:  # seconds; infinite for the last
     """The longest time that a bucket holds."""
-    return math.inf if bucket >= BUCKETS - 1 else FASTEST * 2 ** (bucket / FINENESS)
+    return math.inf if bucket >= BUCKETS - 1 else FASTEST * 2 ** (bucket / _PER_DOUBLING)
 
 # %% ../../nbs/internals/11_statistics.ipynb #3fb3d79a
 def quantile_buckets(
@@ -105,31 +113,23 @@ def quantile_buckets(
 ) -> tuple[int, int]:  # the first and the last
     """The buckets in which a quantile can lie, at this look and all others.
 
-    References: Howard, Ramdas (2022), Sequential estimation of quantiles (here with the exact mixture of `evidence`).
+    References:
+        Howard, Ramdas (2022), Sequential estimation of quantiles (here with the exact mixture of `_evidence`).
     """
     trials, below, first = sum(buckets), 0, 0
     for bucket, count in enumerate(buckets):
         below += count
-        if trials == 0 or evidence(below, trials, quantile) <= math.log(1 / alpha):
+        if trials == 0 or _evidence(below, trials, quantile) <= math.log(1 / alpha):
             continue
         if below >= quantile * trials:
             return first, bucket
         first = bucket + 1  # it is above the edge of this one
     return first, len(buckets) - 1
 
-# %% ../../nbs/internals/11_statistics.ipynb #a02d8342
+
 def times_of(
     first: int,  # a bucket
     last: int,  # the same, or a later one
 ) -> tuple[float, float]:  # seconds
     """The times between which everything in some buckets lies."""
     return edge_of(first - 1) if first else 0.0, edge_of(last)
-
-
-def quantile_interval(
-    buckets: Sequence[int],  # how many times fell into each bucket
-    quantile: float,  # such as 0.9
-    alpha: float,  # probability that the interval ever misses the true quantile
-) -> tuple[float, float]:  # seconds
-    """The times between which a quantile lies, at this look and all others."""
-    return times_of(*quantile_buckets(buckets, quantile, alpha))

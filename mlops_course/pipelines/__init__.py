@@ -21,17 +21,14 @@ from pathlib import Path
 from ..environment import CourseError, Settings, cores, load_settings, write_atomic
 from .cache import Cache
 from mlops_course.pipelines.definition import (
-    Parameter,
     Pipeline,
     Stage,
     check_parameters,
-    distinct_values,
-    find_parameter,
     find_pipeline,
     list_pipelines,
-    month_range,
     values_over,
 )
+from .parameters import Parameter, distinct_values, month_range
 from .ledger import Ledger
 from .notebooks import ParameterError, PipelineError
 from .planning import Context, Options, Planned, plan_stages
@@ -175,7 +172,7 @@ def backfill(
     pipeline = pipeline if isinstance(pipeline, Pipeline) else find_pipeline(pipeline)
     if parameter in fixed:
         raise ParameterError(f"the parameter {parameter} is given, but it is the one that varies", "Leave it out")
-    texts = [str(value) for value in distinct_values(find_parameter(pipeline, parameter), values)]
+    texts = [str(value) for value in distinct_values(pipeline.parameter(parameter), values)]
     contexts = [prepare(pipeline, {**fixed, parameter: value}, settings, options) for value in values]
     return _fill_all(dict(zip(texts, contexts, strict=True)), on_event)
 

@@ -32,14 +32,13 @@ import yaml
 import mlops_course
 from ..environment import CourseError, find_project, load_settings, write_atomic
 from mlops_course.pipelines.definition import (
-    Parameter,
     Pipeline,
     Stage,
     check_parameters,
-    fill,
     find_pipeline,
     list_pipelines,
 )
+from .parameters import Parameter, fill
 from .notebooks import ParameterError, PipelineError, suggest
 from .results import ResultError, fresh_folder, read_result, stage_folder
 

@@ -16,7 +16,8 @@ from typing import Any
 from ..environment import Settings
 from .cache import Cache, Entry, Output, Parts
 from .cache import loops
-from .definition import Pipeline, Stage, fill, references
+from .definition import Pipeline, Stage
+from .parameters import fill, references
 from .notebooks import ParameterError, notebook_parameters, suggest
 from .engine.requests import KINDS
 from .results import handed_on
