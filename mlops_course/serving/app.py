@@ -37,7 +37,7 @@ from .openapi import REFUSALS, describe_service
 from .page import add_page
 from .predict import PredictMany, PredictOne, Service
 from .predictions import PredictionLog, log_folder, maintain
-from .problems import PROBLEM, HTTPProblem, Receive, Scope, Send, problem_document, refuse
+from .problems import PROBLEM, HTTPProblem, Receive, Scope, Send, problem_document, send_problem
 
 _log = logging.getLogger("mlops_course.serving")
 
@@ -239,7 +239,7 @@ class FastPath:
         try:
             await handler(scope, receive, send)
         except HTTPProblem as problem:
-            await refuse(send, problem, request_id_of(scope))
+            await send_problem(send, problem, request_id_of(scope))
 
 # %% ../../nbs/internals/07_app.ipynb #ce8bc64e
 def _problem_response(

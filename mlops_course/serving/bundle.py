@@ -79,7 +79,7 @@ def place_bundle(
     _replace_folder(folder, {**files, MANIFEST_FILE: msgspec.json.format(about, indent=1)})
     return folder
 
-# %% ../../nbs/internals/07_bundle.ipynb #6321ba27
+# %% ../../nbs/internals/07_bundle.ipynb #57820cd2
 def _replace_folder(folder: Path, files: Mapping[str, bytes]) -> None:
     """Write the files beside the folder's place, then rename."""
     beside = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")

@@ -17,7 +17,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from ..environment import CourseError
-from .problems import Headers, HTTPProblem, Message, Receive, Scope, Send, refuse
+from .problems import Headers, HTTPProblem, Message, Receive, Scope, Send, send_problem
 
 if TYPE_CHECKING:
     from mlops_course.serving.metrics import Metrics
@@ -137,7 +137,7 @@ class Exchange:
         self._replayed = True
         return {"type": "http.request", "body": self.body, "more_body": False}
 
-# %% ../../nbs/internals/07_limits.ipynb #e2c361ae
+# %% ../../nbs/internals/07_limits.ipynb #0c57c35b
 class _ClientGone(Exception):
     """The client has left before its request was complete."""
 
@@ -340,7 +340,7 @@ def _end(
         seconds = monotonic() - exchange.deadline + guard.limits.seconds
         guard.metrics.answered(path, exchange.scope["method"], exchange.status, seconds)
 
-# %% ../../nbs/internals/07_limits.ipynb #bd53f141
+# %% ../../nbs/internals/07_limits.ipynb #b6032efc
 async def _check_client(
     guard: Guard,  # with the hook and the rate
     exchange: Exchange,  # a request
@@ -412,4 +412,4 @@ async def _complain(
     if exchange.status:
         _log.warning("the answer to request %s was broken off", exchange.request_id)
         return
-    await refuse(exchange.send, problem, exchange.request_id)
+    await send_problem(exchange.send, problem, exchange.request_id)

@@ -97,7 +97,7 @@ def name_keys(
     if job.sticky_key is None and len(names) == 1:
         job.sticky_key = names[0]
 
-# %% ../../nbs/internals/07_predict.ipynb #860a2eca
+# %% ../../nbs/internals/07_predict.ipynb #b2769dbb
 def _name_key(parts: Sequence[tuple[str, str]], key: dict[str, Any], job: PredictJob, number: int) -> str:
     """Name one row by its key.
 
@@ -153,7 +153,7 @@ async def find_records(
     ]
     return records, predictor.encode(records)
 
-# %% ../../nbs/internals/07_predict.ipynb #dbaa9d69
+# %% ../../nbs/internals/07_predict.ipynb #427a76b6
 async def _look_up(service: Service, predictor: Predictor, job: PredictJob) -> list[Any]:
     """The records of the rows that have a key only.
 
@@ -197,7 +197,7 @@ def _check_scores(scores: np.ndarray) -> None:
 # %% ../../nbs/internals/07_predict.ipynb #94e301b8
 _ON_THE_SPOT = 16  # rows that are scored in the event loop's thread
 
-# %% ../../nbs/internals/07_predict.ipynb #d38ff6b8
+# %% ../../nbs/internals/07_predict.ipynb #441d91bb
 async def score_rows(
     service: Service,  # with the models
     job: PredictJob,  # the rows
@@ -246,7 +246,7 @@ def record_predictions(
         predictor = scored.choice.predictor
         service.metrics.scored(predictor.reference, scored.choice.role, values, predictor.threshold)
 
-# %% ../../nbs/internals/07_predict.ipynb #f06d2cd3
+# %% ../../nbs/internals/07_predict.ipynb #877b7904
 def _entries(job: PredictJob, scored: ScoredRows, values: list[float]) -> list[LoggedPrediction]:
     """What the log keeps of each row."""
     now, role, predictor = time.time(), scored.choice.role, scored.choice.predictor

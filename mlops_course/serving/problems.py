@@ -15,7 +15,7 @@ from ..environment import CourseError
 
 # %% auto #0
 __all__ = ['Scope', 'Message', 'Send', 'Receive', 'Headers', 'JSON', 'PROBLEM', 'encode_json', 'HTTPProblem', 'ProblemDetails',
-           'problem_document', 'respond', 'refuse']
+           'problem_document', 'respond', 'send_problem']
 
 # %% ../../nbs/internals/07_problems.ipynb #642ba329
 Scope = MutableMapping[str, Any]  # what a server says about a request: path, method, headers
@@ -84,7 +84,7 @@ async def respond(
     await send({"type": "http.response.body", "body": body})
 
 
-async def refuse(
+async def send_problem(
     send: Send,  # of the request
     problem: HTTPProblem,  # that ends it
     request_id: str | None = None,  # of the request
