@@ -169,6 +169,38 @@ async def _run_table_refresh(
             _log.exception("the online feature table can't be looked at")
         await asyncio.sleep(1)
 
+# %% ../../nbs/internals/07_app.ipynb #ce8bc64e
+def _problem_response(
+    request: Request,  # that is refused
+    problem: HTTPProblem,  # why
+) -> Response:
+    """A refusal as a response of FastAPI."""
+    body = problem_document(problem, request_id_of(request.scope))
+    headers = {name.decode(): value.decode() for name, value in problem.headers}
+    return Response(body, problem.status, headers, PROBLEM.decode())
+
+# %% ../../nbs/internals/07_app.ipynb #f2298d81
+def _add_refusals(
+    app: FastAPI,  # that gets the handlers
+) -> None:
+    """Answer errors as problems."""
+
+    @app.exception_handler(HTTPProblem)
+    async def refused(request: Request, error: HTTPProblem) -> Response:
+        return _problem_response(request, error)
+
+    @app.exception_handler(HTTPException)
+    async def not_found(request: Request, error: HTTPException) -> Response:
+        headers = [(name.lower().encode(), value.encode()) for name, value in (error.headers or {}).items()]
+        what = f"{request.method} {request.url.path[:100]}: {error.detail}"
+        return _problem_response(request, HTTPProblem(error.status_code, what, "See /openapi.json", headers=headers))
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        field = " ".join(str(part) for part in first["loc"])
+        return _problem_response(request, HTTPProblem(422, f"{field}: {first['msg']}", "See /openapi.json", field))
+
 # %% ../../nbs/internals/07_app.ipynb #9ce53fd4
 def _lifespan(
     service: Service,  # that is started and ended with the app
@@ -240,38 +272,6 @@ class FastPath:
             await handler(scope, receive, send)
         except HTTPProblem as problem:
             await send_problem(send, problem, request_id_of(scope))
-
-# %% ../../nbs/internals/07_app.ipynb #ce8bc64e
-def _problem_response(
-    request: Request,  # that is refused
-    problem: HTTPProblem,  # why
-) -> Response:
-    """A refusal as a response of FastAPI."""
-    body = problem_document(problem, request_id_of(request.scope))
-    headers = {name.decode(): value.decode() for name, value in problem.headers}
-    return Response(body, problem.status, headers, PROBLEM.decode())
-
-# %% ../../nbs/internals/07_app.ipynb #f2298d81
-def _add_refusals(
-    app: FastAPI,  # that gets the handlers
-) -> None:
-    """Answer errors as problems."""
-
-    @app.exception_handler(HTTPProblem)
-    async def refused(request: Request, error: HTTPProblem) -> Response:
-        return _problem_response(request, error)
-
-    @app.exception_handler(HTTPException)
-    async def not_found(request: Request, error: HTTPException) -> Response:
-        headers = [(name.lower().encode(), value.encode()) for name, value in (error.headers or {}).items()]
-        what = f"{request.method} {request.url.path[:100]}: {error.detail}"
-        return _problem_response(request, HTTPProblem(error.status_code, what, "See /openapi.json", headers=headers))
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        field = " ".join(str(part) for part in first["loc"])
-        return _problem_response(request, HTTPProblem(422, f"{field}: {first['msg']}", "See /openapi.json", field))
 
 # %% ../../nbs/internals/07_app.ipynb #10c399a3
 PATHS = (

@@ -137,10 +137,6 @@ class Exchange:
         self._replayed = True
         return {"type": "http.request", "body": self.body, "more_body": False}
 
-# %% ../../nbs/internals/07_limits.ipynb #0c57c35b
-class _ClientGone(Exception):
-    """The client has left before its request was complete."""
-
 # %% ../../nbs/internals/07_limits.ipynb #6de33924
 def _too_large(
     limit: int,  # bytes
@@ -164,6 +160,10 @@ def _check_length(
         raise HTTPProblem(400, "the header Content-Length is not a number", "Send the number of bytes of the body")
     if exchange.length and int(exchange.length) > limit:
         raise _too_large(limit, exchange.length.decode())
+
+# %% ../../nbs/internals/07_limits.ipynb #808ce245
+class _ClientGone(Exception):
+    """The client has left before its request was complete."""
 
 # %% ../../nbs/internals/07_limits.ipynb #324446f9
 async def _read_body(
@@ -284,6 +284,19 @@ def _begin(
         guard.watching = True
         asyncio.get_running_loop().call_later(0.25, _cancel_late, guard)
 
+# %% ../../nbs/internals/07_limits.ipynb #53825ae7
+def _end(
+    guard: Guard,  # that counts it
+    exchange: Exchange,  # a request that is answered, or never will be
+) -> None:
+    """Let go of a request, and count it."""
+    guard.under_way.discard(exchange)
+    guard.held -= exchange.held
+    if guard.metrics is not None:
+        path = exchange.scope["path"] if exchange.scope["path"] in guard.paths else "other"
+        seconds = monotonic() - exchange.deadline + guard.limits.seconds
+        guard.metrics.answered(path, exchange.scope["method"], exchange.status, seconds)
+
 # %% ../../nbs/internals/07_limits.ipynb #0cc3c2ee
 class Guard:
     """The layer around an ASGI app."""
@@ -327,20 +340,7 @@ class Guard:
         finally:
             _end(self, exchange)
 
-# %% ../../nbs/internals/07_limits.ipynb #53825ae7
-def _end(
-    guard: Guard,  # that counts it
-    exchange: Exchange,  # a request that is answered, or never will be
-) -> None:
-    """Let go of a request, and count it."""
-    guard.under_way.discard(exchange)
-    guard.held -= exchange.held
-    if guard.metrics is not None:
-        path = exchange.scope["path"] if exchange.scope["path"] in guard.paths else "other"
-        seconds = monotonic() - exchange.deadline + guard.limits.seconds
-        guard.metrics.answered(path, exchange.scope["method"], exchange.status, seconds)
-
-# %% ../../nbs/internals/07_limits.ipynb #b6032efc
+# %% ../../nbs/internals/07_limits.ipynb #e8045acd
 async def _check_client(
     guard: Guard,  # with the hook and the rate
     exchange: Exchange,  # a request

@@ -23,7 +23,7 @@ _SECONDS_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0
 _SCORE_BUCKETS = tuple(number / 10 for number in range(1, 11))
 _METHODS = frozenset({"GET", "POST", "HEAD", "OPTIONS", "PUT", "PATCH", "DELETE"})
 
-# %% ../../nbs/internals/07_metrics.ipynb #8a57dbed
+# %% ../../nbs/internals/07_metrics.ipynb #23d07ab2
 class Metrics:
     """What the service counts, in a registry of its own."""
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['FeatureRecord', 'BETWEEN', 'STORE', 'FeatureTableError', 'RowLayout', 'LackingRowError', 'name_key', 'PackedRow',
-           'Store', 'FeatureTable', 'file_mark', 'FileStore', 'some_keys', 'write_file', 'RedisStore', 'features_path',
+           'Store', 'FeatureTable', 'file_mark', 'write_file', 'FileStore', 'some_keys', 'RedisStore', 'features_path',
            'open_feature_table', 'materialise']
 
 # %% ../../nbs/internals/07_online.ipynb #7bae0503
@@ -246,6 +246,27 @@ def file_mark(
     except OSError:
         return None
 
+# %% ../../nbs/internals/07_online.ipynb #9c7c66d5
+_Months = Mapping[str, Mapping[str, bytes]]  # month -> key -> row
+
+
+def write_file(path: Path, use_case: str, layout: RowLayout, months: _Months, source: str) -> None:
+    """Replace months in one transaction."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with closing(sqlite3.connect(path, timeout=60, isolation_level=None)) as base:
+        base.execute("PRAGMA journal_mode = WAL")
+        base.executescript(_TABLES)
+        base.execute("BEGIN IMMEDIATE")
+        base.execute("DELETE FROM layouts WHERE use_case = ? AND name = ?", (use_case, layout.name))
+        text = msgspec.json.encode(layout).decode()
+        base.execute("INSERT INTO layouts VALUES (?, ?, ?)", (use_case, layout.name, text))
+        for month, rows in months.items():
+            base.execute("DELETE FROM rows WHERE use_case = ? AND month = ?", (use_case, month))
+            values = ((use_case, key, month, row) for key, row in rows.items())
+            base.executemany("INSERT OR REPLACE INTO rows VALUES (?, ?, ?, ?)", values)
+            base.execute("INSERT OR REPLACE INTO months VALUES (?, ?, ?, ?)", (use_case, month, source, len(rows)))
+        base.execute("COMMIT")
+
 # %% ../../nbs/internals/07_online.ipynb #aad85793
 class FileStore:
     "Rows in an SQLite file, which is only read."
@@ -316,27 +337,6 @@ def some_keys(
         {name: int(text) if kind == "integer" else text for (name, kind), text in zip(table.parts, key, strict=True)}
         for key in keys
     ]
-
-# %% ../../nbs/internals/07_online.ipynb #9c7c66d5
-_Months = Mapping[str, Mapping[str, bytes]]  # month -> key -> row
-
-
-def write_file(path: Path, use_case: str, layout: RowLayout, months: _Months, source: str) -> None:
-    """Replace months in one transaction."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with closing(sqlite3.connect(path, timeout=60, isolation_level=None)) as base:
-        base.execute("PRAGMA journal_mode = WAL")
-        base.executescript(_TABLES)
-        base.execute("BEGIN IMMEDIATE")
-        base.execute("DELETE FROM layouts WHERE use_case = ? AND name = ?", (use_case, layout.name))
-        text = msgspec.json.encode(layout).decode()
-        base.execute("INSERT INTO layouts VALUES (?, ?, ?)", (use_case, layout.name, text))
-        for month, rows in months.items():
-            base.execute("DELETE FROM rows WHERE use_case = ? AND month = ?", (use_case, month))
-            values = ((use_case, key, month, row) for key, row in rows.items())
-            base.executemany("INSERT OR REPLACE INTO rows VALUES (?, ?, ?, ?)", values)
-            base.execute("INSERT OR REPLACE INTO months VALUES (?, ?, ?, ?)", (use_case, month, source, len(rows)))
-        base.execute("COMMIT")
 
 # %% ../../nbs/internals/07_online.ipynb #12108fd4
 @contextmanager

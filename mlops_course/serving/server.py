@@ -99,7 +99,7 @@ class Connection(HttpToolsProtocol):
         if self.pending > self.app.limits.head and not self.transport.is_closing():
             _end_headers(self)
 
-# %% ../../nbs/internals/07_server.ipynb #41954282
+# %% ../../nbs/internals/07_server.ipynb #4313889e
 def _end_headers(connection: Connection) -> None:
     """End a connection whose headers are too long."""
     if not connection.in_headers and connection.cycle.response_started:
@@ -149,7 +149,7 @@ def watch_connections(
 class ServeError(CourseError):
     """The service can't be started."""
 
-# %% ../../nbs/internals/07_server.ipynb #a5ddeea5
+# %% ../../nbs/internals/07_server.ipynb #c3e36db8
 def bind(
     host: str,  # a name or an address of this machine
     port: int,  # 0: any that is free
@@ -178,7 +178,7 @@ def bind(
 # %% ../../nbs/internals/07_server.ipynb #03ac27a7
 APP = "mlops_course.serving.app:create_app"
 
-# %% ../../nbs/internals/07_server.ipynb #abe0c4e5
+# %% ../../nbs/internals/07_server.ipynb #56a4ccd7
 @dataclass(frozen=True)
 class Launch:
     """How a worker makes its app."""
@@ -304,7 +304,7 @@ def _run_one(
         signal.signal(each, server.handle_exit)  # the server raises it once more when it has ended
     server.run([taken])
 
-# %% ../../nbs/internals/07_server.ipynb #5083449b
+# %% ../../nbs/internals/07_server.ipynb #979aef2a
 def _run_many(
     config: uvicorn.Config,  # of the server
     taken: socket.socket,  # where all of them listen
