@@ -3,7 +3,7 @@
 
 PYTHON ?= python3
 ARGS ?=
-TASKS := help install run test check export notebooks readme docs lock hooks lab ui shape clean
+TASKS := help install system run test check export notebooks readme docs lock hooks lab ui shape clean
 
 .DEFAULT_GOAL := help
 .PHONY: $(TASKS)

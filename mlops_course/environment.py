@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['PACKAGE', 'MARKER', 'CourseError', 'SettingsError', 'WorkspaceError', 'find_project', 'locked_versions',
            'lock_differences', 'requirements', 'default_home', 'notebooks_folder', 'Settings', 'workspace_error',
-           'write_atomic', 'load_settings', 'seed_everything', 'own_clone', 'fingerprint', 'run_quietly', 'version_of',
-           'cores', 'memory']
+           'replacing', 'write_atomic', 'load_settings', 'seed_everything', 'own_clone', 'fingerprint', 'run_quietly',
+           'version_of', 'cores', 'memory']
 
 # %% ../nbs/02_environment.ipynb #af3017c2
+import contextlib
 import difflib
 import errno
 import hashlib
@@ -18,8 +19,9 @@ import platform
 import random
 import re
 import secrets
+import shutil
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
@@ -229,35 +231,44 @@ def workspace_error(
     return WorkspaceError(f"can't write {path}: {cause}", f"{remedy}, or set MLOPS_COURSE_HOME to another folder")
 
 # %% ../nbs/02_environment.ipynb #191693ce
-def write_atomic(
-    path: Path,  # where it goes; missing folders are made
-    content: str | bytes,  # text is written as UTF-8; half a character as JSON has it: \udce9
-) -> Path:  # the path, as given
-    """Write a file so that a reader sees the old content or the new one, never a part. Raises: WorkspaceError."""
-    path = Path(path)
+@contextlib.contextmanager
+def replacing(
+    path: Path,  # where a file, a link or a folder goes; missing folders above it are made
+    folders: bool = False,  # True: a folder may stand there, or come there
+) -> Iterator[Path]:  # a name beside it: make the new one there
+    """Put something in a path's place in one step: a reader sees the old or the new. Raises: WorkspaceError."""
     beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    old = beside.with_suffix(".old")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with beside.open("xb") as file:
-            file.write(content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
+        yield beside
+        if folders and os.path.lexists(path) and (path.is_dir() or beside.is_dir()):
+            path.rename(old)
         beside.replace(path)
     except OSError as error:
         raise workspace_error(error, path) from error
     finally:
-        _remove(beside)
-    return path
+        for left in (beside, old):
+            shutil.rmtree(left, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                left.unlink(missing_ok=True)
 
 # %% ../nbs/02_environment.ipynb #9c5f12af
-def _remove(path: Path) -> None:
-    """Delete a file that may not be there, or may not even be possible there."""
-    try:
-        path.unlink(missing_ok=True)
-    except OSError:
-        return
+def write_atomic(
+    path: Path,  # where it goes; missing folders are made
+    content: str | bytes,  # text is written as UTF-8; half a character as JSON has it: \udce9
+    sync: bool = True,  # False: it needn't survive a power cut, so nobody waits for the disk
+) -> Path:  # the path, as given
+    """Write a file so that a reader sees the old content or the new one, never a part. Raises: WorkspaceError."""
+    data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
+    with replacing(Path(path)) as beside, beside.open("xb") as file:
+        file.write(data)
+        if sync:
+            file.flush()
+            os.fsync(file.fileno())
+    return Path(path)
 
-
+# %% ../nbs/02_environment.ipynb #9c5f12b0
 def _make_folders(home: Path, folders: Iterable[Path]) -> None:
     """Make the workspace and mark it, so that it can be found again from a folder below."""
     try:

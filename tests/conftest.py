@@ -18,7 +18,7 @@ from mlops_course.project import flight_delay, read_delivery
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait don't spin: tests may share a busy machine
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # whoever starts the tests in the background of a shell
     signal.signal(signal.SIGINT, signal.default_int_handler)
-pytest_plugins = ["service_helpers"]  # fixtures for the tests of the service
+pytest_plugins = ["service_helpers", "run_rules"]  # fixtures for the tests of the service; options of .ci/run
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -80,6 +80,14 @@ class Quarter:
 def settings_in(home: Path) -> Settings:
     """Settings that depend on nobody's environment."""
     return Settings(home=home, seed=2013, threads=None, tracking_uri=None, features_url=None, use_case=None).prepare()
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of an MLflow store in which nothing is: making one takes seconds."""
+    settings = settings_in(tmp_path_factory.mktemp("store"))
+    make_store(settings)
+    return settings.home / "mlflow.db"
 
 
 @pytest.fixture(scope="session")

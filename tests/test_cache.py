@@ -8,7 +8,6 @@ import subprocess
 import sys
 import textwrap
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,32 @@ import pyarrow
 import pytest
 from conftest import settings_in
 from deltalake import DeltaTable, write_deltalake
+from msgspec import to_builtins
+from msgspec.structs import replace
 
 from mlops_course.environment import Settings
-from mlops_course.experiments import make_store, quiet_mlflow
-from mlops_course.pipelines.cache import YOUNG, Cache, Entry, Found, Output, OutputError, Parts, explain, refuse
+from mlops_course.experiments import quiet_mlflow
+from mlops_course.pipelines.cache import (
+    YOUNG_S,
+    CacheEntry,
+    CacheStore,
+    Found,
+    History,
+    KeyInputError,
+    Output,
+    OutputError,
+    StageKey,
+    describe_output,
+    explain,
+    find_entry,
+    keep_result,
+    key_lock,
+    list_entries,
+    prune_entries,
+    restore_entry,
+    stage_key,
+    verify_entries,
+)
 from mlops_course.pipelines.results import stage_folder
 
 CODE = "from helper import double\nresult = double(rows)"
@@ -40,16 +61,16 @@ class Stage:
     """A stage with a helper module beside its notebook; it is "run" by copying the notebook."""
 
     def __init__(self, settings: Settings, folder: Path) -> None:
-        self.cache, self.folder = Cache(settings), folder
+        self.cache, self.folder = CacheStore(settings), folder
         self.notebook, self.helper = folder / "stage.ipynb", folder / "helper.py"
         folder.mkdir(parents=True, exist_ok=True)
         self.notebook.write_text(notebook_text(CODE), encoding="utf-8")
         self.helper.write_text("def double(x):\n    return 2 * x\n", encoding="utf-8")
         self.runs = 0
 
-    def parts(self, **given: Any) -> Parts:
+    def parts(self, **given: Any) -> StageKey:
         outputs = given.pop("outputs", {"answer": "value"})
-        return self.cache.parts(self.notebook, [self.folder], outputs=outputs, **given)
+        return stage_key(self.cache, self.notebook, [self.folder], outputs=outputs, **given)
 
     def run_folder(self) -> Path:
         self.runs += 1
@@ -57,22 +78,22 @@ class Stage:
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
-    def store(self, parts: Parts, text: str | None = None, modules: Any = (), **results: Any) -> Found:
+    def store(self, parts: StageKey, text: str | None = None, modules: Any = (), **results: Any) -> Found:
         """Keep results; an Output stands for itself and records its value."""
         folder, results = self.run_folder(), results or {"answer": 42}
         executed = folder / "01_stage.ipynb"
         executed.write_text(text or self.notebook.read_text(encoding="utf-8"), encoding="utf-8")
         outputs = {}
-        for name, kind in parts.outputs.items():
+        for name, kind in parts.inputs.outputs.items():
             value = results[name]
             own = stage_folder(folder, "stage")
-            outputs[name] = value if isinstance(value, Output) else self.cache.describe(kind, value, own)
+            outputs[name] = value if isinstance(value, Output) else describe_output(self.cache, kind, value, own)
             results[name] = outputs[name].value
-        return self.cache.store(parts, "demo", "stage", results, outputs, executed, 1.5, modules)
+        return keep_result(self.cache, parts, "demo", "stage", results, outputs, executed, 1.5, modules)
 
-    def lookup(self, parts: Parts) -> Found:
+    def lookup(self, parts: StageKey) -> Found:
         """In a new process there would be a new memo, too."""
-        return Cache(self.cache.settings).lookup(parts, "demo", "stage")
+        return find_entry(CacheStore(self.cache.settings), parts, "demo", "stage")
 
 
 @pytest.fixture
@@ -123,11 +144,11 @@ def test_each_change_is_a_miss_with_its_reason(stage: Stage, change: dict[str, A
 
 
 def test_code_packages_and_python_are_explained(stage: Stage) -> None:
-    old = stage.parts()
+    old = stage.parts().inputs
     stage.helper.write_text("def double(x):\n    return x + x\n", encoding="utf-8")
     stage.notebook.write_text(notebook_text(CODE + "  # now"), encoding="utf-8")
     new = replace(
-        stage.parts(),
+        stage.parts().inputs,
         packages=old.packages | {"pandas": "99.1 abc", "new-one": "1.0 x", "numpy": old.packages["numpy"] + "x"},
         python="CPython 4",
     )
@@ -154,9 +175,7 @@ def test_a_miss_is_explained_by_the_nearest_run(stage: Stage) -> None:
 
 
 def test_what_is_no_key_is_refused(stage: Stage) -> None:
-    from mlops_course.pipelines.cache.closure import SourceError
-
-    with pytest.raises(SourceError, match="of type object"):
+    with pytest.raises(KeyInputError, match="of type object"):
         stage.parts(parameters={"rows": object()})
 
 
@@ -169,7 +188,10 @@ def test_a_state_that_cannot_be_known_means_running_each_time(settings: Settings
 
 def test_another_store_of_runs_is_another_key(stage: Stage) -> None:
     far = stage.cache.settings.model_copy(update={"tracking_uri": "http://localhost:1"})
-    assert Cache(far).parts(stage.notebook, [stage.folder]).key != Cache(stage.cache.settings).parts(stage.notebook).key
+    assert (
+        stage_key(CacheStore(far), stage.notebook, [stage.folder]).key
+        != stage_key(CacheStore(stage.cache.settings), stage.notebook).key
+    )
 
 
 # ---------------------------------------------------------------- nothing depends on a place
@@ -182,7 +204,7 @@ def test_a_moved_workspace_and_a_moved_project_keep_their_hits(settings: Setting
     (settings.home / "reports" / "page.html").write_text("<p>", encoding="utf-8")
     outputs = {"rows": "table", "page": "file"}
 
-    def parts(stage: Stage) -> Parts:
+    def parts(stage: Stage) -> StageKey:
         home = stage.cache.settings.home
         return stage.parts(parameters={"source": str(home / "data"), "file": stage.helper}, outputs=outputs, seed=1)
 
@@ -194,23 +216,23 @@ def test_a_moved_workspace_and_a_moved_project_keep_their_hits(settings: Setting
     new = Stage(settings_in(tmp_path / "elsewhere"), tmp_path / "clone")
     found = new.lookup(parts(new))
     assert found.entry is not None, found.reasons
-    restored = new.cache.restore(found.entry, new.run_folder() / "01.ipynb")
+    restored = restore_entry(new.cache, found.entry, new.run_folder() / "01.ipynb")
     assert restored.results["page"] == str(tmp_path / "elsewhere" / "reports" / "page.html")
-    assert str(tmp_path) not in json.dumps(parts(new).plain())
+    assert str(tmp_path) not in json.dumps(to_builtins(parts(new).inputs))
 
 
 # ---------------------------------------------------------------- tables
 
 
 def test_equal_rows_written_again_are_the_same_content(settings: Settings) -> None:
-    cache, rows = Cache(settings), {"month": ["a", "a", "b"], "x": [1.5, None, -0.0]}
-    first = cache.describe("table", write_table(settings, "t", rows, partition_by=["month"]))
-    second = cache.describe("table", write_table(settings, "t", rows, partition_by=["month"]))
-    other = cache.describe("table", write_table(settings, "other", rows, partition_by=["month"]))
+    cache, rows = CacheStore(settings), {"month": ["a", "a", "b"], "x": [1.5, None, -0.0]}
+    first = describe_output(cache, "table", write_table(settings, "t", rows, partition_by=["month"]))
+    second = describe_output(cache, "table", write_table(settings, "t", rows, partition_by=["month"]))
+    other = describe_output(cache, "table", write_table(settings, "other", rows, partition_by=["month"]))
     assert (first.value, second.value, other.value) == ("t@0", "t@1", "other@0")
     assert first.content == second.content == other.content
     assert {name for name, *_ in first.files}.isdisjoint({name for name, *_ in second.files if "parquet" in name})
-    assert cache.describe("table", "t@0") == first, "an old version stays what it was"
+    assert describe_output(cache, "table", "t@0") == first, "an old version stays what it was"
 
 
 @pytest.mark.parametrize(
@@ -224,55 +246,58 @@ def test_equal_rows_written_again_are_the_same_content(settings: Settings) -> No
     ],
 )
 def test_other_rows_names_or_types_are_another_content(settings: Settings, rows: dict[str, list[Any]]) -> None:
-    cache = Cache(settings)
-    first = cache.describe(
-        "table", write_table(settings, "a", {"month": ["a", "a", "b"], "x": [1, 2, 3]}, partition_by=["month"])
+    cache = CacheStore(settings)
+    first = describe_output(
+        cache, "table", write_table(settings, "a", {"month": ["a", "a", "b"], "x": [1, 2, 3]}, partition_by=["month"])
     )
-    assert cache.describe("table", write_table(settings, "b", rows, partition_by=["month"])).content != first.content
+    assert (
+        describe_output(cache, "table", write_table(settings, "b", rows, partition_by=["month"])).content
+        != first.content
+    )
 
 
 def test_partitions_count(settings: Settings) -> None:
     """The same bytes in each file, but filed under other months."""
-    cache = Cache(settings)
+    cache = CacheStore(settings)
     for name, months in (("a", ["x", "y"]), ("b", ["x", "z"])):
         write_table(settings, name, {"month": months, "n": [1, 2]}, partition_by=["month"])
-    assert cache.describe("table", "a@0").content != cache.describe("table", "b@0").content
+    assert describe_output(cache, "table", "a@0").content != describe_output(cache, "table", "b@0").content
 
 
 def test_many_tables_are_described_together(settings: Settings) -> None:
-    cache = Cache(settings)
+    cache = CacheStore(settings)
     a, b = write_table(settings, "a", {"x": [1]}), write_table(settings, "b", {"x": [2]})
-    both = cache.describe("table", {"one": a, "two": [b]})
-    assert both.content == cache.describe("table", {"two": [b], "one": a}).content
-    assert both.content != cache.describe("table", {"one": b, "two": [a]}).content
+    both = describe_output(cache, "table", {"one": a, "two": [b]})
+    assert both.content == describe_output(cache, "table", {"two": [b], "one": a}).content
+    assert both.content != describe_output(cache, "table", {"one": b, "two": [a]}).content
     assert len(both.files) == 4, "two logs and two data files"
 
 
 def test_a_table_with_a_checkpoint_and_a_tidied_log_is_described(settings: Settings) -> None:
-    cache = Cache(settings)
+    cache = CacheStore(settings)
     for number in range(4):
         write_table(settings, "t", {"x": [number]})
-    before = cache.describe("table", "t@3")
+    before = describe_output(cache, "table", "t@3")
     DeltaTable(str(settings.data / "t")).create_checkpoint()
     for number in range(3):
         (settings.data / "t" / "_delta_log" / f"{number:020d}.json").unlink()
-    after = cache.describe("table", "t@3")
+    after = describe_output(cache, "table", "t@3")
     assert after.content == before.content
     assert any("checkpoint" in name for name, *_ in after.files)
 
 
 def test_a_table_can_lie_below_the_name_of_its_use_case(settings: Settings) -> None:
-    cache = Cache(settings)
+    cache = CacheStore(settings)
     write_table(settings, "features", {"x": [1]})
     reference = write_table(settings, "flight-delay/features", {"x": [2]})
-    found = cache.describe("table", {"all": [reference]})
-    assert found.content != cache.describe("table", {"all": ["features@0"]}).content
+    found = describe_output(cache, "table", {"all": [reference]})
+    assert found.content != describe_output(cache, "table", {"all": ["features@0"]}).content
     assert all(name.startswith("home:data/flight-delay/features/") for name, _, _ in found.files)
 
 
 def test_strange_partition_names_are_found(settings: Settings) -> None:
     reference = write_table(settings, "t", {"p": ["a/b c%20", "ü=1"], "x": [1, 2]}, partition_by=["p"])
-    assert len(Cache(settings).describe("table", reference).files) == 3
+    assert len(describe_output(CacheStore(settings), "table", reference).files) == 3
 
 
 NO_VERSIONS = ["t@7", "nothing@0", "t", "t@latest", "../t@0", None, 3, ["t@9"], "t@-1"]
@@ -284,7 +309,7 @@ def test_what_is_no_version_is_refused(settings: Settings, value: Any) -> None:
     write_table(settings, "t", {"x": [1]})
     write_table(settings, "a/t", {"x": [1]})
     with pytest.raises(OutputError):
-        Cache(settings).describe("table", value)
+        describe_output(CacheStore(settings), "table", value)
 
 
 @pytest.mark.parametrize("damage", ["data gone", "data changed", "log gone", "all gone", "made anew"])
@@ -323,20 +348,12 @@ def test_an_equal_output_stops_the_wave(stage: Stage) -> None:
     """A new version of a table with the same content gives the next stage the same key."""
     keys = []
     for rows in ([1, 2], [1, 2], [1, 3]):
-        features = stage.cache.describe("table", write_table(stage.cache.settings, "t", {"x": rows}))
+        features = describe_output(stage.cache, "table", write_table(stage.cache.settings, "t", {"x": rows}))
         keys.append(stage.parts(inputs={"features": features}).key)
     assert keys[0] == keys[1] != keys[2]
 
 
 # ---------------------------------------------------------------- runs
-
-
-@pytest.fixture(scope="module")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The file of an MLflow store in which nothing is: making one takes seconds."""
-    settings = settings_in(tmp_path_factory.mktemp("store"))
-    make_store(settings)
-    return settings.home / "mlflow.db"
 
 
 @pytest.fixture
@@ -371,7 +388,7 @@ def test_a_run_is_found_until_it_or_its_files_are_gone(stage: Stage, run_id: str
 
 def test_no_run_is_refused(stage: Stage, run_id: str) -> None:
     with pytest.raises(OutputError, match="there is no run 'other'"):
-        stage.cache.describe("run", "other")
+        describe_output(stage.cache, "run", "other")
 
 
 def test_a_damaged_store_is_a_miss(stage: Stage, run_id: str) -> None:
@@ -406,7 +423,7 @@ def test_files_are_put_back(stage: Stage, tmp_path: Path, how: str, what: str, t
     found = stage.lookup(parts)
     assert found.entry is not None, found.reasons
     second = stage.run_folder()
-    entry = stage.cache.restore(found.entry, second / "01_stage.ipynb")
+    entry = restore_entry(stage.cache, found.entry, second / "01_stage.ipynb")
     moved = stage_folder(second, "stage")
     folders = {"in the run's folder": second, "relative": moved, "in its own folder": moved}
     place = folders[how] / "out" / "report ü.html" if how in folders else path
@@ -418,11 +435,11 @@ def test_files_are_put_back(stage: Stage, tmp_path: Path, how: str, what: str, t
     assert (second / "01_stage.ipynb").read_bytes() == (first / "01_stage.ipynb").read_bytes()
 
 
-def put_back(stage: Stage, parts: Parts, run: Path) -> Entry:
+def put_back(stage: Stage, parts: StageKey, run: Path) -> CacheEntry:
     """The entry as another process finds it, put into a run's folder."""
     found = stage.lookup(parts)
     assert found.entry is not None, found.reasons
-    return stage.cache.restore(found.entry, run / "01_stage.ipynb")
+    return restore_entry(stage.cache, found.entry, run / "01_stage.ipynb")
 
 
 @posix_only
@@ -442,8 +459,11 @@ def test_permissions_are_put_back(stage: Stage, mode: int, what: str) -> None:
     assert restored.stat().st_mode & 0o777 == mode
     if mode & 0o100:
         assert subprocess.run([restored], capture_output=True, text=True, check=True).stdout == "ran\n"
-    assert stage.cache.verify() == []
-    assert stage.cache.describe("file", "out", stage_folder(second, "stage")).content == entry.outputs["out"].content
+    assert verify_entries(stage.cache) == []
+    assert (
+        describe_output(stage.cache, "file", "out", stage_folder(second, "stage")).content
+        == entry.outputs["out"].content
+    )
 
 
 @posix_only
@@ -453,7 +473,7 @@ def test_an_executable_file_is_another_content_and_other_permissions_are_not(sta
     contents = {}
     for mode in (0o644, 0o600, 0o664, 0o755, 0o700):
         tool.chmod(mode)
-        contents[mode] = stage.cache.describe("file", str(tool)).content
+        contents[mode] = describe_output(stage.cache, "file", str(tool)).content
     assert contents[0o644] == contents[0o600] == contents[0o664] != contents[0o755] == contents[0o700]
 
 
@@ -511,7 +531,7 @@ def test_a_folder_with_a_link_around_itself_is_refused(stage: Stage, tmp_path: P
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "up").symlink_to("..", target_is_directory=True)
     with pytest.raises(OutputError, match="has a link 'up' to a folder in which it lies itself"):
-        stage.cache.describe("file", str(tmp_path / "out"))
+        describe_output(stage.cache, "file", str(tmp_path / "out"))
 
 
 def test_a_workspace_behind_a_link_moves_as_well(settings: Settings, tmp_path: Path) -> None:
@@ -546,15 +566,15 @@ def test_a_file_in_place_of_a_folder_is_replaced(stage: Stage, tmp_path: Path) -
     assert entry is not None
     shutil.rmtree(out)
     out.write_text("in the way", encoding="utf-8")
-    stage.cache.restore(entry, stage.run_folder() / "01.ipynb")
+    restore_entry(stage.cache, entry, stage.run_folder() / "01.ipynb")
     assert (out / "inner" / "a.txt").read_text(encoding="utf-8") == "a"
 
 
 def test_an_output_that_is_not_there_is_refused(stage: Stage, tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="can't read the file"):
-        stage.cache.describe("file", str(tmp_path / "nothing"))
+        describe_output(stage.cache, "file", str(tmp_path / "nothing"))
     with pytest.raises(OutputError, match="there is no kind of output 'tabel'"):
-        stage.cache.describe("tabel", "t@0")
+        describe_output(stage.cache, "tabel", "t@0")
 
 
 # ---------------------------------------------------------------- what must not be kept
@@ -593,7 +613,10 @@ def test_an_input_changed_in_place_is_not_kept(stage: Stage, tmp_path: Path) -> 
     settings, file = stage.cache.settings, tmp_path / "a.csv"
     file.write_text("a", encoding="utf-8")
     table = write_table(settings, "t", {"x": [1]})
-    inputs = {"rows": stage.cache.describe("table", table), "file": stage.cache.describe("file", str(file))}
+    inputs = {
+        "rows": describe_output(stage.cache, "table", table),
+        "file": describe_output(stage.cache, "file", str(file)),
+    }
     parts = stage.parts(inputs=inputs)
     file.write_text("b", encoding="utf-8")
     next((settings.data / "t").glob("*.parquet")).unlink()
@@ -606,12 +629,12 @@ def test_an_input_changed_in_place_is_not_kept(stage: Stage, tmp_path: Path) -> 
 def test_an_input_that_was_put_back_while_it_ran_is_not_kept(stage: Stage, tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("raw", encoding="utf-8")
-    parts = stage.parts(inputs={"file": stage.cache.describe("file", str(path))})
+    parts = stage.parts(inputs={"file": describe_output(stage.cache, "file", str(path))})
     path.write_text("x", encoding="utf-8")
     path.write_text("raw", encoding="utf-8")
     assert stage.store(parts).reasons == ["input file was written to while it ran"]
     assert not stage.lookup(parts)
-    parts = stage.parts(inputs={"file": stage.cache.describe("file", str(path))})
+    parts = stage.parts(inputs={"file": describe_output(stage.cache, "file", str(path))})
     assert stage.store(parts).reasons == []
 
 
@@ -625,7 +648,7 @@ def test_a_roundabout_path_comes_back(stage: Stage, value: str) -> None:
     entry = stage.store(parts, f=value.format(own)).entry
     assert entry is not None
     target = stage.run_folder()
-    restored = stage.cache.restore(entry, target / "01_stage.ipynb")
+    restored = restore_entry(stage.cache, entry, target / "01_stage.ipynb")
     assert (stage_folder(target, "stage") / "d" / "x").read_text(encoding="utf-8") == "x"
     assert restored.results["f"] == ("d" if "{" not in value else str(stage_folder(target, "stage") / "d"))
 
@@ -642,7 +665,7 @@ def test_outputs_other_than_declared_are_not_kept(stage: Stage) -> None:
     parts = stage.parts(outputs={"rows": "table"})
     run = stage.run_folder() / "01.ipynb"
     run.write_text(stage.notebook.read_text(encoding="utf-8"), encoding="utf-8")
-    assert not stage.cache.store(parts, "demo", "stage", {}, {}, run, 1.0)
+    assert not keep_result(stage.cache, parts, "demo", "stage", {}, {}, run, 1.0)
 
 
 def test_a_module_that_only_the_run_showed_is_watched(stage: Stage) -> None:
@@ -669,7 +692,7 @@ def test_a_module_that_only_the_run_showed_is_watched(stage: Stage) -> None:
 # ---------------------------------------------------------------- damage
 
 
-def entry_files(cache: Cache) -> list[Path]:
+def entry_files(cache: CacheStore) -> list[Path]:
     return sorted((cache.folder / "entries").rglob("*.json"))
 
 
@@ -684,7 +707,7 @@ def test_a_damaged_entry_is_a_miss_and_set_aside(stage: Stage, damage: str) -> N
     made |= {"other entry": stage.cache.entry_file(other.key).read_bytes()}
     path.unlink()
     _ = path.mkdir() if damage == "folder" else path.write_bytes(made[damage])
-    assert len(stage.cache.verify()) == 1
+    assert len(verify_entries(stage.cache)) == 1
     found = stage.lookup(parts)
     assert found.entry is None
     assert found.reasons[0].startswith("its kept result was damaged")
@@ -692,7 +715,7 @@ def test_a_damaged_entry_is_a_miss_and_set_aside(stage: Stage, damage: str) -> N
     assert len(list((stage.cache.folder / "damaged").iterdir())) == 1
     assert stage.store(parts)
     assert stage.lookup(parts)
-    assert stage.cache.verify() == []
+    assert verify_entries(stage.cache) == []
 
 
 @pytest.mark.parametrize("damage", ["gone", "changed", "other name", "empty folder"])
@@ -711,11 +734,11 @@ def test_a_damaged_copy_is_a_miss_and_made_anew(stage: Stage, tmp_path: Path, da
         copy.write_text("<q>", encoding="utf-8")
     else:
         copy.rename(copy.with_name("other.html"))
-    assert len(stage.cache.verify()) == 1
+    assert len(verify_entries(stage.cache)) == 1
     assert stage.lookup(parts).reasons[0].startswith("output report: report.html")
     assert stage.store(parts, report=str(report))
     assert stage.lookup(parts)
-    assert stage.cache.verify() == []
+    assert verify_entries(stage.cache) == []
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b"[1, 2]", b'["x", [{}]]', b"{}", b'[null, {"a": 1}]'])
@@ -735,7 +758,7 @@ def test_a_copy_damaged_after_the_look_is_told_and_set_aside(stage: Stage) -> No
     copy.chmod(0o644)
     copy.write_text("damaged", encoding="utf-8")
     with pytest.raises(OutputError, match=r"01_stage\.ipynb is damaged"):
-        stage.cache.restore(entry, stage.run_folder() / "01.ipynb")
+        restore_entry(stage.cache, entry, stage.run_folder() / "01.ipynb")
     assert not copy.exists()
     assert not any(stage.cache.settings.runs.glob("run-2/*"))
 
@@ -749,24 +772,23 @@ def run_python(code: str, *arguments: object, **options: Any) -> subprocess.Pope
 SLOW_STORE = """
     import sys, time
     from pathlib import Path
-    from mlops_course.pipelines.cache import store as cache
+    from mlops_course.pipelines.cache import entries
     from test_cache import Stage, settings_in
 
     home, project, when = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-    original = getattr(cache, when)
     def slowly(*arguments, **options):
         if when == "_copy":
             arguments[1].write_text("half", encoding="utf-8")
         print("now", flush=True)
         time.sleep(60)
-    setattr(cache, when, slowly)
+    setattr(entries.History if when == "add" else entries, when, slowly)
     stage = Stage(settings_in(home), project)
     (home / "report.html").write_text("<p>", encoding="utf-8")
     stage.store(stage.parts(outputs={"report": "file"}), report=str(home / "report.html"))
 """
 
 
-@pytest.mark.parametrize("when", ["_copy", "_publish", "write_atomic", "_note"])
+@pytest.mark.parametrize("when", ["_copy", "_publish", "write_atomic", "add"])
 def test_a_process_killed_while_it_keeps_a_result_leaves_no_wrong_entry(stage: Stage, when: str) -> None:
     home = stage.cache.settings.home
     process = run_python(SLOW_STORE, home, stage.folder, when)
@@ -775,12 +797,12 @@ def test_a_process_killed_while_it_keeps_a_result_leaves_no_wrong_entry(stage: S
     process.send_signal(signal.SIGKILL)
     process.wait()
     parts = stage.parts(outputs={"report": "file"})
-    assert bool(stage.lookup(parts)) == (when == "_note"), "only the last step is not needed"
-    assert stage.cache.verify() == []
+    assert bool(stage.lookup(parts)) == (when == "add"), "only the last step is not needed"
+    assert verify_entries(stage.cache) == []
     assert stage.store(parts, report=str(home / "report.html"))
     assert stage.lookup(parts)
     age(stage.cache.folder)
-    stage.cache.prune()
+    prune_entries(stage.cache)
     assert list((stage.cache.folder / "work").iterdir()) == []
     assert stage.lookup(parts)
 
@@ -815,9 +837,9 @@ def test_a_cache_that_cannot_be_written_is_no_error(stage: Stage) -> None:
     assert found.entry is None
     assert found.reasons[0].startswith("it can't be kept: ")
     assert stage.lookup(parts).entry is None
-    with stage.cache.lock("a" * 64, timeout=1) as held:
+    with key_lock(stage.cache, "a" * 64, timeout=1) as held:
         assert not held
-    assert stage.cache.prune().entries == 0
+    assert prune_entries(stage.cache).entries == 0
 
 
 # ---------------------------------------------------------------- several processes
@@ -829,8 +851,8 @@ WRITERS = """
 
     home, project, number = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
     stage = Stage.__new__(Stage)
-    from mlops_course.pipelines.cache import Cache
-    stage.cache, stage.folder, stage.runs = Cache(settings_in(home)), project, 1000 * number
+    from mlops_course.pipelines.cache import CacheStore, prune_entries
+    stage.cache, stage.folder, stage.runs = CacheStore(settings_in(home)), project, 1000 * number
     stage.notebook, stage.helper = project / "stage.ipynb", project / "helper.py"
     report = home / f"report-{number}.html"
     wrong = []
@@ -844,7 +866,7 @@ WRITERS = """
             kept = stage.store(parts, report=str(report), turn=turn % 4)
             wrong += [] if kept else [kept.reasons]
         if number == 0:
-            stage.cache.prune(keep=2)
+            prune_entries(stage.cache, keep=2)
     print(len(wrong), wrong[:1])
 """
 
@@ -854,16 +876,16 @@ def test_many_processes_keep_and_find_the_same_and_other_things_at_once(stage: S
     processes = [run_python(WRITERS, home, stage.folder, number) for number in range(4)]
     said = [process.communicate(timeout=120)[0] for process in processes]
     assert said == ["0 []\n"] * 4
-    assert stage.cache.verify() == []
+    assert verify_entries(stage.cache) == []
 
 
 LOCKED = """
     import sys, time
     from pathlib import Path
-    from mlops_course.pipelines.cache import Cache
+    from mlops_course.pipelines.cache import CacheStore, key_lock
     from test_cache import settings_in
 
-    with Cache(settings_in(Path(sys.argv[1]))).lock("b" * 64) as held:
+    with key_lock(CacheStore(settings_in(Path(sys.argv[1]))), "b" * 64) as held:
         print("held", held, flush=True)
         time.sleep(float(sys.argv[2]))
 """
@@ -874,11 +896,11 @@ def test_the_second_waits_for_the_first(stage: Stage) -> None:
     assert process.stdout is not None
     assert process.stdout.readline() == "held True\n"
     begin = time.monotonic()
-    with stage.cache.lock("b" * 64, timeout=0.1) as held:
+    with key_lock(stage.cache, "b" * 64, timeout=0.1) as held:
         assert not held, "it did not wait for ever"
-    with stage.cache.lock("c" * 64, timeout=0) as held:
+    with key_lock(stage.cache, "c" * 64, timeout=0) as held:
         assert held, "another key is free"
-    with stage.cache.lock("b" * 64) as held:
+    with key_lock(stage.cache, "b" * 64) as held:
         assert held
         assert time.monotonic() - begin > 0.3
     process.wait()
@@ -890,14 +912,14 @@ def test_a_dead_holder_blocks_nobody(stage: Stage) -> None:
     process.stdout.readline()
     process.kill()
     process.wait()
-    with stage.cache.lock("b" * 64, timeout=5) as held:
+    with key_lock(stage.cache, "b" * 64, timeout=5) as held:
         assert held
 
 
 # ---------------------------------------------------------------- order
 
 
-def age(path: Path, seconds: float = 3 * YOUNG) -> None:
+def age(path: Path, seconds: float = 3 * YOUNG_S) -> None:
     """Make everything below older."""
     then = time.time() - seconds
     for each in [path, *path.rglob("*")]:
@@ -909,8 +931,8 @@ def test_entries_are_listed_the_last_used_first(stage: Stage) -> None:
         stage.store(stage.parts(seed=seed))
         age(stage.cache.entry_file(stage.parts(seed=seed).key), 100 - seed)
     stage.lookup(stage.parts(seed=1))
-    entries = stage.cache.entries()
-    assert [entry.parts.seed for entry in entries] == [1, 3, 2]
+    entries = list_entries(stage.cache)
+    assert [entry.inputs.seed for entry in entries] == [1, 3, 2]
     assert all(entry.size > 0 and entry.seconds == 1.5 for entry in entries)
 
 
@@ -922,22 +944,22 @@ def test_pruning_keeps_what_it_is_told_and_all_that_is_needed(stage: Stage) -> N
     stage.notebook.write_text(notebook_text(CODE, "3"), encoding="utf-8")
     last = stage.parts(seed=4)
     stage.store(last)
-    pruned = stage.cache.prune(older_than=YOUNG)
+    pruned = prune_entries(stage.cache, older_than=YOUNG_S)
     assert (pruned.entries, pruned.copies) == (3, 3)
     assert pruned.bytes > 0
     assert stage.lookup(last)
     assert len(list((stage.cache.folder / "blobs").glob("*/*"))) == 1
-    assert stage.cache.verify() == []
+    assert verify_entries(stage.cache) == []
 
 
 def test_pruning_by_number_and_by_size(stage: Stage) -> None:
     for seed in range(5):
         stage.store(stage.parts(seed=seed))
-    assert stage.cache.prune(keep=3).entries == 2
-    size = stage.cache.entries()[0].size
-    assert stage.cache.prune(max_bytes=2 * size).entries == 1
-    assert len(stage.cache.entries()) == 2
-    assert stage.cache.prune().entries == 0
+    assert prune_entries(stage.cache, keep=3).entries == 2
+    size = list_entries(stage.cache)[0].size
+    assert prune_entries(stage.cache, max_bytes=2 * size).entries == 1
+    assert len(list_entries(stage.cache)) == 2
+    assert prune_entries(stage.cache).entries == 0
 
 
 def test_pruning_leaves_a_young_copy_alone(stage: Stage) -> None:
@@ -945,13 +967,13 @@ def test_pruning_leaves_a_young_copy_alone(stage: Stage) -> None:
     entry = stage.store(stage.parts()).entry
     assert entry is not None
     stage.cache.entry_file(entry.key).unlink()
-    assert stage.cache.prune().copies == 0
+    assert prune_entries(stage.cache).copies == 0
     age(stage.cache.folder)
     stage.store(stage.parts())
     stage.cache.entry_file(entry.key).unlink()
-    assert stage.cache.prune().copies == 0, "it was used again just now"
+    assert prune_entries(stage.cache).copies == 0, "it was used again just now"
     age(stage.cache.folder)
-    assert stage.cache.prune().copies == 1
+    assert prune_entries(stage.cache).copies == 1
 
 
 def test_a_result_that_was_not_kept_is_explained(stage: Stage) -> None:
@@ -965,7 +987,7 @@ def test_a_result_that_was_not_kept_is_explained(stage: Stage) -> None:
     assert stage.lookup(stage.parts())
     other = stage.parts(parameters={"rows": 1})
     assert stage.lookup(other).reasons == ["parameter rows changed (nothing -> 1)"]
-    refuse(stage.cache, other, "demo", "stage", ["source changed while it ran"])
+    History(stage.cache, "demo", "stage").add_refusal(other.key, ["source changed while it ran"])
     assert stage.lookup(other).reasons == ["its last result was not kept: source changed while it ran"]
     third = stage.parts(parameters={"rows": 2})
     assert stage.lookup(third).reasons == ["parameter rows changed (nothing -> 2)"]
@@ -974,23 +996,23 @@ def test_a_result_that_was_not_kept_is_explained(stage: Stage) -> None:
 def test_a_pruned_result_is_explained(stage: Stage) -> None:
     parts = stage.parts()
     stage.store(parts)
-    stage.cache.prune(keep=0)
+    prune_entries(stage.cache, keep=0)
     assert stage.lookup(parts).reasons == ["its result is no longer kept"]
 
 
 def test_verify_reads_what_the_memo_would_not(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     """A disk that loses a bit tells nobody."""
-    entry: Entry | None = stage.store(stage.parts()).entry
+    entry: CacheEntry | None = stage.store(stage.parts()).entry
     assert entry is not None
     copy = stage.cache.folder / entry.notebook.blob
-    cache = Cache(stage.cache.settings)
+    cache = CacheStore(stage.cache.settings)
     copy.chmod(0o644)
     copy.write_bytes(copy.read_bytes().replace(b"double", b"treble"))
     found = copy.stat()
-    known = [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino, entry.notebook.content]
+    known = (found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino, entry.notebook.content)
     cache.memo._files[str(copy)] = known
-    assert cache.lookup(stage.parts(), "demo", "stage"), "the memo knows no better"
-    assert len(cache.verify()) == 1
+    assert find_entry(cache, stage.parts(), "demo", "stage"), "the memo knows no better"
+    assert len(verify_entries(cache)) == 1
 
 
 # ---------------------------------------------------------------- speed
@@ -1006,14 +1028,14 @@ def test_planning_imports_nothing_heavy_and_is_quick(stage: Stage, tmp_path: Pat
     code = """
         import sys, time
         from pathlib import Path
-        from mlops_course.pipelines.cache import Cache
+        from mlops_course.pipelines.cache import CacheStore, find_entry, stage_key
         from test_plan import settings
 
         def plan():
-            begin, cache = time.perf_counter(), Cache(settings)
+            begin, cache = time.perf_counter(), CacheStore(settings)
             for number in range(8):
-                parts = cache.parts(Path(sys.argv[1]), [sys.argv[2]], outputs={"features": "table"}, seed=number)
-                assert cache.lookup(parts, "demo", "stage")
+                parts = stage_key(cache, Path(sys.argv[1]), [sys.argv[2]], outputs={"features": "table"}, seed=number)
+                assert find_entry(cache, parts, "demo", "stage")
             return time.perf_counter() - begin
 
         plan()

@@ -16,23 +16,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlops_course.pipelines.cache.closure import (
-    Memo,
-    Reach,
-    SourceError,
-    canonical,
-    content_of,
-    digest,
-    find_module_file,
-    hash_files,
-    installed_packages,
+from mlops_course.pipelines.cache import (
+    HashMemo,
+    KeyInputError,
+    SourceClosure,
+    cyclic_links,
     list_files,
-    loops,
-    own_cells,
-    portable_name,
-    reach,
-    unseen,
+    source_closure,
 )
+from mlops_course.pipelines.cache.closure import find_module_file, own_code_digest, relative_module_file, unseen_modules
+from mlops_course.pipelines.cache.fingerprints import canonical, content_of
+from mlops_course.pipelines.cache.hashes import digest_json
+from mlops_course.pipelines.cache.packages import installed_packages
 
 posix_only = pytest.mark.skipif(os.name == "nt", reason="permissions and pipes of POSIX")
 
@@ -110,7 +105,7 @@ DIFFERENT += [
 
 
 def test_values_that_differ_in_anything_have_different_keys() -> None:
-    keys = [digest(canonical(value)) for value in DIFFERENT]
+    keys = [digest_json(canonical(value)) for value in DIFFERENT]
     assert len(set(keys)) == len(keys)
 
 
@@ -123,7 +118,7 @@ PLAIN = st.recursive(
 
 @given(PLAIN)
 def test_a_value_that_json_gave_back_has_the_same_key(value: object) -> None:
-    assert digest(canonical(json.loads(json.dumps(value)))) == digest(canonical(value))
+    assert digest_json(canonical(json.loads(json.dumps(value)))) == digest_json(canonical(value))
 
 
 @given(st.dictionaries(st.text(), st.integers(), min_size=2))
@@ -132,7 +127,7 @@ def test_the_order_of_keys_counts(value: dict[str, int]) -> None:
 
 
 def test_a_value_without_a_plain_form_is_refused_by_name() -> None:
-    with pytest.raises(SourceError, match="of type set, which can't be part of a key"):
+    with pytest.raises(KeyInputError, match="of type set, which can't be part of a key"):
         canonical({"rows": {1, 2}})
 
 
@@ -142,7 +137,7 @@ def test_a_path_stands_for_what_it_holds(tmp_path: Path) -> None:
     assert canonical(one.parent) != canonical(two.parent), "in a folder, names count"
     two.write_text("y", encoding="utf-8")
     assert canonical(one) != canonical(two)
-    with pytest.raises(SourceError, match="can't read"):
+    with pytest.raises(KeyInputError, match="can't read"):
         canonical(tmp_path / "nothing")
 
 
@@ -190,7 +185,7 @@ def test_what_lies_behind_a_linked_folder_counts(tmp_path: Path, change: str, de
     (between / "down").symlink_to(real, target_is_directory=True)
     target = real if depth == "a link" else between
     (folder / "current").symlink_to(os.path.relpath(target, folder), target_is_directory=True)
-    memo = Memo()
+    memo = HashMemo()
     settle(file)
     before, times = canonical(folder, memo), file.stat()
     assert canonical(folder, memo) == before
@@ -246,9 +241,9 @@ def test_links_that_lead_in_a_circle_come_to_an_end(tmp_path: Path) -> None:
             (tmp_path / f"level{level}" / way).symlink_to(tmp_path / f"level{level + 1}", target_is_directory=True)
     (folder / "levels").symlink_to(tmp_path / "level0", target_is_directory=True)
     assert len(list_files(folder)) < 60
-    assert loops(folder) == []
+    assert cyclic_links(folder) == []
     (folder / "up").symlink_to("../..", target_is_directory=True)
-    assert loops(folder) == ["up"]
+    assert cyclic_links(folder) == ["up"]
     assert ("up", 0, "loop to ../..") in list_files(folder)
 
 
@@ -271,11 +266,11 @@ def test_what_may_be_executed_counts_and_a_pipe_is_no_file(tmp_path: Path) -> No
     assert content_of(tmp_path / "tools") != all_of_them
     os.mkfifo(tmp_path / "tools" / "pipe")
     for path in (tmp_path / "tools", tmp_path / "tools" / "pipe"):
-        with pytest.raises(SourceError, match="pipe is no file"):
+        with pytest.raises(KeyInputError, match="pipe is not a file"):
             content_of(path)
 
 
-def remembered(memo: Memo, path: Path) -> bool:
+def remembered(memo: HashMemo, path: Path) -> bool:
     """Whether the memo answers without opening the file."""
     mode = path.stat().st_mode
     known = memo._files.get(str(path))
@@ -284,18 +279,18 @@ def remembered(memo: Memo, path: Path) -> bool:
 
 
 def test_a_file_is_read_once(tmp_path: Path) -> None:
-    file, memo = write(tmp_path / "a.csv", "1,2"), Memo(tmp_path / "memo.json")
+    file, memo = write(tmp_path / "a.csv", "1,2"), HashMemo(tmp_path / "memo.json")
     settle(file)
     first = memo.hash(file)
     memo.save()
-    again = Memo(tmp_path / "memo.json")
+    again = HashMemo(tmp_path / "memo.json")
     assert remembered(again, file)
-    assert again.hash(file) == first == hash_files([file])[file]
+    assert again.hash(file) == first == HashMemo().hash(file)
 
 
 @pytest.mark.parametrize("when", ["past", "same", "future"])
 def test_another_content_of_the_same_size_is_seen_whatever_the_clock_says(tmp_path: Path, when: str) -> None:
-    file, memo = write(tmp_path / "a.csv", "1,2"), Memo()
+    file, memo = write(tmp_path / "a.csv", "1,2"), HashMemo()
     settle(file)
     first, before = memo.hash(file), file.stat()
     file.write_text("2,1", encoding="utf-8")
@@ -305,7 +300,7 @@ def test_another_content_of_the_same_size_is_seen_whatever_the_clock_says(tmp_pa
 
 
 def test_a_file_put_in_place_by_a_rename_is_seen(tmp_path: Path) -> None:
-    file, other, memo = write(tmp_path / "a.csv", "1,2"), write(tmp_path / "b.csv", "2,1"), Memo()
+    file, other, memo = write(tmp_path / "a.csv", "1,2"), write(tmp_path / "b.csv", "2,1"), HashMemo()
     os.utime(other, ns=(file.stat().st_atime_ns, file.stat().st_mtime_ns))
     settle(file, other)
     first = memo.hash(file)
@@ -315,17 +310,17 @@ def test_a_file_put_in_place_by_a_rename_is_seen(tmp_path: Path) -> None:
 
 def test_writes_in_quick_succession_are_all_seen(tmp_path: Path) -> None:
     """Within one tick of the file system's clock, nothing but the content tells two writes apart."""
-    file, memo = tmp_path / "a.csv", Memo()
+    file, memo = tmp_path / "a.csv", HashMemo()
     for number in range(300):
         text = f"{number:03d}"
         with file.open("r+" if file.exists() else "w", encoding="utf-8") as writer:
             writer.write(text)
-        assert memo.hash(file) == hash_files([file])[file], text
+        assert memo.hash(file) == HashMemo().hash(file), text
 
 
 def test_a_file_from_the_future_is_read_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The clock was set back after the file was written."""
-    file, memo = write(tmp_path / "a.csv", "1,2"), Memo()
+    file, memo = write(tmp_path / "a.csv", "1,2"), HashMemo()
     now = time.time_ns()
     monkeypatch.setattr(time, "time_ns", lambda: now - 3600 * 10**9)
     memo.hash(file)
@@ -337,16 +332,16 @@ def test_a_damaged_memo_is_an_empty_one(tmp_path: Path, damage: bytes) -> None:
     file = write(tmp_path / "a.csv", "1,2")
     (tmp_path / "memo.json").write_bytes(damage)
     settle(file)
-    memo = Memo(tmp_path / "memo.json")
-    assert memo.hash(file) == Memo().hash(file)
+    memo = HashMemo(tmp_path / "memo.json")
+    assert memo.hash(file) == HashMemo().hash(file)
     memo.save()
-    assert remembered(Memo(tmp_path / "memo.json"), file)
+    assert remembered(HashMemo(tmp_path / "memo.json"), file)
 
 
 def test_a_memo_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
     file = write(tmp_path / "a.csv", "1,2")
     settle(file)
-    memo = Memo(file / "memo.json")
+    memo = HashMemo(file / "memo.json")
     memo.hash(file)
     memo.save()
     assert file.read_text(encoding="utf-8") == "1,2"
@@ -357,17 +352,17 @@ def test_a_memo_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
 
 def test_only_code_and_tags_count(tmp_path: Path) -> None:
     notebook = write_notebook(tmp_path / "a.ipynb", "x = 1", "print(x)", tags=["parameters"])
-    same = reach(notebook).cells
+    same = source_closure(notebook).cells
     content = json.loads(notebook.read_text(encoding="utf-8"))
     content["cells"][0] |= {"id": "new", "execution_count": 7, "outputs": [{"output_type": "stream", "text": "1"}]}
     content["cells"][1]["source"] = "".join(content["cells"][1]["source"])
     content["cells"].insert(0, {"cell_type": "markdown", "source": "# Prose", "metadata": {}})
     content["metadata"]["kernelspec"] = {"name": "other"}
     notebook.write_text(json.dumps(content, indent=3), encoding="utf-8")
-    assert reach(notebook).cells == same
-    assert reach(write_notebook(notebook, "x = 1", "print(x)")).cells != same, "the tag is gone"
-    assert reach(write_notebook(notebook, "print(x)", "x = 1", tags=["parameters"])).cells != same
-    assert reach(write_notebook(notebook, "x = 1\nprint(x)", tags=["parameters"])).cells != same
+    assert source_closure(notebook).cells == same
+    assert source_closure(write_notebook(notebook, "x = 1", "print(x)")).cells != same, "the tag is gone"
+    assert source_closure(write_notebook(notebook, "print(x)", "x = 1", tags=["parameters"])).cells != same
+    assert source_closure(write_notebook(notebook, "x = 1\nprint(x)", tags=["parameters"])).cells != same
 
 
 def test_papermills_cell_is_not_the_notebooks_own(tmp_path: Path) -> None:
@@ -376,23 +371,23 @@ def test_papermills_cell_is_not_the_notebooks_own(tmp_path: Path) -> None:
     prepared = papermill.iorw.load_notebook_node(str(notebook))
     filled = papermill.parameterize.parameterize_notebook(prepared, {"x": 2})
     write(tmp_path / "b.ipynb", json.dumps(filled))
-    assert own_cells((tmp_path / "b.ipynb").read_bytes()) == own_cells(notebook.read_bytes())
-    assert reach(tmp_path / "b.ipynb").cells != reach(notebook).cells
+    assert own_code_digest((tmp_path / "b.ipynb").read_bytes()) == own_code_digest(notebook.read_bytes())
+    assert source_closure(tmp_path / "b.ipynb").cells != source_closure(notebook).cells
 
 
 @pytest.mark.parametrize("content", ["", "text", "[]", "{}", '{"cells": 3}', '{"cells": [{}]}'])
 def test_what_is_no_notebook_is_refused_by_name(tmp_path: Path, content: str) -> None:
-    with pytest.raises(SourceError, match=r"a\.ipynb"):
-        reach(write(tmp_path / "a.ipynb", content))
-    with pytest.raises(SourceError, match=r"nothing\.ipynb"):
-        reach(tmp_path / "nothing.ipynb")
+    with pytest.raises(KeyInputError, match=r"a\.ipynb"):
+        source_closure(write(tmp_path / "a.ipynb", content))
+    with pytest.raises(KeyInputError, match=r"nothing\.ipynb"):
+        source_closure(tmp_path / "nothing.ipynb")
 
 
 # ---------------------------------------------------------------- imports
 
 
-def reached(folder: Path, *cells: str) -> Reach:
-    return reach(write_notebook(folder / "stage.ipynb", *cells), [folder])
+def reached(folder: Path, *cells: str) -> SourceClosure:
+    return source_closure(write_notebook(folder / "stage.ipynb", *cells), [folder])
 
 
 def test_imports_are_followed_wherever_they_stand(tmp_path: Path) -> None:
@@ -489,20 +484,20 @@ def test_code_that_is_read_from_a_file_is_told(tmp_path: Path, cell: str) -> Non
     notebook = write_notebook(tmp_path / "n.ipynb", cell)
     what = UNSEEN.get(cell)
     expected = (f"its notebook says {what}, and I can't follow that",) if what else ()
-    assert reach(notebook).unfollowed == expected
+    assert source_closure(notebook).unfollowed == expected
 
 
 def test_a_module_that_reads_code_from_a_file_is_told_by_name(tmp_path: Path) -> None:
     write(tmp_path / "helper.py", "import plugins\n")
     write(tmp_path / "plugins.py", "def load(path):\n    exec(open(path).read())\n")
     notebook = write_notebook(tmp_path / "n.ipynb", "import helper\nfrom mlops_course.course import running")
-    assert reach(notebook, [tmp_path]).unfollowed == ("plugins says exec, and I can't follow that",)
+    assert source_closure(notebook, [tmp_path]).unfollowed == ("plugins says exec, and I can't follow that",)
 
 
 def test_a_module_run_by_its_name_is_followed(tmp_path: Path) -> None:
     write(tmp_path / "helper.py", "x = 1\n")
     notebook = write_notebook(tmp_path / "n.ipynb", "import runpy\nrunpy.run_module('helper')")
-    found = reach(notebook, [tmp_path])
+    found = source_closure(notebook, [tmp_path])
     assert ("helper" in found.modules, found.unfollowed) == (True, ())
 
 
@@ -529,14 +524,14 @@ def test_the_search_is_pythons(tmp_path: Path) -> None:
     write(tmp_path / "space" / "inner.py")
     found = reached(tmp_path, "import both, json, pandas, space.inner")
     assert set(found.modules) == {"both", "space.inner"}
-    assert found.files["both"].endswith("__init__.py")
+    assert found.files["both"].path.endswith("__init__.py")
     sys.path.append(str(tmp_path))
     try:
         importlib.invalidate_caches()
         for name in ("both", "space.inner"):
             spec = importlib.util.find_spec(name)
             assert spec is not None
-            assert spec.origin == found.files[name]
+            assert spec.origin == found.files[name].path
     finally:
         sys.path.remove(str(tmp_path))
         for name in ("both", "space", "space.inner"):
@@ -559,7 +554,7 @@ def test_a_module_that_appears_later_is_found(tmp_path: Path) -> None:
 def test_this_package_is_always_project_source(root: Path, tmp_path: Path) -> None:
     found = reached(tmp_path, "from mlops_course.pipelines import record_result")
     assert {"mlops_course", "mlops_course.pipelines", "mlops_course.environment"} <= set(found.modules)
-    assert found.files["mlops_course.environment"] == str(root / "mlops_course" / "environment.py")
+    assert found.files["mlops_course.environment"].path == str(root / "mlops_course" / "environment.py")
 
 
 def test_this_package_in_site_packages_is_project_source_as_well(root: Path, tmp_path: Path) -> None:
@@ -570,12 +565,12 @@ def test_this_package_in_site_packages_is_project_source_as_well(root: Path, tmp
     code = (
         f"import sys; sys.path.insert(0, {str(site)!r})\n"
         "from pathlib import Path\n"
-        "from mlops_course.pipelines.cache.closure import reach\n"
-        f"found = reach(Path({str(notebook)!r}))\n"
-        "print(found.files['mlops_course.environment'], found.cells, sorted(found.modules.items()))"
+        "from mlops_course.pipelines.cache.closure import source_closure\n"
+        f"found = source_closure(Path({str(notebook)!r}))\n"
+        "print(found.files['mlops_course.environment'].path, found.cells, sorted(found.modules.items()))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
-    here = reach(notebook)
+    here = source_closure(notebook)
     file, cells, modules = run.stdout.strip().split(" ", 2)
     assert Path(file).is_relative_to(site)
     assert (cells, modules) == (here.cells, str(sorted(here.modules.items()))), "the same, wherever it is"
@@ -599,12 +594,12 @@ def test_an_editable_installation_is_project_source(tmp_path: Path, monkeypatch:
                 name, folder / "__init__.py", submodule_search_locations=[str(folder)]
             )
 
-    assert reach(notebook).packages == ("company_library",)
+    assert source_closure(notebook).packages == ("company_library",)
     with monkeypatch.context() as patch:
         patch.setattr(sys, "meta_path", [*sys.meta_path, Finder()])
-        by_finder = reach(notebook)
+        by_finder = source_closure(notebook)
     monkeypatch.syspath_prepend(str(tmp_path / "clone"))
-    assert by_finder.modules == reach(notebook).modules
+    assert by_finder.modules == source_closure(notebook).modules
     assert set(by_finder.modules) == {"company_library", "company_library.inner"}
 
 
@@ -632,11 +627,11 @@ def test_a_touched_module_is_told_even_if_it_was_put_back(tmp_path: Path) -> Non
 def test_modules_that_only_the_run_shows_have_portable_names(tmp_path: Path) -> None:
     helper, plugin = write(tmp_path / "helper.py"), write(tmp_path / "plugins" / "one.py")
     found = reached(tmp_path, "import helper")
-    extra = unseen(found, [str(helper), str(plugin), str(tmp_path / "gone.py")])
+    extra = unseen_modules(found, [str(helper), str(plugin), str(tmp_path / "gone.py")])
     assert extra == {"plugins/one.py": str(plugin), "gone.py": str(tmp_path / "gone.py")}
     assert find_module_file("plugins/one.py", [str(tmp_path)]) == plugin
     assert find_module_file("plugins/two.py", [str(tmp_path)]) is None
-    assert portable_name("/elsewhere/x.py", []) == "/elsewhere/x.py"
+    assert relative_module_file("/elsewhere/x.py", []) == "/elsewhere/x.py"
 
 
 # ---------------------------------------------------------------- packages
@@ -683,7 +678,7 @@ def test_threads_read_modules_at_the_same_time(tmp_path: Path) -> None:
     gc.callbacks.append(let_others_run)
     try:
         with ThreadPoolExecutor(8) as pool:
-            found = list(pool.map(lambda _: reach(notebook, [tmp_path], Memo()), range(16)))
+            found = list(pool.map(lambda _: source_closure(notebook, [tmp_path], HashMemo()), range(16)))
     finally:
         gc.callbacks.remove(let_others_run)
     assert all(each.modules == found[0].modules for each in found)

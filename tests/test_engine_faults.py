@@ -1,5 +1,6 @@
 """Whatever dies, hangs or is full: a clear message, no process left, and the next notebook runs."""
 
+import itertools
 import os
 import shutil
 import signal
@@ -99,11 +100,16 @@ ENDINGS: dict[str, tuple[str, type[Exception] | None, str]] = {
 }
 
 
-@pytest.mark.parametrize("ending", list(ENDINGS))
+DEATHS = [ending for ending in ENDINGS if ending not in ("SIGTERM", "a crash", "its own exit")]  # like SIGKILL
+
+
+@pytest.mark.parametrize(
+    ("workers", "ending"),
+    [*itertools.product(["fork", "spawn"], ENDINGS), *itertools.product(["kernel"], DEATHS)],
+    indirect=["workers"],
+)
 def test_nothing_is_left_of_a_notebook(ending: str, workers: Workers, tmp_path: Path) -> None:
     code, kind, message = ENDINGS[ending]
-    if workers.kind == "kernel" and ending in ("SIGTERM", "a crash", "its own exit"):
-        pytest.skip("like SIGKILL, and slow")
     request = ask(tmp_path, CHILDREN, f"print('before', flush=True); time.sleep(0.3); {code}")
     if kind is None:
         workers.execute(request)
@@ -117,11 +123,16 @@ def test_nothing_is_left_of_a_notebook(ending: str, workers: Workers, tmp_path: 
     assert works(workers, tmp_path)
 
 
-@pytest.mark.parametrize("stuck", ["ctypes.PyDLL(None).pause()", "ctypes.PyDLL(None).sleep(60)", "time.sleep(60)"])
+STUCK = ["ctypes.PyDLL(None).pause()", "ctypes.PyDLL(None).sleep(60)", "time.sleep(60)"]
+
+
+@pytest.mark.parametrize(
+    ("workers", "stuck"),
+    [*itertools.product(["fork", "spawn"], STUCK), ("kernel", STUCK[0])],
+    indirect=["workers"],
+)
 def test_a_time_limit_ends_what_is_stuck_in_c(stuck: str, workers: Workers, tmp_path: Path) -> None:
     limit = 4.0 if workers.kind == "kernel" else 1.5
-    if workers.kind == "kernel" and "pause" not in stuck:
-        pytest.skip("one is enough for what is slow")
     request, begin = ask(tmp_path, CHILDREN, stuck, timeout=limit), time.monotonic()
     with pytest.raises(TimedOut, match=f"cell \\[3\\] .*the notebook took longer than {limit:g} seconds"):
         workers.execute(request)

@@ -1,5 +1,6 @@
 """The ground that everything stands on: settings, workspace, whole files, fingerprint, doctor."""
 
+import contextlib
 import errno
 import json
 import os
@@ -9,8 +10,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -190,15 +193,28 @@ def test_a_file_in_the_way_is_named(tmp_path: Path, place: str) -> None:
     assert leftovers(tmp_path) == []
 
 
-@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="an administrator may write everywhere")
-def test_a_workspace_without_permission_is_refused(tmp_path: Path) -> None:
-    Settings(home=tmp_path / "workspace").prepare()
-    (tmp_path / "workspace").chmod(0o500)
+@contextlib.contextmanager
+def nobody_in_particular() -> Iterator[None]:
+    """Without an administrator's right to write everywhere, where the tests have it."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.setresuid(65534, 65534, 0)  # the last is what may be taken back
     try:
-        with pytest.raises(WorkspaceError, match="you may not write there"):
-            Settings(home=tmp_path / "workspace").prepare()
+        yield
     finally:
-        (tmp_path / "workspace").chmod(0o700)
+        os.setresuid(0, 0, 0)
+
+
+@posix_only
+def test_a_workspace_without_permission_is_refused() -> None:
+    with tempfile.TemporaryDirectory() as folder:  # not pytest's, into which only the administrator may look
+        Path(folder).chmod(0o755)
+        settings = Settings(home=Path(folder) / "workspace").prepare()
+        settings.home.chmod(0o555)
+        with nobody_in_particular(), pytest.raises(WorkspaceError, match="you may not write there"):
+            settings.prepare()
+        settings.home.chmod(0o755)
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ from mlops_course.pipelines.engine.workers import GRACE
 from mlops_course.pipelines.notebooks import Taken, notebook_parameters, recorded_names
 from mlops_course.pipelines.parameters import TYPES, fill, references
 from mlops_course.pipelines.runs import repository
-from mlops_course.pipelines.scheduler import stage_environment
+from mlops_course.pipelines.secrets import stage_environment
 
 posix_only = pytest.mark.skipif(os.name == "nt", reason="uses POSIX signals")
 RECORD = "from mlops_course.pipelines import record_result\n"

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from configparser import ConfigParser
 from pathlib import Path
 from types import ModuleType
@@ -61,6 +62,7 @@ def section(notebook: Path) -> int | None:
 
 
 SECTIONS = {module: section(notebook) for notebook in NOTEBOOKS if (module := exported_module(notebook))}
+IMPORT_RULES = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]
 by_module = pytest.mark.parametrize("path", MODULES, ids=name_of)
 by_notebook = pytest.mark.parametrize("notebook", NOTEBOOKS, ids=name_of)
 
@@ -95,19 +97,49 @@ def test_a_module_says_that_it_is_generated(path: Path) -> None:
     assert exported_module((path.parent / named[1]).resolve()) == module_of(path)
 
 
+ORDER = {  # of the sections, from pyproject.toml, where import-linter reads it; the first stands on nothing
+    section: position
+    for position, line in enumerate(reversed(IMPORT_RULES["contracts"][0]["layers"]))
+    for section in line.split(" | ")
+}
+ON_PURPOSE = {  # a name of a later section in a string: nothing is imported until the string is used
+    ("project", "data"): "a use case names what makes its features by where that is, as a project of others does",
+    ("course", "cli"): "a checkpoint is made by the command that a learner would type",
+}
+
+
+def strings(path: Path) -> list[str]:
+    """The texts in a module's code, without its docstrings."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    told = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        and node.body
+        and isinstance(node.body[0], ast.Expr)
+    }
+    constants = [node for node in ast.walk(tree) if isinstance(node, ast.Constant) and id(node) not in told]
+    return [node.value for node in constants if isinstance(node.value, str)]
+
+
 @by_module
-def test_a_section_imports_only_from_earlier_sections(path: Path) -> None:
-    own = SECTIONS[module_of(path)]
-    for name in imported_modules(path):
-        other = name.removeprefix("mlops_course.")
-        if other == name or other not in SECTIONS or own is None:
-            continue
-        assert SECTIONS[other] is not None, f"a section may not import {other}, which may import every section"
-        if other.split(".")[0] == module_of(path).split(".")[0]:
-            continue  # rooms of the same section
-        if other == "environment":
-            continue  # settings and errors: what all sections stand on, also the course tool of section 1
-        assert SECTIONS[other] < own, f"section {own} imports {other} of section {SECTIONS[other]}"
+def test_a_module_named_in_a_string_is_there_and_of_an_earlier_section(path: Path) -> None:
+    """What import-linter can't see."""
+    own = module_of(path).split(".")[0]
+    for name in re.findall(r"\bmlops_course\.([a-z_]\w*(?:\.[a-z_]\w*)*)", "\n".join(strings(path))):
+        assert name in SECTIONS, f"there is no module mlops_course.{name}"
+        other = name.split(".")[0]
+        if (own, other) not in ON_PURPOSE:
+            assert ORDER[other] <= ORDER[own], f"{own} names {other}, which comes later"
+
+
+def test_what_is_named_on_purpose_is_named() -> None:
+    named = {
+        (module_of(path).split(".")[0], name)
+        for path in MODULES
+        for name in re.findall(r"\bmlops_course\.([a-z_]+)", "\n".join(strings(path)))
+    }
+    assert set(ON_PURPOSE) <= named, "an exception that nobody needs any more"
 
 
 @by_module

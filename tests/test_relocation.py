@@ -18,7 +18,7 @@ from conftest import Quarter, settings_in
 from mlops_course.environment import Settings, SettingsError, load_settings
 from mlops_course.experiments import connect, find_run, load_run_model, quiet_mlflow, tracked_run, train_run
 from mlops_course.experiments.model import TrainingConfig
-from mlops_course.pipelines.cache import movable, settled
+from mlops_course.pipelines.cache import relativize, resolve
 from mlops_course.pipelines.runs import list_runs
 from mlops_course.project import flight_delay
 from mlops_course.registry import champion_reference, fair_rivals, find_version, promote, register
@@ -158,11 +158,11 @@ def test_a_shared_store_keeps_its_own_folders(trained: Settings, tmp_path: Path)
 
 def test_a_result_that_is_a_path_in_the_workspace_moves_with_it(settings: Settings, tmp_path: Path) -> None:
     values = {"where": str(settings.home / "exports"), "text": "home:data", "deep": [{"a": str(settings.home)}], "n": 3}
-    kept = movable(settings, values)
+    kept = relativize(settings, values)
     assert str(settings.home) not in json.dumps(kept)
-    assert settled(settings, kept) == values
+    assert resolve(settings, kept) == values
     moved = settings_in(settings.home.rename(tmp_path / "moved"))
-    assert settled(moved, kept) == {
+    assert resolve(moved, kept) == {
         "where": str(moved.home / "exports"),
         "text": "home:data",
         "deep": [{"a": str(moved.home)}],

@@ -11,17 +11,9 @@ import pytest
 from conftest import settings_in
 
 from mlops_course.environment import Settings
-from mlops_course.experiments import make_store, quiet_mlflow
+from mlops_course.experiments import quiet_mlflow
 from mlops_course.pipelines.cache.states import StateError, read_states, registry, serving
 from mlops_course.relocation import local_path, run_folders, tracking_file
-
-
-@pytest.fixture(scope="module")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The file of an MLflow store in which nothing is: making one takes seconds."""
-    settings = settings_in(tmp_path_factory.mktemp("store"))
-    make_store(settings)
-    return settings.home / "mlflow.db"
 
 
 @pytest.fixture

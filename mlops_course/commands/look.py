@@ -112,9 +112,9 @@ _ENTRY = ("key", "pipeline", "stage", "results", "seconds", "created")
 @_cache_app.command("list")
 def _list_cache(home: Home = None, as_json: AsJson = False) -> None:
     """List what the cache holds, newest first."""
-    from mlops_course.pipelines.cache import Cache
+    from mlops_course.pipelines.cache import CacheStore, list_entries
 
-    entries = Cache(settings_of(home)).entries()
+    entries = list_entries(CacheStore(settings_of(home)))
     if as_json:
         print_json([{**{name: getattr(each, name) for name in _ENTRY}, "bytes": each.size} for each in entries])
         return
@@ -134,9 +134,10 @@ def _prune_cache(
     as_json: AsJson = False,
 ) -> None:
     """Remove old entries, and files that no entry needs."""
-    from mlops_course.pipelines.cache import Cache
+    from mlops_course.pipelines.cache import CacheStore, prune_entries
 
-    pruned = Cache(settings_of(home)).prune(
+    pruned = prune_entries(
+        CacheStore(settings_of(home)),
         older_than=days * 86400 if days is not None else None,
         keep=keep,
         max_bytes=int(megabytes * 1e6) if megabytes is not None else None,
@@ -150,9 +151,9 @@ def _prune_cache(
 @_cache_app.command("verify")
 def _verify_cache(home: Home = None, as_json: AsJson = False) -> None:
     """Read every file of the cache and compare it with its checksum. Exit status 1 when something is wrong."""
-    from mlops_course.pipelines.cache import Cache
+    from mlops_course.pipelines.cache import CacheStore, verify_entries
 
-    problems = Cache(settings_of(home)).verify()
+    problems = verify_entries(CacheStore(settings_of(home)))
     if as_json:
         print_json(problems)
     else:

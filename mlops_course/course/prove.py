@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .checking import TIMEOUT, Plan, make_report, run_plan, surroundings
-from .checkpoints import make_checkpoint
+from .checking import CELL_TIMEOUT_S, CheckPlan, make_report, run_plan, notebook_variables
 from .copies import make_copy
 from .labs import prove_lab
 from .lessons import Lesson, belongs_to, read_lesson
@@ -34,10 +33,10 @@ class Proof:
         return f"{'ok  ' if self.ok else 'FAIL'} {self.what}{': ' if self.message else ''}{self.message}"
 
 
-def _run(plan: Plan, home: Path) -> list[dict[str, Any]]:
-    seconds = float(plan.lesson.options.get("timeout", TIMEOUT))
+def _run(plan: CheckPlan, home: Path) -> list[dict[str, Any]]:
+    seconds = float(plan.lesson.options.get("timeout", CELL_TIMEOUT_S))
     with tempfile.TemporaryDirectory(prefix="mlops_course_") as folder:
-        return run_plan(plan, Path(folder), surroundings(home), seconds)
+        return run_plan(plan, Path(folder), notebook_variables(home), seconds)
 
 # %% ../../nbs/internals/01_prove.ipynb #c83e3fc8
 def prove_stubs(
@@ -45,7 +44,7 @@ def prove_stubs(
     home: Path,  # a workspace
 ) -> list[Proof]:
     """The learner's copy runs as a check runs it, and every exercise in it is unattempted."""
-    plan = Plan(lesson, make_copy(lesson)["cells"])
+    plan = CheckPlan(lesson, make_copy(lesson)["cells"])
     report = make_report(plan, lesson.path, _run(plan, home))
     proofs = [
         Proof(f"{outcome.id} stub", outcome.status == UNATTEMPTED, f"{outcome.status} {outcome.message}".strip())
@@ -59,7 +58,7 @@ def prove_solutions(
     home: Path,  # a workspace
 ) -> list[Proof]:
     """The lesson runs, its solutions pass, and every wrong answer fails with words of its own."""
-    plan = Plan(lesson, lesson.notebook["cells"], wrong=True)
+    plan = CheckPlan(lesson, lesson.notebook["cells"], wrong=True)
     records = _run(plan, home)
     report = make_report(plan, lesson.path, records)
     proofs = [_prove_wrong(lesson, record) for record in records if record["kind"] == "wrong"]
@@ -127,7 +126,7 @@ def prove(
     if home is None:
         with tempfile.TemporaryDirectory(prefix="mlops_course_") as folder:
             return prove(lesson, Path(folder) / "workspace")
-    make_checkpoint(lesson.options.get("needs", []), load_settings(home=home).prepare())
+    load_settings(home=home).prepare()
     stubs, solutions = prove_stubs(lesson, home), prove_solutions(lesson, home)
     messages: dict[str, list[str]] = {}
     for proof in solutions:

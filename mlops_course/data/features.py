@@ -14,18 +14,7 @@ import pandas as pd
 
 from .tables import DataError
 from mlops_course.data.windows import (
-    DAY,
-    HOUR,
-    EventLog,
-    Group,
-    Timeline,
-    Windows,
-    group_by,
-    minutes_of,
-    minutes_of_day,
-    pack,
-    timeline,
-    in_row_order,
+    DAY, HOUR, EventLog, Group, Timeline, Windows, group_by, in_row_order, minutes_of, minutes_of_day, pack, timeline,
     window_means,
 )
 from ..project import LATE_AFTER, NEW_YORK, flight_delay

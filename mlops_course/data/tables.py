@@ -86,7 +86,7 @@ def _one_line(
     text = " ".join(re.sub(r"\x1b\[[\d;]*m|↳", " ", str(error)).split())
     return re.sub(r"( \d+: (<unknown>|\w+ at \S+))+$", "", text)
 
-
+# %% ../../nbs/internals/05_tables.ipynb #9a81c1d2
 def table_version(
     settings: Settings,  # where the workspace is
     name: str,  # name of the table

@@ -64,7 +64,7 @@ def exclusive_lock(
         lock.execute("BEGIN EXCLUSIVE")
         yield
 
-
+# %% ../../nbs/internals/06_tracking.ipynb #acd55a09
 def make_store(
     settings: Settings,  # where the store is
 ) -> None:

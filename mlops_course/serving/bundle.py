@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import re
-import secrets
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 
-from ..environment import CourseError, Settings, workspace_error, write_atomic
+from ..environment import CourseError, Settings, replacing, write_atomic
 
 # %% auto #0
 __all__ = ['MANIFEST_FILE', 'MODEL_FILE', 'CARD_FILE', 'GRAPH_INPUT', 'GRAPH_OUTPUT', 'REMEDY', 'BUNDLE_REFERENCE', 'BundleError',
@@ -76,25 +74,10 @@ def place_bundle(
     """
     sums = {name: hashlib.sha256(content).hexdigest() for name, content in sorted(files.items())}
     about = msgspec.json.encode(msgspec.structs.replace(manifest, files=sums))
-    _replace_folder(folder, {**files, MANIFEST_FILE: msgspec.json.format(about, indent=1)})
-    return folder
-
-# %% ../../nbs/internals/07_bundle.ipynb #57820cd2
-def _replace_folder(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write the files beside the folder's place, then rename."""
-    beside = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        beside.mkdir(parents=True)
-        for name, content in files.items():
+    with replacing(folder, folders=True) as beside:
+        for name, content in {**files, MANIFEST_FILE: msgspec.json.format(about, indent=1)}.items():
             write_atomic(beside / name, content)
-        if folder.exists():
-            folder.replace(beside.with_suffix(".old"))
-        beside.replace(folder)
-    except OSError as error:
-        raise workspace_error(error, folder) from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-        shutil.rmtree(beside.with_suffix(".old"), ignore_errors=True)
+    return folder
 
 # %% ../../nbs/internals/07_bundle.ipynb #d44cdda1
 REMEDY = "Fetch the bundle again, or package the model again"

@@ -140,7 +140,7 @@ def refuse_repeated(
     json.loads(body, object_pairs_hook=check)
 
 # %% ../../nbs/internals/07_messages.ipynb #29064bef
-_STRINGS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)', re.DOTALL)
+_STRINGS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
 
 
 def check_objects(

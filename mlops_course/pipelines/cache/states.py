@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ...environment import CourseError, Settings
-from .closure import digest
+from .hashes import digest_json
 from ...relocation import local_path, read_tracking, tracking_file
 
 
@@ -59,7 +59,7 @@ def registry(
             content = {table: _rows(ask, table) if ask else [] for table in REGISTRY}
     except sqlite3.Error:
         return None
-    return digest(content)[:16]
+    return digest_json(content)[:16]
 
 # %% ../../../nbs/internals/09_cache_states.ipynb #7d90e5c2
 def serving(
@@ -71,13 +71,13 @@ def serving(
     try:
         named = [path.read_text(encoding="utf-8") for path in sorted(settings.serving.glob("*/live.json"))]
         manifests = sorted((settings.serving / "bundles").glob("*/bundle.json"))
-        content = [named, [[path.parent.name, digest(path.read_text(encoding="utf-8"))] for path in manifests]]
+        content = [named, [[path.parent.name, digest_json(path.read_text(encoding="utf-8"))] for path in manifests]]
         for features in sorted(settings.serving.glob("*/features.db")):
             with closing(sqlite3.connect(f"{features.as_uri()}?mode=ro", uri=True, timeout=5)) as database:
                 content.append([list(row) for row in database.execute("SELECT * FROM months ORDER BY 1, 2")])
     except (OSError, ValueError, sqlite3.Error):
         return None
-    return digest(content)[:16]
+    return digest_json(content)[:16]
 
 # %% ../../../nbs/internals/09_cache_states.ipynb #e2d6131e
 STATES: dict[str, Callable[[Settings], str | None]] = {"registry": registry, "serving": serving}
@@ -99,7 +99,7 @@ def find_state(
     except (ImportError, AttributeError) as error:
         raise StateError(f"can't find the state {name}: {error}", "Check its module and function") from error
     if not callable(found):
-        raise StateError(f"the state {name} is {found!r}, which is no function", "Name one that takes the settings")
+        raise StateError(f"the state {name} is {found!r}, which isn't a function", "Name one that takes the settings")
     return found
 
 # %% ../../../nbs/internals/09_cache_states.ipynb #628998a2

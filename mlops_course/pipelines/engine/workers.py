@@ -6,7 +6,7 @@
 __all__ = ['GRACE', 'WARM_UP', 'LAST_WORDS', 'GOODBYE', 'LATE', 'THREAD_VARIABLES', 'Take', 'START_VARIABLES', 'Worker',
            'send_signal', 'interrupt', 'kill', 'hang_up', 'Ready', 'take_ready', 'hang_up_all', 'Forks', 'stamps',
            'close_forks', 'Spawns', 'close_spawns', 'Execution', 'start_clock', 'overdue', 'start_ending', 'note_work',
-           'Conversation', 'listen', 'cause', 'finish', 'part', 'open_notebook', 'close_notebook', 'converse',
+           'WorkerSession', 'listen', 'cause', 'finish', 'part', 'open_notebook', 'close_notebook', 'converse',
            'recorded', 'run_warm', 'run_in_kernel', 'close_source', 'take_worker', 'run_recorded', 'check_kind',
            'Workers']
 
@@ -46,7 +46,7 @@ from mlops_course.pipelines.engine.requests import (
     TimedOut,
     WorkerDied,
 )
-from .zygote import COOKIE, command, kill_by_cookie
+from .zygote import COOKIE, Channel, command, kill_by_cookie, make_pipe, make_session
 
 # %% ../../../nbs/internals/09_engine_workers.ipynb #582cd8d1
 GRACE = 2.0  # seconds that a cancelled notebook has to clean up
@@ -64,8 +64,6 @@ class Worker:
     loaded = sys.maxsize  # how many of the modules to preload it has; that is all of them
 
     def __init__(self, pid: int, connection: socket.socket, pipes: Sequence[int] = (), cookie: str = "") -> None:
-        from mlops_course.pipelines.engine.shell import Channel
-
         self.pid, self.pipes, self.cookie = pid, pipes, cookie
         self.channel = Channel(connection)
         self.ended = threading.Event()  # it is gone, and all that it started
@@ -282,8 +280,6 @@ class Spawns:
 # %% ../../../nbs/internals/09_engine_workers.ipynb #2b1385e0
 def _spawn(spawns: Spawns) -> None:
     """Start a process, introduce it when it is ready, and see it end."""
-    from mlops_course.pipelines.engine.shell import make_pipe
-
     cookie, secret = secrets.token_hex(8), secrets.token_hex(16)
     pipes = [make_pipe(), make_pipe()] if os.name == "posix" else []
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -343,8 +339,8 @@ def _introduce(
     connection.settimeout(None)
     worker = Worker(process.pid, connection, [read for read, _ in pipes], cookie)
     with contextlib.suppress(OSError):
-        if (message := worker.channel.receive()) is not None:
-            spawns.files = spawns.files or stamps(message["files"])
+        if (frames := worker.channel.receive()) is not None:
+            spawns.files = spawns.files or stamps(json.loads(frames[-1])["files"])
             spawns.ready.put(worker)
             return worker
     spawns.alive = False
@@ -472,23 +468,37 @@ def note_work(
         logging.getLogger(__name__).info("%s: %s", execution.place.notebook.name, text)
 
 # %% ../../../nbs/internals/09_engine_workers.ipynb #4a29c947
-class Conversation:
-    """A talk with one worker about one notebook."""
+class WorkerSession:
+    """What the runner and one worker say to each other about one notebook. nbclient takes it for a kernel's client."""
 
     def __init__(self, worker: Worker, execution: Execution, idle: Callable[[], None]) -> None:
         self.worker, self.execution, self.idle = worker, execution, idle
+        self.session = make_session()
+        self.shell_channel = self  # nbclient's output widgets send there
+        self.asked: dict[str, Any] = {}  # the request that was sent last
         self.stopping: NotebookError | None = None  # why it is being ended
         self.kill_at = float("inf")
 
-    def send(self, message: dict[str, Any]) -> None:
-        """Say something to the worker. That it can't hear any more is found out when listening."""
+    def send(self, message: dict[str, Any], channel: bytes = b"shell") -> None:
+        """Send a message to the kernel. That it can't hear any more is found out when listening."""
         with contextlib.suppress(OSError):
             self.worker.channel.connection.settimeout(None)
-            self.worker.channel.send(message)
+            self.worker.channel.send([channel, *self.session.serialize(message)])
 
-    def ask(self, code: str, take: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-        """Have a cell run. Raises: TimedOut, Interrupted, WorkerDied, KeyboardInterrupt."""
-        self.send({"do": "cell", "code": code})
+    def tell(self, kind: str, content: dict[str, Any]) -> None:
+        """Tell the worker, not the kernel in it."""
+        self.send(self.session.msg(kind, content), b"control")
+
+    def receive(self) -> dict[str, Any] | None:  # None: the worker has hung up
+        """The next message. Raises: TimeoutError as the socket is set."""
+        if (frames := self.worker.channel.receive()) is None:
+            return None
+        return self.session.deserialize(self.session.feed_identities(frames[1:])[1])
+
+    def ask(self, message: dict[str, Any], take: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+        """Have the kernel do something. Raises: TimedOut, Interrupted, WorkerDied, KeyboardInterrupt."""
+        self.asked = message
+        self.send(message)
         try:
             return listen(self, take)
         except KeyboardInterrupt:  # here, in the process that waits
@@ -499,29 +509,35 @@ class Conversation:
 
 # %% ../../../nbs/internals/09_engine_workers.ipynb #5fbe23a5
 def listen(
-    talk: Conversation,
+    talk: WorkerSession,
     take: Callable[[dict[str, Any]], None],  # what to do with each message
 ) -> dict[str, Any]:
-    """The reply to a cell. Raises: TimedOut, Interrupted, WorkerDied."""
+    """The reply to what was asked. Raises: TimedOut, Interrupted, WorkerDied."""
+    reply = None
     while (message := _hear_next(talk)) is not None:
-        if message["msg_type"] == "reply":
-            if talk.stopping is not None:
-                raise talk.stopping
-            return message["content"]
+        content, place = message["content"], talk.execution.place
+        answers = message["parent_header"].get("msg_id") == talk.asked["header"]["msg_id"]
         if message["msg_type"] == "broken":
-            raise WorkerDied(talk.execution.place, "WorkerDied", message["content"]["text"])
+            raise WorkerDied(place, "WorkerDied", content["text"])
+        if answers and message["msg_type"].endswith("_reply"):
+            reply = message
+            continue
         take(message)
+        if answers and content.get("execution_state") == "idle":
+            if talk.stopping is not None or reply is None:
+                raise talk.stopping or WorkerDied(place, "WorkerDied", "its kernel gave no reply")
+            return reply
     raise _death(talk, take)
 
 # %% ../../../nbs/internals/09_engine_workers.ipynb #3ebfff75
-def _hear_next(talk: Conversation) -> dict[str, Any] | None:  # None: it is gone
+def _hear_next(talk: WorkerSession) -> dict[str, Any] | None:  # None: it is gone
     """The next message, while time, cancellation and death are watched."""
     connection = talk.worker.channel.connection
     while True:
         _stop_if_overdue(talk)
         connection.settimeout(0.1)
         try:
-            return talk.worker.channel.receive()
+            return talk.receive()
         except TimeoutError:
             talk.idle()
             if talk.worker.ended.is_set():
@@ -530,7 +546,7 @@ def _hear_next(talk: Conversation) -> dict[str, Any] | None:  # None: it is gone
             return None
 
 # %% ../../../nbs/internals/09_engine_workers.ipynb #39449332
-def _stop_if_overdue(talk: Conversation) -> None:
+def _stop_if_overdue(talk: WorkerSession) -> None:
     """Interrupt a worker whose time is up; kill it when that doesn't help."""
     if talk.stopping is None:
         talk.stopping = overdue(talk.execution)
@@ -543,7 +559,7 @@ def _stop_if_overdue(talk: Conversation) -> None:
         kill(talk.worker)
 
 
-def _death(talk: Conversation, take: Callable[[dict[str, Any]], None]) -> NotebookError:
+def _death(talk: WorkerSession, take: Callable[[dict[str, Any]], None]) -> NotebookError:
     """Why a worker is gone. What it wrote last is put into the notebook."""
     worker = talk.worker
     if not worker.ended.wait(GOODBYE):
@@ -551,7 +567,7 @@ def _death(talk: Conversation, take: Callable[[dict[str, Any]], None]) -> Notebo
         worker.ended.wait(GOODBYE)
     words = hang_up(worker)
     if words:
-        take({"msg_type": "stream", "content": {"name": "stderr", "text": words}})
+        take(talk.session.msg("stream", {"name": "stderr", "text": words}, parent=talk.asked))
     why = talk.execution.masker(cause(worker.status, words, worker.lost))
     return talk.stopping or overdue(talk.execution) or WorkerDied(talk.execution.place, "WorkerDied", why)
 
@@ -577,12 +593,12 @@ Take = Callable[[dict[str, Any]], None]  # what to do with a message
 
 
 def finish(
-    talk: Conversation,  # whose last cell has ended well
+    talk: WorkerSession,  # whose last cell has ended well
     take: Take,
 ) -> Outcome:
     """Let a worker end when all its work has. Raises: TimedOut, Interrupted, WorkerDied when some was cut off."""
     start_ending(talk.execution)
-    talk.send({"do": "end"})
+    talk.tell("end", {})
     while (message := _hear_next(talk)) is not None:
         if message["msg_type"] == "bye":
             outcome = part(talk, take, message["content"])
@@ -600,18 +616,18 @@ def finish(
 
 # %% ../../../nbs/internals/09_engine_workers.ipynb #5858f108
 def part(
-    talk: Conversation,
+    talk: WorkerSession,
     take: Take,
     bye: Mapping[str, Any] | None = None,  # what it has said of itself
 ) -> Outcome:
     """See a worker end: politely if it is at rest, and in any case."""
     worker, last = talk.worker, dict(bye or {})
     deadline = time.monotonic() + (GOODBYE if talk.stopping is None else LAST_WORDS)
-    talk.send({"do": "end"})
+    talk.tell("end", {})
     with contextlib.suppress(OSError):
         while (left := deadline - time.monotonic()) > 0:
             worker.channel.connection.settimeout(left)
-            if (message := worker.channel.receive()) is None:
+            if (message := talk.receive()) is None:
                 break
             if message["msg_type"] == "bye":
                 last = message["content"]
@@ -684,41 +700,38 @@ def converse(
     client: Any,  # that runs the cells
 ) -> Outcome:
     """Run a notebook in a worker."""
-    from mlops_course.pipelines.engine.recording import save_if_due, take_late
+    from mlops_course.pipelines.engine.recording import save_if_due
 
     request = execution.request
-    talk = Conversation(worker, execution, lambda: save_if_due(recorder))
+    talk = WorkerSession(worker, execution, lambda: save_if_due(recorder))
     environment = {**request.environment, COOKIE: worker.cookie}
     place = {"folder": str(request.folder), "paths": list(request.paths), "near": list(request.near)}
-    talk.send({"do": "begin", "environment": environment, "arguments": [str(request.notebook)], **place})
+    talk.tell("begin", {"environment": environment, "arguments": [str(request.notebook)], **place})
     try:
-        client.run_cells(talk.ask)
+        client.run_cells(talk)
         return _bid_farewell(talk, recorder, client)
     except BaseException:
-        part(talk, lambda message: take_late(client, message))
+        part(talk, client.take_late)
         raise
 
 # %% ../../../nbs/internals/09_engine_workers.ipynb #7ac20aed
-def _bid_farewell(talk: Conversation, recorder: Any, client: Any) -> Outcome:
+def _bid_farewell(talk: WorkerSession, recorder: Any, client: Any) -> Outcome:
     """After the last cell: wait for the work that goes on, unless the notebook has failed already."""
-    from mlops_course.pipelines.engine.recording import end_late, failed_cell, take_late
-
-    def take(message: dict[str, Any]) -> None:
-        take_late(client, message)
+    from mlops_course.pipelines.engine.recording import failed_cell
 
     try:
         if failed_cell(recorder.nb) is not None:
-            return part(talk, take)
-        if client.last is not None:
-            talk.execution.place.index = client.last[1]
-        return finish(talk, take)
+            return part(talk, client.take_late)
+        if client.asked:
+            talk.execution.place.index = max(index for _, index in client.asked.values())
+        return finish(talk, client.take_late)
     except KeyboardInterrupt:  # here, in the process that waits
         talk.execution.cancelled = talk.execution.cancelled or "interrupted"
         with contextlib.suppress(NotebookError):
-            finish(talk, take)
+            finish(talk, client.take_late)
         raise
     finally:
-        end_late(client)
+        client.put_together(whole=True)
 
 # %% ../../../nbs/internals/09_engine_workers.ipynb #bad14e48
 @contextlib.contextmanager
