@@ -162,7 +162,8 @@ def test_who_registers_waits_for_another_process_that_does(home: Settings, runs:
         process.stdin.flush()
         time.sleep(2)
         assert (process.poll(), references(home)) == (None, [])
-        _new_version(open_registry(home, flight_delay), flight_delay, find_tracked_run(home, flight_delay, runs["small"]))
+        run = find_tracked_run(home, flight_delay, runs["small"])
+        _new_version(open_registry(home, flight_delay), flight_delay, run)
     output, errors = process.communicate(timeout=60)
     assert output == "flight-delay@1\n", errors
     assert references(home) == ["flight-delay@1"]
