@@ -11,7 +11,8 @@ from typing import Any
 import nbformat
 import pytest
 
-from mlops_course.pipelines.engine.workers import CellError, Request, Workers
+from mlops_course.pipelines.engine.requests import CellError, Request
+from mlops_course.pipelines.engine.workers import Workers
 
 MIME = {
     "text/html": "<b>bold</b>",

@@ -99,7 +99,8 @@ def find_stage(
 # %% ../../nbs/internals/09_export.ipynb #2cbeef55
 def _attempt(pipeline: Pipeline, stage: Stage, values: Mapping[str, Any], output: Path, attempts: int) -> None:
     """Execute a stage's notebook, by the same processes as everywhere; what it prints goes to the log."""
-    from mlops_course.pipelines.engine.workers import CellError, TimedOut, WorkerDied, Workers
+    from mlops_course.pipelines.engine.requests import CellError, TimedOut, WorkerDied
+    from mlops_course.pipelines.engine.workers import Workers
 
     settings = load_settings().prepare()
     workers = Workers(threads=settings.threads)
@@ -119,7 +120,7 @@ def _attempt(pipeline: Pipeline, stage: Stage, values: Mapping[str, Any], output
 def _request(pipeline: Pipeline, stage: Stage, values: Mapping[str, Any], output: Path, settings: Any) -> Any:
     """What a worker must know to execute a stage; a secret's value is masked in all that is saved."""
     from mlops_course.pipelines.scheduler import stage_environment
-    from mlops_course.pipelines.engine.workers import Request
+    from mlops_course.pipelines.engine.requests import Request
 
     environment = stage_environment(settings, pipeline, stage)
     return Request(
