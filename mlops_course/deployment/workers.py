@@ -41,7 +41,11 @@ def can_replace(
     stable: Predictor,  # that answers now
     candidate: Predictor,  # that shall answer the same requests
 ) -> None:
-    """Make sure that callers don't notice who answers. Raises: ReleaseError."""
+    """Make sure that callers don't notice who answers.
+
+    Raises:
+        ReleaseError: the candidate takes other features, or gives no score.
+    """
     mine, others = ({each.name: each.kind for each in which.manifest.features} for which in (candidate, stable))
     different = sorted(dict(mine.items() ^ others.items()))
     if different:
@@ -140,7 +144,7 @@ class Router:
             return Route(release, before.stable, before.candidate, before.counter)
         return _load_route(settings, release, live.predictor)
 
-
+# %% ../../nbs/internals/11_workers.ipynb #f8fc77b2
 def _load_route(settings: Settings, release: Release, stable: Predictor) -> Route | None:
     """Load the candidate and put it beside the stable version; None: it can't be used."""
     counter, answers = Counter(release), Choice(stable, "stable")
@@ -164,7 +168,11 @@ class ReleaseModels(LiveModels):
         self.leader = Leader()
 
     def choose(self, sticky: str | None) -> Choice:
-        """Who answers; without a key, chance decides. Raises: Problem when there is none."""
+        """Who answers; without a key, chance decides.
+
+        Raises:
+            Problem: there is no model.
+        """
         route = self.router.route
         return self.live() if route is None else route.choose(sticky)
 
