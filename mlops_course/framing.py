@@ -221,10 +221,10 @@ def find_leaks(
     if moved.any(axis=None):
         raise FramingError(f"{moved.columns[moved.any()][0]!r} is different each time it is computed", "Fix its seed")
     for moment in predicted_at.quantile(np.linspace(0, 1, moments + 2)[1:-1], interpolation="lower"):
-        asked = (predicted_at <= moment).to_numpy()[:, None]
+        before = (predicted_at <= moment).to_numpy()[:, None]
         for value in NONSENSE:
             lies = {name: pretend_unknown(table, known.get(name, {}), moment, value) for name, table in tables.items()}
-            moved |= _differs(honest, _computed(compute, lies, predicted_at)) & asked
+            moved |= _differs(honest, _computed(compute, lies, predicted_at)) & before
     found = pd.DataFrame({"rows": moved.sum(), "example": moved.idxmax()})
     return found[found["rows"] > 0].sort_values("rows", ascending=False, kind="stable")
 

@@ -14,7 +14,7 @@ from typing import Any
 import nbformat
 import papermill
 import pytest
-from test_engine_torture import comparable, normal
+from engine_helpers import comparable, normal
 
 from mlops_course.pipelines import engine
 from mlops_course.pipelines.engine.recording import KernelDied

@@ -55,12 +55,17 @@ def run_steps(
             problem = f"the lab didn't end within {_STEP_SECONDS:g} s"
             raise LabError(problem, "Try again when the machine is less busy") from error
         if not answer.is_file():
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise LabError(f"the lab's process ended with status {done.returncode}: {last}", "Try again")
+            raise _dead(done)
         said = json.loads(answer.read_text(encoding="utf-8"))
     if said["failed"]:
         raise LabError(f"the lab's step {said['failed']} failed: {said['message']}", "Is the workspace in order?")
     return LabState(said["sound"], said["message"])
+
+# %% ../../nbs/internals/01_labs.ipynb #5ee1097b
+def _dead(done: "subprocess.CompletedProcess[str]") -> LabError:
+    """A step's process that ended without an answer."""
+    last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+    return LabError(f"the lab's process ended with status {done.returncode}: {last}", "Try again")
 
 # %% ../../nbs/internals/01_labs.ipynb #cc533bfd
 def run_child() -> None:

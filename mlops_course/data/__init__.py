@@ -157,7 +157,7 @@ def require_history(
         DataError: a month is missing; before the very first one there is nothing.
     """
     usual = sorted(rows.values())[len(rows) // 2] if rows else 0
-    share, own = (0.01, {}) if delivered is None else (0.1, delivered)  # a few late rows are no month
+    share, own = (0.01, {}) if delivered is None else (0.1, delivered)  # a few late rows don't make a month
     there = {month for month, number in rows.items() if number > share * min(usual, own.get(month, usual))}
     needed = {month for month in history_months(use_case, wanted) if month > min(there, default=wanted[0])}
     if absent := sorted({*wanted} - {*rows} | (needed - {*wanted} - there)):

@@ -278,7 +278,11 @@ def _frame(flights: pd.DataFrame, horizon: timedelta, features: Mapping[str, np.
 
 
 def _minutes_ahead(horizon: timedelta) -> int:
-    """A horizon in minutes. Raises: DataError when there is not enough history for it."""
+    """A horizon in minutes.
+
+    Raises:
+        DataError: there is not enough history for it.
+    """
     minutes = int(horizon.total_seconds()) // 60
     if not 0 <= minutes <= DAY:
         problem = f"the horizon of the flights is {horizon}, but 28 days of history are counted back from there"

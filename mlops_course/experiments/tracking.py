@@ -19,8 +19,8 @@ from zipfile import BadZipFile
 
 # %% auto #0
 __all__ = ['TRUSTED_TYPES', 'quiet_mlflow', 'exclusive_lock', 'make_store', 'connect', 'explain_full_disk', 'tracked_run',
-           'find_run', 'run_value', 'signature_of', 'log_model', 'load_run_model', 'array_digest', 'rows_known_by',
-           'training_rows']
+           'find_tracked_run', 'run_value', 'model_signature', 'log_model', 'load_run_model', 'array_digest',
+           'rows_known_by', 'training_rows']
 
 # %% ../../nbs/internals/06_tracking.ipynb #11b39aa9
 import numpy as np
@@ -174,7 +174,7 @@ def tracked_run(
         yield run
 
 # %% ../../nbs/internals/06_tracking.ipynb #effd07b7
-def find_run(
+def find_tracked_run(
     settings: Settings,  # where the store is
     use_case: UseCase,  # which experiment
     run_id: str,  # id of the run
@@ -202,7 +202,7 @@ def find_run(
 
 # %% ../../nbs/internals/06_tracking.ipynb #9c081c7c
 def run_value(
-    run: Run,  # from `find_run`
+    run: Run,  # from `find_tracked_run`
     name: str,  # of a parameter or a tag
 ) -> str:  # its value
     """Look up what a run has written down about itself.
@@ -224,7 +224,7 @@ TRUSTED_TYPES = [
 ]
 
 # %% ../../nbs/internals/06_tracking.ipynb #b2d8e3f5
-def signature_of(
+def model_signature(
     model: Pipeline,  # a trained model
     use_case: UseCase,  # which of its columns hold text
 ) -> ModelSignature:
@@ -249,7 +249,7 @@ def log_model(
 
     mlflow = quiet_mlflow()
     options: dict[str, Any] = {"serialization_format": "skops", "skops_trusted_types": TRUSTED_TYPES, "name": "model"}
-    options |= {"signature": signature_of(model, use_case), "pyfunc_predict_fn": "predict_proba"}
+    options |= {"signature": model_signature(model, use_case), "pyfunc_predict_fn": "predict_proba"}
     options["metadata"] = {"use_case": use_case.name, "features": list(model.feature_names_in_)}
     try:
         stored = mlflow.sklearn.log_model(model, pip_requirements=[f"scikit-learn=={sklearn.__version__}"], **options)
@@ -283,7 +283,7 @@ def load_run_model(
     """
     import skops.io
 
-    address = run_value(find_run(settings, use_case, run_id), "model_uri")
+    address = run_value(find_tracked_run(settings, use_case, run_id), "model_uri")
     mlflow = quiet_mlflow()
     try:
         folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=address))
@@ -318,7 +318,7 @@ def rows_known_by(
 def training_rows(
     settings: Settings,  # where the data are
     use_case: UseCase,  # key and label
-    run: Run,  # from `find_run`
+    run: Run,  # from `find_tracked_run`
 ) -> pd.DataFrame:  # labelled features
     "Read the very rows that a run was trained on, in the versions that it wrote down."
     features, rows, first, last = (run_value(run, name) for name in ("data.features", "data.rows", "first", "last"))
