@@ -19,7 +19,7 @@ import pandas as pd
 
 from .data import feature_names, labels, months, read_table
 from .environment import CourseError, Settings, write_atomic
-from .experiments import SCORES_FILE, find_run, measure, quiet_mlflow, score_counts
+from .experiments import SCORES_FILE, find_tracked_run, measure, quiet_mlflow, score_counts
 from .project import UseCase, local_day
 from .registry import find_version
 
@@ -287,7 +287,7 @@ def monitor_month(
     if scored.empty:
         raise MonitoringError(f"{predictions} holds no predictions of {month}", "Score that month first")
     model = str(scored["model"].iloc[0])
-    run = find_run(settings, use_case, str(find_version(settings, use_case, model).run_id))
+    run = find_tracked_run(settings, use_case, str(find_version(settings, use_case, model).run_id))
     trained = months(run.data.params["first"], run.data.params["last"])
     past = read_table(settings, run.data.tags["data.features"], trained)
     moved = drift(past, read_table(settings, features, [month]), feature_names(past, use_case))
