@@ -11,7 +11,7 @@ from typing import Any
 
 import nbformat
 import pytest
-from test_engine_torture import comparable, request, run, write_notebook
+from engine_helpers import comparable, request, run, write_notebook
 
 from mlops_course.pipelines.engine.workers import Workers
 

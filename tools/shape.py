@@ -36,11 +36,16 @@ BARS = {  # what the source is held to: the first is the least, all others are t
     "public names that nobody uses": 0,
     "lines of pipelines": 6000,
 }
-LIMITS = (
-    BARS
-    | {  # what is not reached yet may not get worse; an entry goes when its bar holds
-    }
-)
+NOT_YET = {  # what may not get worse until the bar is reached; then its entry goes
+    "share of the reference pages' code that shows something, in %": 15,
+    "pages that show with less than 15 % of their code": 44,
+    "pages whose first output comes after cell 12": 30,
+    "pages with more than 3 exports in a row": 29,
+    "class ladders": 14,
+    "public names in more than one module": 19,
+    "lines of pipelines": 9399,
+}
+LIMITS = BARS | NOT_YET
 
 
 def name_of(path: Path) -> str:
