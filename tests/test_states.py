@@ -213,7 +213,7 @@ def test_a_function_of_ones_own_is_a_state(settings: Settings, tmp_path: Path, m
         ("registri", "there is no state 'registri'"),
         ("no_such_module:f", "can't find the state no_such_module:f"),
         ("os:nothing", "can't find the state os:nothing"),
-        ("os:sep", "is no function"),
+        ("os:sep", "isn.t a function"),
         ("os:getpid", "the state os:getpid failed"),
         ("builtins:id", "is [0-9]+"),
         ("os.path:", "there is no state"),

@@ -39,7 +39,7 @@ def suggest(
     near = difflib.get_close_matches(name, known, n=1)
     return f"Perhaps you meant {near[0]!r}" if near else f"Known are: {', '.join(known) or 'none'}"
 
-# %% ../../nbs/internals/09_notebooks.ipynb #75d46212
+# %% ../../nbs/internals/09_notebooks.ipynb #35a8c64d
 class NotebookFormatError(CourseError):
     """What should be a notebook isn't one."""
 
@@ -47,7 +47,11 @@ class NotebookFormatError(CourseError):
 def code_cells(
     notebook: bytes,  # a notebook's file
 ) -> list[tuple[str, list[str]]]:  # source and tags of each code cell that isn't empty
-    """What runs when a notebook runs. Raises: NotebookFormatError."""
+    """What runs when a notebook runs.
+
+    Raises:
+        NotebookFormatError: it isn't one
+    """
     try:
         cells = json.loads(notebook)["cells"]
         code = [cell for cell in cells if cell["cell_type"] == "code"]
@@ -58,11 +62,15 @@ def code_cells(
         raise NotebookFormatError(f"this isn't a notebook: {reason}", remedy) from error
     return [(source, tags) for source, tags in found if source.strip()]
 
-# %% ../../nbs/internals/09_notebooks.ipynb #da0b9439
+# %% ../../nbs/internals/09_notebooks.ipynb #4d6e6e13
 def read_code(
     notebook: Path,  # its file
 ) -> list[tuple[str, list[str]]]:  # source and tags of each code cell that isn't empty
-    """A notebook's code. Raises: PipelineError when it is missing or isn't a notebook."""
+    """A notebook's code.
+
+    Raises:
+        PipelineError: it is missing or isn't a notebook
+    """
     remedy = "Name a notebook (.ipynb)"
     try:
         return code_cells(notebook.read_bytes())
@@ -75,14 +83,20 @@ def read_code(
         problem = f"{notebook} can't be read as a notebook: {error.problem.partition(': ')[2]}"
         raise PipelineError(problem, f"{remedy}, or open this one in JupyterLab and save it") from error
 
-# %% ../../nbs/internals/09_notebooks.ipynb #d1a4bfa9
+# %% ../../nbs/internals/09_notebooks.ipynb #78ebaf39
 _ONE_TREE = threading.Lock()
 
 
 def syntax_tree(
     source: str | bytes,  # of a module or a cell
 ) -> ast.Module:
-    """A syntax tree, made when nobody else makes one. Raises: SyntaxError, ValueError, RecursionError."""
+    """A syntax tree, made when nobody else makes one.
+
+    Raises:
+        SyntaxError: it isn't Python
+        ValueError: it holds a null byte
+        RecursionError: it is nested too deeply
+    """
     flags = ast.PyCF_ONLY_AST | ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
     with _ONE_TREE:
         for _ in range(20):  # Python 3.11 and 3.12 miscount when a thread of somebody else's makes a tree meanwhile
@@ -193,11 +207,15 @@ class Taken:
             return True
         return type(value) in {kind for name in names for kind in _TYPES[name]}
 
-# %% ../../nbs/internals/09_notebooks.ipynb #6ea7eadf
+# %% ../../nbs/internals/09_notebooks.ipynb #d329ed2c
 def notebook_parameters(
     notebook: Path,  # a stage notebook
 ) -> dict[str, Taken] | None:  # by name; None: no cell has the tag
-    """The parameters that a notebook's tagged cell declares. Raises: PipelineError when that cell isn't Python."""
+    """The parameters that a notebook's tagged cell declares.
+
+    Raises:
+        PipelineError: that cell isn't Python
+    """
     tagged = [source for source, tags in read_code(notebook) if "parameters" in tags]
     if not tagged:
         return None

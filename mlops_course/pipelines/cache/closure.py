@@ -34,7 +34,10 @@ from mlops_course.pipelines.notebooks import (
     top_imports,
 )
 
-# %% ../../../nbs/internals/09_cache_closure.ipynb #b2cf28b5
+# %% ../../../nbs/internals/09_cache_closure.ipynb #161c4614
+_MINOR = sys.version_info[1]  # a memo's facts are of one version of Python: syntax trees differ
+
+
 def own_code_digest(
     notebook: bytes,  # a notebook's file, executed or not
 ) -> str:
@@ -77,7 +80,7 @@ def _is_installed(path: str) -> bool:
     inside = any(path == folder or path.startswith(folder + os.sep) for folder in _site_folders())
     return inside or "site-packages" in Path(path).parts or "dist-packages" in Path(path).parts
 
-# %% ../../../nbs/internals/09_cache_closure.ipynb #91c0f84f
+# %% ../../../nbs/internals/09_cache_closure.ipynb #8cc54c9d
 @dataclass(frozen=True)
 class _Module:
     """A module of the project."""
@@ -91,7 +94,8 @@ class _ModuleFinder:
 
     def __init__(self, roots: tuple[str, ...]) -> None:
         PathFinder.invalidate_caches()  # of folders in which a file may have appeared
-        self._roots, self._began = roots, time.time_ns()
+        self._roots = roots
+        self._began = time.time_ns()
         self._found: dict[str, _Module | None] = {PACKAGE: _package(_PACKAGE_FOLDER)}
         self._seen: dict[str, StatSignature | None] = {}  # the folders that were looked at
         self._watch(roots)
@@ -179,7 +183,7 @@ class SourceFile:
         """Whether it was edited since, even if it was put back."""
         return path_signature(self.path) != self.signature
 
-# %% ../../../nbs/internals/09_cache_closure.ipynb #99360da8
+# %% ../../../nbs/internals/09_cache_closure.ipynb #f613e5e8
 def _read_module(memo: HashMemo, name: str, found: _Module) -> tuple[SourceFile, list[tuple[str, str]]]:
     """A module's file, and its imports, each with the package that relative ones start from."""
     path, seen = str(found.file), path_signature(str(found.file))
@@ -187,7 +191,7 @@ def _read_module(memo: HashMemo, name: str, found: _Module) -> tuple[SourceFile,
     try:
         if Path(path).suffix not in SOURCE_SUFFIXES:
             return SourceFile(path, memo.hash(path), seen), []
-        content, (imports, unseen) = memo.derive(path, f"source 2 {sys.version_info[1]}", _module_facts)
+        content, (imports, unseen) = memo.derive(path, f"source 2 {_MINOR}", _module_facts)
     except OSError as error:
         raise KeyInputError(f"can't read the module {path}: {error.strerror}", "Look at that file") from error
     unseen = [] if name.split(".")[0] == PACKAGE else unseen  # what ours executes are lessons
@@ -234,28 +238,32 @@ class SourceClosure:
         """The modules whose files were edited since, even if they were put back."""
         return [name for name, file in self.files.items() if file.was_touched()]
 
-# %% ../../../nbs/internals/09_cache_closure.ipynb #7f8dced0
+# %% ../../../nbs/internals/09_cache_closure.ipynb #abd3efe8
 def source_closure(
     notebook: Path,  # its file
     paths: Iterable[Path | str] = (),  # folders to import from, after all others
     memo: HashMemo | None = None,  # None: everything is read
 ) -> SourceClosure:
-    """All source code behind a notebook, without running any. Raises: KeyInputError if a file can't be read."""
+    """All source code behind a notebook, without running any.
+
+    Raises:
+        KeyInputError: a file can't be read
+    """
     memo, folders = memo or HashMemo(), tuple(os.fspath(path) for path in paths)
     try:
-        _, facts = memo.derive(notebook, f"cells 2 {sys.version_info[1]}", _notebook_facts)
+        _, facts = memo.derive(notebook, f"cells 2 {_MINOR}", _notebook_facts)
     except OSError as error:
         raise KeyInputError(f"can't read {notebook}: {error.strerror}", "Give a notebook's file") from error
     except NotebookFormatError as error:
         raise KeyInputError(f"can't read {notebook}: {error.problem}", error.remedy) from error
     files, others = _follow(_module_finder(folders), memo, facts["imports"])
-    files, packages = dict(sorted(files.items())), tuple(sorted(others))
+    files = dict(sorted(files.items()))
     told = [f"its notebook says {what}" for what in facts["unfollowed"]]
     told += [f"{name} says {what}" for name, file in files.items() for what in file.unfollowed]
     sentences = tuple(f"{each}, and I can't follow that" for each in told)
-    return SourceClosure(notebook, facts["cells"], facts["own"], files, packages, folders, sentences)
+    return SourceClosure(notebook, facts["cells"], facts["own"], files, tuple(sorted(others)), folders, sentences)
 
-# %% ../../../nbs/internals/09_cache_closure.ipynb #b67530d7
+# %% ../../../nbs/internals/09_cache_closure.ipynb #aa9732ad
 def _top_of_notebook(content: bytes) -> list[str]:
     return [name for source, _ in code_cells(content) for name in top_imports(parse_cell(source))]
 
@@ -268,10 +276,15 @@ def eager_imports(
     found: SourceClosure,  # of a notebook
     memo: HashMemo | None = None,  # None: everything is read
 ) -> tuple[str, ...]:  # modules that aren't the project's, in the order in which they are imported
-    """The modules from elsewhere that a notebook's code imports for certain. Raises: KeyInputError."""
-    memo, version = memo or HashMemo(), sys.version_info[1]
-    waiting = [(name, "") for name in memo.derive(found.notebook, f"top of notebook 2 {version}", _top_of_notebook)[1]]
-    seen, installed = set[str](), dict[str, None]()
+    """The modules from elsewhere that a notebook's code imports for certain.
+
+    Raises:
+        KeyInputError: something can't be read, or has no canonical form
+    """
+    memo = memo or HashMemo()
+    waiting = [(name, "") for name in memo.derive(found.notebook, f"top of notebook 2 {_MINOR}", _top_of_notebook)[1]]
+    seen: set[str] = set()
+    installed: dict[str, None] = {}
     while waiting:
         imported, package = waiting.pop(0)
         module = imported.partition(":")[0]
@@ -281,7 +294,7 @@ def eager_imports(
             seen.add(name)
             path = found.files[name].path
             base = name if Path(path).stem == "__init__" else name.rpartition(".")[0]
-            inner = memo.derive(path, f"top of module 2 {version}", _top_of_module)[1]
+            inner = memo.derive(path, f"top of module 2 {_MINOR}", _top_of_module)[1]
             waiting += [(each, base if each.startswith(".") else "") for each in inner]
     return tuple(installed)
 

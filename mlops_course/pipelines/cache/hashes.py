@@ -54,7 +54,7 @@ def last_change(found: os.stat_result) -> int:
     """When a file was changed, in nanoseconds, by the clock that programs can't set where there is one."""
     return found.st_mtime_ns if os.name == "nt" else found.st_ctime_ns
 
-# %% ../../../nbs/internals/09_cache_hashes.ipynb #94825347
+# %% ../../../nbs/internals/09_cache_hashes.ipynb #ea73f0e2
 _MAX_FILES = 20_000  # that a memo remembers; beyond, those that are gone are dropped
 
 
@@ -66,24 +66,29 @@ class HashMemo:
         path: Path | None = None,  # where it is kept; None: in memory only
     ) -> None:
         self.path = path
-        self._lock, self._has_news = threading.RLock(), False
-        stored = _read_memo(path)
-        self._files, self._facts = stored.files, stored.facts
+        self._lock = threading.RLock()
+        self._known = _read_memo(path)
+        self._has_news = False
 
     def hash(
         self,
         path: str | Path,  # of a file
     ) -> str:  # SHA-256 of its content
-        """A file's hash, read again only if its signature isn't the known one. Raises: OSError."""
+        """A file's hash, read again only if its signature isn't the known one.
+
+        Raises:
+            OSError: it can't be read
+        """
         name = os.fspath(path)
-        known = self._files.get(name)
+        known = self._known.files.get(name)
         if known is not None and known[:4] == stat_signature(os.stat(name)):  # noqa: PTH116 (thousands of them)
             return known[4]
         begin = time.time_ns()
         found, seen = _hash_now(name)
         if seen is not None and begin - last_change(seen) > SETTLED_NS:
             with self._lock:
-                self._files[name], self._has_news = (*stat_signature(seen), found), True
+                self._known.files[name] = (*stat_signature(seen), found)
+                self._has_news = True
         return found
 
     def derive(
@@ -92,22 +97,27 @@ class HashMemo:
         kind: str,  # what is derived, with the version of how
         find: Callable[[bytes], Any],  # makes it from the content; what JSON can hold
     ) -> tuple[str, Any]:  # the content's hash, and what follows from it
-        """What follows from a file's content, found once for each content. Raises: OSError, and what `find` raises."""
+        """What follows from a file's content, found once for each content.
+
+        Raises:
+            OSError: it can't be read; and whatever `find` raises
+        """
         found = self.hash(path)
-        if f"{kind} {found}" not in self._facts:
+        if f"{kind} {found}" not in self._known.facts:
             content = Path(path).read_bytes()
             found = hashlib.sha256(content).hexdigest()
             fact = find(content)
             with self._lock:
-                self._facts[f"{kind} {found}"], self._has_news = fact, True
-        return found, self._facts[f"{kind} {found}"]
+                self._known.facts[f"{kind} {found}"] = fact
+                self._has_news = True
+        return found, self._known.facts[f"{kind} {found}"]
 
     def save(self) -> None:
         """Keep what was learnt. Never fails: without a memo, files are read again."""
         with self._lock:
             if self.path is None or not self._has_news:
                 return
-            _write_memo(self.path, _Memo(dict(self._files), dict(self._facts)))
+            _write_memo(self.path, self._known)
             self._has_news = False
 
 # %% ../../../nbs/internals/09_cache_hashes.ipynb #dbe34cfe

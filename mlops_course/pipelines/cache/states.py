@@ -87,7 +87,11 @@ def find_state(
     name: str,  # "registry", or "module:function"
     paths: Iterable[Path | str] = (),  # folders to import from, after all others
 ) -> Callable[[Settings], str | None]:
-    """The function behind a state's name. Raises: StateError."""
+    """The function behind a state's name.
+
+    Raises:
+        StateError: a state is unknown, or its function fails
+    """
     if name in STATES:
         return STATES[name]
     module, separator, function = name.partition(":")
@@ -108,7 +112,11 @@ def read_states(
     names: Iterable[str],  # "registry", or "module:function"
     paths: Iterable[Path | str] = (),  # folders to import from, after all others
 ) -> dict[str, str | None]:  # None: can't be known
-    """The state of each name right now. Raises: StateError naming the one that fails."""
+    """The state of each name right now.
+
+    Raises:
+        StateError: one is unknown or fails; it is named
+    """
     found: dict[str, str | None] = {}
     for name in names:
         function = find_state(name, paths)
