@@ -17,7 +17,6 @@ import time
 from pathlib import Path
 
 from mlops_course.course.checking import check_notebook
-from mlops_course.course.checkpoints import make_checkpoint
 from mlops_course.course.copies import make_copy
 from mlops_course.course.lessons import Lesson, belongs_to, notebook_text, read_lesson
 from mlops_course.environment import Settings, load_settings
@@ -95,7 +94,6 @@ def main() -> int:
     lesson = read_lesson(options.lesson.resolve())
     with tempfile.TemporaryDirectory() as name:
         settings = load_settings(home=options.home or Path(name) / "workspace").prepare()
-        make_checkpoint(lesson.options.get("needs", []), settings)
         found = measure(lesson, options.nbgrader, options.repeat, settings, Path(name))
     print(f"{lesson.path.name + ', median of ' + str(options.repeat):<36}{'seconds':>8}{'fastest':>9}")
     middle = {way: statistics.median(times) for way, times in found.items()}

@@ -19,7 +19,7 @@ import pandas as pd
 
 from .data import feature_names, labels, months, read_table
 from .environment import CourseError, Settings, write_atomic
-from .experiments import SCORES_FILE, find_run, measure, quiet_mlflow, score_counts
+from .experiments import SCORES_FILE, find_tracked_run, measure, quiet_mlflow, score_counts
 from .project import UseCase, local_day
 from .registry import find_version
 
@@ -28,30 +28,29 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 # %% auto #0
-__all__ = ['SHARED', 'ALARM', 'CHANCE', 'STYLE', 'MonitoringError', 'bin_edges', 'bin_codes', 'stability_index', 'column_codes',
-           'column_drift', 'index_by_chance', 'noise_floor', 'drift', 'plot_drift', 'join_outcomes', 'performance',
-           'plot_performance', 'MonthReport', 'monitor_month', 'write_report']
+__all__ = ['ALARM', 'MonitoringError', 'bin_edges', 'bin_codes', 'stability_index', 'column_drift', 'drift', 'plot_drift',
+           'join_outcomes', 'performance', 'MonthReport', 'monitor_month', 'write_report']
 
 # %% ../nbs/12_monitoring.ipynb #d511645f
 class MonitoringError(CourseError):
-    "There is nothing to compare with, or nothing to compare."
+    """There is nothing to compare with, or nothing to compare."""
 
 
-SHARED = 1 / 20  # share of the rows from which on one value gets a bin of its own
+_SHARED = 1 / 20  # share of the rows from which on one value gets a bin of its own
 
 
 def bin_edges(
     reference: np.ndarray,  # (n,) float32, the column then; NaN is missing
     bins: int = 10,  # quantile bins
 ) -> np.ndarray:  # (k,) float32, where one bin ends and the next begins
-    "Cut a column at the quantiles of those of its past values that are there and are not zero, and around spikes."
+    """Cut a column at the quantiles of those of its past values that are there and are not zero, and around spikes."""
     present = reference[~np.isnan(reference) & (reference != 0)].astype(np.float32)
     if not len(present):
         return np.empty(0, np.float32)
-    fine = round(2 / SHARED)
+    fine = round(2 / _SHARED)
     cuts = np.quantile(present, np.linspace(0, 1, fine + 1), method="inverted_cdf")
     values, times = np.unique(cuts, return_counts=True)
-    spikes = values[times > fine * SHARED]
+    spikes = values[times > fine * _SHARED]
     above = np.nextafter(spikes, np.float32(np.inf))
     inner = np.quantile(present, np.linspace(0, 1, bins + 1)[1:-1])
     return np.unique(np.concatenate([inner, spikes, above]).astype(np.float32))
@@ -61,7 +60,7 @@ def bin_codes(
     values: np.ndarray,  # (n,) float32
     edges: np.ndarray,  # (k,) from `bin_edges`
 ) -> np.ndarray:  # (n,) int64: 0 … k by size, k + 1 for zero, k + 2 for missing
-    "Say which bin each value falls into."
+    """Say which bin each value falls into."""
     codes = np.searchsorted(edges, values, side="right")
     codes = np.where(values == 0, len(edges) + 1, codes)
     return np.where(np.isnan(values), len(edges) + 2, codes)
@@ -70,18 +69,18 @@ def bin_codes(
 def stability_index(
     then: np.ndarray,  # (k,) rows in each bin of the reference
     now: np.ndarray,  # (k,) rows in each bin today
-    least: float = 1e-4,  # an empty bin counts as this share, so that the logarithm exists
+    smallest: float = 1e-4,  # an empty bin counts as this share, so that the logarithm exists
 ) -> float:  # 0: no change
-    "Add up how far the shares have moved: the population stability index (PSI)."
-    then, now = (np.maximum(rows / max(rows.sum(), 1), least) for rows in (then, now))
+    """Add up how far the shares have moved: the population stability index (PSI)."""
+    then, now = (np.maximum(rows / max(rows.sum(), 1), smallest) for rows in (then, now))
     return float(((now - then) * np.log(now / then)).sum())
 
 
-def column_codes(
+def _column_codes(
     reference: pd.Series,  # the column then, text or numbers
     current: pd.Series,  # the column now
 ) -> tuple[np.ndarray, np.ndarray, int]:  # (n,) and (m,) int64 codes of the bins, and how many bins there are
-    "Divide a column into bins that its past has cut; each text is a bin of its own."
+    """Divide a column into bins that its past has cut; each text is a bin of its own."""
     if pd.api.types.is_numeric_dtype(reference):
         then, now = (column.to_numpy(np.float32) for column in (reference, current))
         edges = bin_edges(then)
@@ -94,30 +93,30 @@ def column_drift(
     reference: pd.Series,  # the column then
     current: pd.Series,  # the column now
 ) -> float:  # PSI
-    "Measure how far a column has moved."
-    then, now, bins = column_codes(reference, current)
+    """Measure how far a column has moved."""
+    then, now, bins = _column_codes(reference, current)
     return stability_index(np.bincount(then, minlength=bins), np.bincount(now, minlength=bins))
 
 # %% ../nbs/12_monitoring.ipynb #15deb994
 ALARM = 0.25  # PSI below this is never an alarm
-CHANCE = 3.72  # standard deviations: what chance exceeds once in ten thousand columns
+_CHANCE = 3.72  # standard deviations: what chance exceeds once in ten thousand columns
 
 
-def index_by_chance(
+def _index_by_chance(
     then: np.ndarray,  # (k,) rows in each bin of the reference
     now: np.ndarray,  # (k,) rows in each bin today
 ) -> float:  # PSI that an unchanged column hardly ever exceeds
-    "Say how large the PSI may become by chance: it is nearly a chi-square variable, divided by the number of rows."
+    """Say how large the PSI may become by chance: it is nearly a chi-square variable, divided by the number of rows."""
     freedom = max(int((then > 0).sum()) - 1, 1)
     spread = 2 / (9 * freedom)
-    quantile = freedom * (1 - spread + CHANCE * spread**0.5) ** 3  # Wilson and Hilferty, 1931
+    quantile = freedom * (1 - spread + _CHANCE * spread**0.5) ** 3  # Wilson and Hilferty, 1931
     return float(quantile * (1 / max(then.sum(), 1) + 1 / max(now.sum(), 1)))
 
 
-def noise_floor(
+def _noise_floor(
     by_month: np.ndarray,  # (m, k) rows in each bin, by month of the past
 ) -> float:  # the largest PSI of a month against the others; 0 for one month
-    "Ask the past how far its months lie apart. Of three and more the one that differs most does not count."
+    """Ask the past how far its months lie apart. Of three and more the one that differs most does not count."""
     apart = [stability_index(by_month.sum(axis=0) - month, month) for month in by_month]
     if len(apart) > 2:
         by_month = np.delete(by_month, int(np.argmax(apart)), axis=0)
@@ -129,19 +128,19 @@ def _telling(by_month: np.ndarray) -> np.ndarray:
     """Which months have values enough to say how far months lie apart; if none has, all that have any."""
     then = by_month.sum(axis=0)
     some = np.array([month.any() for month in by_month])
-    enough = np.array([month.any() and index_by_chance(then, month) <= ALARM for month in by_month])
+    enough = np.array([month.any() and _index_by_chance(then, month) <= ALARM for month in by_month])
     return enough if enough.any() else some
 
 
 def _compare(by_month: np.ndarray, now: np.ndarray, gaps: np.ndarray) -> tuple[float, float, bool]:
     """PSI, noise floor, and whether there are rows enough to judge it; `gaps` are the bins that hold no values."""
     then, telling = by_month.sum(axis=0), _telling(np.delete(by_month, gaps, axis=1))
-    return stability_index(then, now), noise_floor(by_month[telling]), index_by_chance(then, now) <= ALARM
+    return stability_index(then, now), _noise_floor(by_month[telling]), _index_by_chance(then, now) <= ALARM
 
 # %% ../nbs/12_monitoring.ipynb #6cc14ece
-def _judge(reference: pd.Series, current: pd.Series, period: np.ndarray) -> dict[str, float | bool]:
+def _column_report(reference: pd.Series, current: pd.Series, period: np.ndarray) -> dict[str, float | bool]:
     """PSI of a column as a whole, and of those of its values that are there and are not zero."""
-    then, now, bins = column_codes(reference, current)
+    then, now, bins = _column_codes(reference, current)
     by_month = np.bincount(period * bins + then, minlength=(period.max() + 1) * bins).reshape(-1, bins)
     today = np.bincount(now, minlength=bins)
     psi, floor, judged = _compare(by_month, today, np.unique(then[reference.isna().to_numpy()]))
@@ -157,7 +156,7 @@ def _judge(reference: pd.Series, current: pd.Series, period: np.ndarray) -> dict
 def _require_comparable(reference: pd.DataFrame, current: pd.DataFrame, names: list[str]) -> None:
     """There are rows on both sides, those of the past say their months, and the month has all columns."""
     if reference.empty or current.empty:
-        problem = f"cannot compare {len(reference)} rows with {len(current)} rows"
+        problem = f"can't compare {len(reference)} rows with {len(current)} rows"
         raise MonitoringError(problem, "Name months that hold data")
     if "period" not in reference.columns or (lost := int(reference["period"].isna().sum())):
         which = f"{lost} of the {len(reference)} rows" if "period" in reference.columns else "the rows"
@@ -180,7 +179,7 @@ def drift(
     names = list(names)
     _require_comparable(reference, current, names)
     period = pd.factorize(reference["period"])[0]
-    found = {name: _judge(reference[name], current[name], period) for name in names}
+    found = {name: _column_report(reference[name], current[name], period) for name in names}
     table = pd.DataFrame.from_dict(found, orient="index")
     table["missing_then"], table["missing_now"] = reference[names].isna().mean(), current[names].isna().mean()
     return table.sort_values("psi", ascending=False, kind="stable")
@@ -191,7 +190,7 @@ def plot_drift(
     rows: int = 12,  # how many columns to draw
     axes: Axes | None = None,  # where to draw; None: a new figure
 ) -> Axes:  # the drawing
-    "Draw the columns that moved most, beside what was normal for them."
+    """Draw the columns that moved most, beside what was normal for them."""
     import matplotlib.pyplot as plt
 
     axes = axes if axes is not None else plt.subplots(figsize=(7, 0.28 * rows + 1))[1]
@@ -209,40 +208,34 @@ def join_outcomes(
     outcomes: pd.DataFrame,  # rows of the use case's first table, as far as they have come in
     use_case: UseCase,  # key and label
 ) -> pd.DataFrame:  # the predictions with `label`; NaN where it is not known yet
-    "Bring predictions and outcomes together."
+    """Bring predictions and outcomes together."""
     key = list(use_case.key)
-    return predictions.merge(
-        outcomes[key].assign(label=labels(use_case, outcomes)), on=key, how="left", validate="one_to_one"
-    )
+    known = outcomes[key].assign(label=labels(use_case, outcomes))
+    return predictions.merge(known, on=key, how="left", validate="one_to_one")
 
 # %% ../nbs/12_monitoring.ipynb #5c390233
 def performance(
     joined: pd.DataFrame,  # from `join_outcomes`
     use_case: UseCase,  # time and costs
-) -> (
-    pd.DataFrame
-):  # a row a day, and a row `all`: rows, base_rate, mean_score and the metrics; NaN where a day has one class only
-    "Measure predictions against their outcomes, by day and in total."
+) -> pd.DataFrame:  # a row a day, and a row `all`: rows, base_rate, mean_score and the metrics
+    """Measure predictions against their outcomes, by day and in total; NaN where a day has one class only."""
     known = joined[joined["label"].notna()]
     days = local_day(use_case, known).astype("str")
     rows = {}
     for day, part in [*known.groupby(days), ("all", known)]:
         label, score = part["label"].to_numpy(), part["score"].to_numpy()
         metrics = measure(label, score, use_case.costs) if len(np.unique(label)) == 2 else {}
-        rows[day] = {
-            "rows": len(part),
-            "base_rate": label.mean() if len(part) else np.nan,
-            "mean_score": score.mean() if len(part) else np.nan,
-        } | metrics
+        means = (label.mean(), score.mean()) if len(part) else (np.nan, np.nan)
+        rows[day] = {"rows": len(part), "base_rate": means[0], "mean_score": means[1]} | metrics
     return pd.DataFrame(rows).T
 
 # %% ../nbs/12_monitoring.ipynb #06b36c6e
-def plot_performance(
+def _plot_performance(
     days: pd.DataFrame,  # from `performance`
     window: int = 7,  # days to take the mean of
     axes: Axes | None = None,  # where to draw; None: a new figure
 ) -> Axes:  # the drawing
-    "Draw the share of events day by day, beside what the model promised."
+    """Draw the share of events day by day, beside what the model promised."""
     import matplotlib.pyplot as plt
 
     axes = axes if axes is not None else plt.subplots(figsize=(7, 2.8))[1]
@@ -257,7 +250,7 @@ def plot_performance(
 # %% ../nbs/12_monitoring.ipynb #efab693e
 @dataclass(frozen=True)
 class MonthReport:
-    "What monitoring found out about one month of predictions."
+    """What monitoring found out about one month of predictions."""
 
     month: str
     model: str
@@ -267,15 +260,13 @@ class MonthReport:
 
     @property
     def figures(self) -> dict[str, float]:
-        "The few numbers that a table of runs shows."
+        """The few numbers that a table of runs shows."""
         found = {"alarms": float(self.drift["alarm"].sum())}
         if not math.isnan(self.score_drift):
             found["score_psi"] = self.score_drift
         if "all" in self.performance.index and "pr_auc" in self.performance.columns:
-            found |= {
-                name: float(self.performance.loc["all", name])
-                for name in ("pr_auc", "log_loss", "base_rate", "mean_score")
-            }
+            total = self.performance.loc["all", ["pr_auc", "log_loss", "base_rate", "mean_score"]]
+            found |= {name: float(value) for name, value in total.items()}
         return found
 
 # %% ../nbs/12_monitoring.ipynb #bc449e61
@@ -296,7 +287,7 @@ def monitor_month(
     if scored.empty:
         raise MonitoringError(f"{predictions} holds no predictions of {month}", "Score that month first")
     model = str(scored["model"].iloc[0])
-    run = find_run(settings, use_case, str(find_version(settings, use_case, model).run_id))
+    run = find_tracked_run(settings, use_case, str(find_version(settings, use_case, model).run_id))
     trained = months(run.data.params["first"], run.data.params["last"])
     past = read_table(settings, run.data.tags["data.features"], trained)
     moved = drift(past, read_table(settings, features, [month]), feature_names(past, use_case))
@@ -328,12 +319,12 @@ def _picture(axes: Axes) -> str:
 def _verdict(report: MonthReport) -> str:
     """How many features raise an alarm, how many can't be judged, and how far the scores have moved."""
     table, unjudged = report.drift, int((~report.drift["judged"]).sum())
-    few = f" {unjudged} cannot be judged: the month has too few rows." if unjudged else ""
+    few = f" {unjudged} can't be judged: the month has too few rows." if unjudged else ""
     alarms = f"{int(table['alarm'].sum())} of {len(table)} features raise an alarm.{few}"
     return f"{alarms} PSI of the scores against the test: {report.score_drift:.3f}."
 
 # %% ../nbs/12_monitoring.ipynb #0ae2a614
-STYLE = """
+_STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 td, th { padding: .2rem .6rem; text-align: right; border-bottom: 1px solid #ddd }
@@ -346,13 +337,13 @@ def write_report(
     report: MonthReport,  # from `monitor_month`
     path: Path,  # the HTML file
 ) -> Path:  # the same path
-    "Write a month's report as one HTML file without links to anywhere."
+    """Write a month's report as one HTML file without links to anywhere."""
     title = html.escape(f"{report.model} in {report.month}")
     parts = [f"<h1>{title}</h1>", f"<p>{_verdict(report)}</p>"]
     parts += ["<h2>What moved</h2>", _picture(plot_drift(report.drift)), report.drift.head(20).round(3).to_html()]
     if len(report.performance):
         total = report.performance.loc[["all"]].round(4).to_html()
-        parts += ["<h2>Were the predictions good?</h2>", _picture(plot_performance(report.performance)), total]
-    head = f'<meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
+        parts += ["<h2>Were the predictions good?</h2>", _picture(_plot_performance(report.performance)), total]
+    head = f'<meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
     page = f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(parts)}</body></html>'
     return write_atomic(path, page)

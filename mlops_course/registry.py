@@ -12,38 +12,38 @@ from typing import TYPE_CHECKING, Any
 from .data import read_table, replace_months, table_name
 from .environment import CourseError, Settings, cores
 from mlops_course.experiments import (
-    Evaluation, exclusive_lock, connect, find_run, load_run_model, run_value, quiet_mlflow, training_rows,
+    Evaluation, connect, exclusive_lock, find_tracked_run, load_run_model, quiet_mlflow, run_value, training_rows,
 )
 from .project import UseCase
 from .serving.bundle import BundleError, bundles_folder, read_bundle
-from .serving.packaging import Origin, write_bundle
 from .serving.inference import Predictor, load_predictor
+from .serving.packaging import Origin, write_bundle
 
 if TYPE_CHECKING:
+    import pandas as pd
     from mlflow.entities import Run
     from mlflow.entities.model_registry import ModelVersion
-    import pandas as pd
     from mlflow.tracking import MlflowClient
     from sklearn.pipeline import Pipeline
 
 # %% auto #0
-__all__ = ['CHAMPION', 'CHALLENGER', 'RegistryError', 'registry', 'versions', 'register', 'find_version', 'champion_reference',
-           'package', 'load_scorer', 'promote', 'score_month', 'fair_rivals', 'Decision', 'decide',
-           'register_and_decide']
+__all__ = ['CHAMPION', 'CHALLENGER', 'RegistryError', 'open_registry', 'versions', 'register', 'find_version',
+           'champion_reference', 'promote', 'package', 'load_scorer', 'score_month', 'fair_rivals', 'PromotionDecision',
+           'decide_promotion', 'register_and_promote']
 
 # %% ../nbs/08_versioning.ipynb #f11cd60c
 class RegistryError(CourseError):
-    "There is no such model, or it cannot be used."
+    """There is no such model, or it can't be used."""
 
 
 CHAMPION, CHALLENGER = "champion", "challenger"  # aliases: in production, and the newest candidate
 
 
-def registry(
+def open_registry(
     settings: Settings,  # where the store is
     use_case: UseCase,  # its name is the name of the model
 ) -> MlflowClient:  # a client of MLflow's registry
-    "Open the registry."
+    """Open the registry."""
     connect(settings, use_case)
     return quiet_mlflow().MlflowClient()
 
@@ -52,8 +52,8 @@ def versions(
     settings: Settings,  # where the store is
     use_case: UseCase,  # whose models
 ) -> list[ModelVersion]:  # oldest first
-    "List all registered versions of the use case's model."
-    found = registry(settings, use_case).search_model_versions(f"name = '{use_case.name}'")
+    """List all registered versions of the use case's model."""
+    found = open_registry(settings, use_case).search_model_versions(f"name = '{use_case.name}'")
     return sorted(found, key=lambda version: int(version.version))
 
 # %% ../nbs/08_versioning.ipynb #314a9848
@@ -62,13 +62,13 @@ def register(
     use_case: UseCase,  # whose model
     run_id: str,  # the run that trained it
 ) -> str:  # reference to the version, such as `flight-delay@3`
-    "Give a run's model a version, and call it the challenger; the same model never gets a second version."
-    run = find_run(settings, use_case, run_id)
+    """Give a run's model a version, and call it the challenger; the same model never gets a second version."""
+    run = find_tracked_run(settings, use_case, run_id)
     content = run_value(run, "model_digest")
     with exclusive_lock(settings):  # two runs that end together: one looks and registers, then the other
         known = [each for each in versions(settings, use_case) if each.tags.get("model_digest") == content]
-        version = known[0] if known else _new_version(registry(settings, use_case), use_case, run)
-    registry(settings, use_case).set_registered_model_alias(use_case.name, CHALLENGER, version.version)
+        version = known[0] if known else _new_version(open_registry(settings, use_case), use_case, run)
+    open_registry(settings, use_case).set_registered_model_alias(use_case.name, CHALLENGER, version.version)
     return f"{use_case.name}@{version.version}"
 
 # %% ../nbs/08_versioning.ipynb #8f02d182
@@ -98,7 +98,7 @@ def find_version(
     from mlflow.exceptions import MlflowException
 
     name, separator, number = reference.partition("@")
-    client = registry(settings, use_case)
+    client = open_registry(settings, use_case)
     try:
         if separator and name == use_case.name and number.isdigit():
             return client.get_model_version(name, number)
@@ -115,16 +115,31 @@ def champion_reference(
     settings: Settings,  # where the store is
     use_case: UseCase,  # whose model
 ) -> str | None:  # the version in production, such as `flight-delay@3`; None: there is none yet
-    "Name the champion by its version."
+    """Name the champion by its version."""
     from mlflow.exceptions import MlflowException
 
     try:
-        version = registry(settings, use_case).get_model_version_by_alias(use_case.name, CHAMPION)
+        version = open_registry(settings, use_case).get_model_version_by_alias(use_case.name, CHAMPION)
     except MlflowException as error:
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise
         return None
     return f"{use_case.name}@{version.version}"
+
+# %% ../nbs/08_versioning.ipynb #2e442f92
+def promote(
+    settings: Settings,  # where the store is
+    use_case: UseCase,  # whose model
+    reference: str,  # the version to put into production
+    reason: str,  # why; it is kept with the version
+) -> str | None:  # the version that was champion before, if there was one
+    """Make a version the champion; the one before it stays, so that the way back is one call."""
+    chosen = find_version(settings, use_case, reference)
+    before = champion_reference(settings, use_case)
+    client = open_registry(settings, use_case)
+    client.set_registered_model_alias(use_case.name, CHAMPION, chosen.version)
+    client.set_model_version_tag(use_case.name, chosen.version, "promoted_because", reason)
+    return before
 
 # %% ../nbs/08_versioning.ipynb #0a4c9d3e
 def package(
@@ -141,7 +156,7 @@ def package(
     version = find_version(settings, use_case, reference)
     name, run_id = f"{use_case.name}@{version.version}", str(version.run_id)
     folder = bundles_folder(settings) / name
-    run = find_run(settings, use_case, run_id)
+    run = find_tracked_run(settings, use_case, run_id)
     origin = _origin(run)
     if not _packaged(folder, origin):
         model, rows = load_run_model(settings, use_case, run_id), training_rows(settings, use_case, run)
@@ -181,25 +196,10 @@ def load_scorer(
         RegistryError: there is no such version.
     """
     if reference is None:
-        problem = (
-            f"no model of {use_case.name} is in production: no candidate was better than the constant beyond doubt"
-        )
-        raise RegistryError(problem, "Train on more months, or promote a version by hand")
+        problem = f"no model of {use_case.name} is in production"
+        remedy = "No candidate was better than the constant beyond doubt: train on more, or promote a version by hand"
+        raise RegistryError(problem, remedy)
     return load_predictor(package(settings, use_case, reference), settings.threads or cores())
-
-# %% ../nbs/08_versioning.ipynb #2e442f92
-def promote(
-    settings: Settings,  # where the store is
-    use_case: UseCase,  # whose model
-    reference: str,  # the version to put into production
-    reason: str,  # why; it is kept with the version
-) -> str | None:  # the version that was champion before, if there was one
-    "Make a version the champion; the one before it stays, so that the way back is one call."
-    chosen, client = find_version(settings, use_case, reference), registry(settings, use_case)
-    before = champion_reference(settings, use_case)
-    client.set_registered_model_alias(use_case.name, CHAMPION, chosen.version)
-    client.set_model_version_tag(use_case.name, chosen.version, "promoted_because", reason)
-    return before
 
 # %% ../nbs/08_versioning.ipynb #9a3e29ec
 def score_month(
@@ -209,7 +209,7 @@ def score_month(
     features: str,  # reference to the feature table
     month: str,  # the month to score
 ) -> tuple[str, pd.DataFrame]:  # reference to its table `predictions`, and the month's rows in it
-    "Score a month and keep the answers; scoring it again with the same model changes nothing."
+    """Score a month and keep the answers; scoring it again with the same model changes nothing."""
     answers = load_scorer(settings, use_case, model).predict(read_table(settings, features, [month]))
     return replace_months(settings, table_name(use_case, "predictions"), answers)[0], answers
 
@@ -219,7 +219,7 @@ def fair_rivals(
     use_case: UseCase,  # whose champion
     first: str,  # first month of the test
 ) -> dict[str, Pipeline]:  # the champion by its reference; empty when there is none, or when it has seen that month
-    "Find the champion to compare with, if it has not been trained on the months of the test."
+    """Find the champion to compare with, if it has not been trained on the months of the test."""
     reference = champion_reference(settings, use_case)
     if reference is None:
         return {}
@@ -228,38 +228,40 @@ def fair_rivals(
         return {}
     return {reference: load_run_model(settings, use_case, str(version.run_id))}
 
-
+# %% ../nbs/08_versioning.ipynb #165cb175
 @dataclass(frozen=True)
-class Decision:
-    "Whether a candidate becomes champion, and why."
+class PromotionDecision:
+    """Whether a candidate becomes champion, and why."""
 
     promote: bool
     reason: str
 
-# %% ../nbs/08_versioning.ipynb #165cb175
-def decide(
+
+def decide_promotion(
     result: Evaluation,  # of the candidate, with its rivals
     champion: str | None,  # reference to the champion, or None when there is none
-) -> Decision:  # what to do
-    "Decide whether a candidate may become champion."
+) -> PromotionDecision:  # what to do
+    """Decide whether a candidate may become champion."""
     rival = champion or "constant"
     if rival not in result.versus:
         problem = f"{rival} has seen months of the test, or needs features that are gone, so nothing can be compared"
-        return Decision(False, f"{problem}; test on later months, or promote by hand")
+        return PromotionDecision(False, f"{problem}; test on later months, or promote by hand")
     loss = result.versus[rival].loc["log_loss"]
     figures = f"log loss {loss['difference']:+.4f} against {rival}"
-    return Decision(bool(loss["high"] < 0), f"{figures} (95 % interval {loss['low']:+.4f} to {loss['high']:+.4f})")
+    interval = f"95 % interval {loss['low']:+.4f} to {loss['high']:+.4f}"
+    return PromotionDecision(bool(loss["high"] < 0), f"{figures} ({interval})")
 
 # %% ../nbs/08_versioning.ipynb #32248df6
-def register_and_decide(
+def register_and_promote(
     settings: Settings,  # where the store is
     use_case: UseCase,  # whose model
     run_id: str,  # the run that trained the candidate
-    promote_it: bool,  # the decision, from `decide`
+    promote_it: bool,  # the decision, from `decide_promotion`
     reason: str,  # why
 ) -> dict[str, Any]:  # `model`, `champion`, `previous`, `promoted`
-    "Register a candidate, and make it champion when it was decided so."
-    reference, champion = register(settings, use_case, run_id), champion_reference(settings, use_case)
+    """Register a candidate, and make it champion when it was decided so."""
+    reference = register(settings, use_case, run_id)
+    champion = champion_reference(settings, use_case)
     if promote_it and champion != reference:
         promote(settings, use_case, reference, reason)
         return {"model": reference, "champion": reference, "previous": champion, "promoted": True}

@@ -14,8 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import free_port
-from test_pipelines import RECORD, process_is_there, write_notebook
-from test_running import statuses, write_chain
+from pipeline_helpers import RECORD, process_is_there, statuses, write_chain, write_notebook
 
 from mlops_course.environment import Settings
 from mlops_course.pipelines import Options, StageError, run

@@ -14,7 +14,15 @@ import pytest
 
 from mlops_course.course import check, hint, solution, wrong_answers
 from mlops_course.course.checking import Report, check_notebook
-from mlops_course.course.copies import copy_of, digest, key_of, make_copy, reset_exercise, start_copy, update_copy
+from mlops_course.course.copies import (
+    cell_key,
+    copy_of,
+    make_copy,
+    reset_exercise,
+    start_copy,
+    text_digest,
+    update_copy,
+)
 from mlops_course.course.lessons import (
     Lesson,
     LessonError,
@@ -246,11 +254,11 @@ def test_reset_restores_one_stub_and_keeps_what_was_there(learner: Learner) -> N
 
 
 def test_reset_puts_a_deleted_cell_back_where_it_was(learner: Learner) -> None:
-    order = [key_of(cell) for cell in learner.cells]
+    order = [cell_key(cell) for cell in learner.cells]
     learner.cells.remove(learner.cell("21.2"))
     learner.save()
     assert reset_exercise("21.2") is None
-    assert [key_of(cell) for cell in read_notebook(learner.path)["cells"]] == order
+    assert [cell_key(cell) for cell in read_notebook(learner.path)["cells"]] == order
 
 
 def test_reset_of_a_copied_exercise_leaves_one_cell(learner: Learner) -> None:
@@ -276,7 +284,7 @@ def newer(cell: dict[str, Any]) -> list[dict[str, Any]]:
 
 def test_an_update_replaces_what_is_untouched_and_keeps_what_is_not(learner: Learner, tmp_path: Path) -> None:
     lab = next(cell for cell in learner.cells if cell["source"].startswith("## 21.2 Lab"))
-    assert digest(lab)
+    assert text_digest(lab)
     learner.answer("21.1", MEAN).add("mine = 1", 3).save()
     found = update_copy(changed(learner.lesson, tmp_path, newer))
     texts = [cell["source"] for cell in read_notebook(learner.path)["cells"]]
@@ -499,7 +507,7 @@ def test_the_notebook_sees_its_own_folder(learner: Learner) -> None:
 
 @pytest.mark.parametrize("trouble", ["an exited process", "a C function that never returns", "sys.exit"])
 def test_papermills_own_engine_does_the_same(learner: Learner, trouble: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mlops_course.course.checking.ENGINE", "an engine that isn't there")
+    monkeypatch.setattr("mlops_course.course.checking._ENGINE", "an engine that isn't there")
     code, said = TROUBLE[trouble]
     report = learner.all_right().answer("21.1", code).check(timeout=1)
     assert statuses(report) == {"21.1": "failed", "21.2": "passed"}

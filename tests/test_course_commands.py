@@ -69,7 +69,7 @@ def test_a_section_from_start_to_end(terminal: Terminal) -> None:
     assert "break 21" in terminal.json("progress")["next"]
     assert terminal("break", "21").returncode == 0
     assert terminal("check", "21").returncode == 1
-    assert "mend the lab" in terminal.json("progress")["next"]
+    assert "fix the lab" in terminal.json("progress")["next"]
     (terminal.folder / "workspace" / "numbers.json").write_text("[1, 2, 3]", encoding="utf-8")
     assert terminal("check", "21").returncode == 0
     assert "quiz 21" in terminal.json("progress")["next"]

@@ -12,12 +12,11 @@ from typing import Any
 
 import pytest
 
-from mlops_course.course.checkpoints import NEEDS, STAGES, CheckpointError, checkpoint_command, missing
-from mlops_course.course.labs import LabError, State, break_lab, check_lab, fix_lab, prove_lab, run_steps
+from mlops_course.course.labs import LabError, LabState, break_lab, check_lab, fix_lab, prove_lab, run_steps
 from mlops_course.course.lessons import Lab, Lesson, find_lessons, read_lesson
 from mlops_course.course.progress import (
     ProgressError,
-    change,
+    edit_progress,
     locked,
     migrate,
     note_outcomes,
@@ -78,8 +77,8 @@ def test_a_killed_process_blocks_nobody(home: Path) -> None:
     program = """
         import sys, time
         from pathlib import Path
-        from mlops_course.course.progress import change
-        with change(Path(sys.argv[1])) as document:
+        from mlops_course.course.progress import edit_progress
+        with edit_progress(Path(sys.argv[1])) as document:
             document["sections"]["1"] = {}
             print("held", flush=True)
             time.sleep(60)
@@ -139,7 +138,7 @@ def test_what_a_later_version_added_is_kept(home: Path) -> None:
 def test_a_change_that_fails_changes_nothing(home: Path) -> None:
     note_outcomes(home, [Outcome("5.1", "passed")])
     before = (home / "progress.json").read_bytes()
-    with pytest.raises(ZeroDivisionError), change(home) as document:
+    with pytest.raises(ZeroDivisionError), edit_progress(home) as document:
         document["sections"] = {}
         1 / 0  # noqa: B018
     assert (home / "progress.json").read_bytes() == before
@@ -165,8 +164,8 @@ def test_time_is_counted_between_commands(
 # ---------------------------------------------------------------- labs
 
 
-def test_a_lab_is_passed_only_after_it_was_broken_and_mended(lesson: Lesson, home: Path) -> None:
-    assert check_lab(lesson, home) == ("unattempted", "Begin it: mlops-course break 21")
+def test_a_lab_is_passed_only_after_it_was_broken_and_fixed(lesson: Lesson, home: Path) -> None:
+    assert check_lab(lesson, home) == ("unattempted", "Start it: mlops-course break 21")
     assert "can't be computed" in break_lab(lesson, home).symptom
     found = check_lab(lesson, home)
     assert found is not None and found[0] == "failed" and "can't be computed" in found[1]
@@ -180,18 +179,18 @@ def test_a_lab_is_passed_only_after_it_was_broken_and_mended(lesson: Lesson, hom
     assert found is not None and found[0] == "failed", "broken again"
 
 
-def test_what_is_not_broken_is_not_mended(lesson: Lesson, home: Path) -> None:
-    with pytest.raises(LabError, match="is not broken, so there is nothing to mend"):
+def test_what_is_not_broken_is_not_fixed(lesson: Lesson, home: Path) -> None:
+    with pytest.raises(LabError, match="is not broken, so there is nothing to fix"):
         fix_lab(lesson, home)
     break_lab(lesson, home)
     code, _ = fix_lab(lesson, home)
     assert fix_lab(lesson, home) == (code, None), "it can be read again, and nothing is done"
 
 
-def test_a_lab_that_broke_while_something_went_wrong_can_be_mended(
+def test_a_lab_that_broke_while_something_went_wrong_can_be_fixed(
     lesson: Lesson, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def cut_off(lab: Lab, steps: list[str], where: Path) -> State:
+    def cut_off(lab: Lab, steps: list[str], where: Path) -> LabState:
         state = run_steps(lab, steps, where)
         if steps:
             raise LabError("the lab did not end in time")
@@ -252,7 +251,7 @@ def test_a_quiz_that_was_broken_off_goes_on_where_it_was_left(lesson: Lesson, ho
 
 @pytest.mark.parametrize("begun", [[["print", "b"]], [["print"]], "junk", 7, [7]])
 def test_answers_to_other_questions_are_not_taken_for_ours(lesson: Lesson, home: Path, begun: object) -> None:
-    with change(home) as document:
+    with edit_progress(home) as document:
         section_of(document, 21)["quiz"]["begun"] = begun
     assert kept_answers(lesson, home) == []
 
@@ -311,7 +310,7 @@ def test_a_lesson_whose_copy_does_not_run_is_found(lesson: Lesson) -> None:
     assert any("copy, code cell" in line and "TypeError" in line for line in failed), failed
 
 
-# ---------------------------------------------------------------- checkpoints
+# ---------------------------------------------------------------- the course as a whole
 
 
 def test_the_first_lesson_names_the_stages_of_the_real_pipeline() -> None:
@@ -319,22 +318,6 @@ def test_the_first_lesson_names_the_stages_of_the_real_pipeline() -> None:
     found = next("".join(cell["source"]) for cell in cells if "".join(cell["source"]).startswith("needs = {"))
     needs = find_pipeline("training").needs
     assert ast.literal_eval(found.removeprefix("needs = ")) == {name: sorted(needs[name]) for name in sorted(needs)}
-
-
-def test_a_checkpoint_goes_no_further_than_a_lesson_needs() -> None:
-    order = [stage.name for stage in find_pipeline("training").stages]
-    places = [order.index(STAGES[need]) for need in NEEDS]
-    assert places == sorted(places), "a later need is made by a later stage"
-    assert checkpoint_command(["tables"])[-2:] == ["--to", "validate"]
-    assert checkpoint_command(["model", "tables"])[-2:] == ["--to", "register"]
-
-
-def test_what_is_there_is_not_made_again(home: Path) -> None:
-    assert missing(["tables"], home) == ["tables"]
-    (home / "data" / "flight-delay" / "flights" / "_delta_log").mkdir(parents=True)
-    assert missing(["tables"], home) == []
-    with pytest.raises(CheckpointError, match="coffee"):
-        missing(["coffee"], home)
 
 
 def test_importing_the_course_is_quick() -> None:

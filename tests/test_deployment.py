@@ -1,15 +1,12 @@
 """Releases seen from outside: a real client, a real service with two workers, real flights."""
 
-import contextlib
 import json
 import os
 import shutil
-import signal
 import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,9 +14,9 @@ from typing import Any
 import httpx
 import numpy as np
 import pandas as pd
-import psutil
 import pytest
 from conftest import Quarter, settings_in
+from release_helpers import COMMAND, ready, serving, wait_until
 
 from mlops_course.deployment import (
     ReleaseError,
@@ -41,7 +38,6 @@ from mlops_course.serving import Origin, publish, write_bundle
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="several workers share a listening socket")
 STABLE, GOOD, BAD = "flight-delay@1", "flight-delay@2", "flight-delay@3"
-COMMAND = [sys.executable, "-c", "from mlops_course.cli import main; main()"]
 CARRIER = "US"  # one flight in sixteen
 FAST = {"min_samples": 100, "slice_min_samples": 40, "hold_seconds": 0.0, "pairs_a_second": 400}
 
@@ -78,58 +74,6 @@ def models(quarter: Quarter, tmp_path_factory: pytest.TempPathFactory) -> Models
     march = quarter.labelled("2013-03").sample(3000, random_state=1)
     plain = march[names].astype("object").where(march[names].notna(), None)
     return Models(settings, plain.to_dict("records"), march["carrier"].tolist())
-
-
-@dataclass
-class Server:
-    """A running service with two workers."""
-
-    settings: Settings
-    process: subprocess.Popen[str]
-    url: str
-
-    def workers(self) -> list[psutil.Process]:
-        """The processes that answer."""
-        children = psutil.Process(self.process.pid).children(recursive=True)
-        return [each for each in children if "resource_tracker" not in " ".join(each.cmdline())]
-
-
-@contextlib.contextmanager
-def serving(settings: Settings, workers: int = 2) -> Iterator[Server]:
-    """Start the service, and end it as an operator would."""
-    command = [*COMMAND, "serve", "--port", "0", "--workers", str(workers), "--json"]
-    command += ["--app", "mlops_course.deployment:release_app", "--home", str(settings.home)]
-    command += ["--limit", "rate=100000"]  # all requests come from one address
-    with (settings.home / "service.log").open("a") as errors:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
-    assert process.stdout is not None
-    try:
-        url = json.loads(process.stdout.readline())["url"]
-        wait_until(lambda: ready(url), 60)
-        yield Server(settings, process, url)
-    finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(30)
-        finally:
-            process.kill()
-            process.stdout.close()
-
-
-def ready(url: str) -> bool:
-    """Whether the service answers."""
-    try:
-        return httpx.get(f"{url}/health/ready", timeout=5).status_code == 200
-    except httpx.HTTPError:
-        return False
-
-
-def wait_until(condition: Callable[[], bool], seconds: float) -> None:
-    """Wait for something that must happen."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.1)
 
 
 @dataclass

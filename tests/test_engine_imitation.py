@@ -1,7 +1,6 @@
 """Where notebooks touch the kernel itself: what they find in a warm process is what they find in the stock kernel.
 
-The libraries themselves (widgets, plotly, bokeh) aren't needed: the cells do what these do. What isn't imitated yet
-is marked as expected to fail; whoever mends it takes the mark away.
+The libraries themselves (widgets, plotly, bokeh) aren't needed: the cells do what these do.
 """
 
 import os
@@ -12,7 +11,7 @@ from typing import Any
 
 import nbformat
 import pytest
-from test_engine_torture import comparable, request, run, write_notebook
+from engine_helpers import comparable, request, run, write_notebook
 
 from mlops_course.pipelines.engine.workers import Workers
 
@@ -95,26 +94,6 @@ CELLS: dict[str, str] = {
     "in another thread": "import threading\nthread = threading.Thread(target=print, args=['from a thread'])\n"
     "thread.start(); thread.join()",
 }
-NO_KERNEL = "the shell has no kernel: a later change runs cells in ipykernel's own"
-NO_MAGICS = "the kernel's own magics are missing"
-MISSING = (
-    *(
-        "as bokeh looks",
-        "a kernel",
-        "its shell",
-        "its implementation",
-        "its session",
-        "its parent",
-        "the shell's parent",
-    ),
-    *("code of the cell in its parent", "a message of its own", "its comm manager", "a kernel app"),
-    *("echo and parent of a stream", "displays of the publisher", "hook on displays"),
-)
-IMITATED_BADLY = dict.fromkeys(MISSING, NO_KERNEL) | dict.fromkeys(
-    ("autosave", "autosave off", "magics of the kernel", "less"), NO_MAGICS
-)
-
-
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Any]]:
     notebook = write_notebook(tmp_path_factory.mktemp("source") / "touches.ipynb", CELLS, ("raises-exception",))
@@ -122,12 +101,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Any]]:
     yield tuple(run(kind, notebook, tmp_path_factory.mktemp(kind)) for kind in ("kernel", "fork"))
 
 
-def marked(name: str) -> Any:
-    reason = IMITATED_BADLY.get(name)
-    return pytest.param(name, marks=[pytest.mark.xfail(strict=True, reason=reason)] if reason else [])
-
-
-@pytest.mark.parametrize("name", [marked(name) for name in CELLS])
+@pytest.mark.parametrize("name", list(CELLS))
 def test_a_cell_that_touches_the_kernel_finds_what_is_there(name: str, both: tuple[Any, Any]) -> None:
     stock, warm = ([cell for cell in page.cells if cell.cell_type == "code"] for page in both)
     index = list(CELLS).index(name)
@@ -135,7 +109,6 @@ def test_a_cell_that_touches_the_kernel_finds_what_is_there(name: str, both: tup
 
 
 @pytest.mark.parametrize("name", list(WIDGETS))
-@pytest.mark.xfail(strict=True, reason=NO_KERNEL)
 def test_an_output_widget_catches_what_is_shown_in_it(name: str, tmp_path: Path) -> None:
     code, shown = WIDGETS[name]
     asked = request(write_notebook(tmp_path / "widget.ipynb", [CELLS["setup"], code]), tmp_path / "there")

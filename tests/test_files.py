@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from test_pipelines import RECORD, write_notebook, write_pipeline
+from pipeline_helpers import RECORD, statuses, write_notebook, write_pipeline
 
 from mlops_course.environment import Settings
 from mlops_course.pipelines import Options, PipelineRun, ResultError, backfill, plan, run
@@ -23,10 +23,6 @@ def write_stages(folder: Path, **stages: tuple[str, str, str]) -> Path:
         ends = f"inputs: [{', '.join(inputs.split())}], outputs: {{{made}}}"
         lines.append(f"  - {{name: {name}, notebook: {name}.ipynb, {ends}}}\n")
     return write_pipeline(folder, f"name: files\nstages:\n{''.join(lines)}", "files")
-
-
-def statuses(record: PipelineRun) -> dict[str, str]:
-    return {stage.name: stage.status for stage in record.stages}
 
 
 def planned(pipeline: Path, settings: Settings) -> dict[str, str]:

@@ -17,7 +17,7 @@ import psutil
 import pyarrow.parquet
 import pytest
 from conftest import Quarter, settings_in
-from test_deployment import COMMAND, serving
+from release_helpers import COMMAND, serving
 
 from mlops_course.deployment import InboxError, ScoredFile, watch_inbox
 from mlops_course.deployment.inbox import Inbox, claim_file, recover_abandoned

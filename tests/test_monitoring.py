@@ -272,7 +272,7 @@ def test_a_report_says_what_cannot_be_judged(tmp_path: Path) -> None:
     then = months_of(steady=[9, 9, 9], shaky=[9, 9, 9])
     report = MonthReport(MARCH, "x@1", drift(then, then.head(8), ["steady", "shaky"]), pd.DataFrame(), math.nan)
     page = write_report(report, tmp_path / "report.html").read_text()
-    assert "0 of 2 features raise an alarm. 2 cannot be judged: the month has too few rows." in page
+    assert "0 of 2 features raise an alarm. 2 can't be judged: the month has too few rows." in page
 
 
 def test_missing_values_are_counted_before_and_now() -> None:
@@ -286,7 +286,7 @@ def test_missing_values_are_counted_before_and_now() -> None:
 def test_nothing_cannot_be_compared() -> None:
     then = months_of(steady=[9])
     for one, other in ((then, then.iloc[:0]), (then.iloc[:0], then)):
-        with pytest.raises(MonitoringError, match=r"cannot compare .*Name months that hold data"):
+        with pytest.raises(MonitoringError, match=r"can't compare .*Name months that hold data"):
             drift(one, other, ["steady"])
     with pytest.raises(MonitoringError, match="the features of the month lack steady"):
         drift(then, then.drop(columns="steady"), ["steady"])

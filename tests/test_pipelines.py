@@ -17,6 +17,7 @@ import nbformat
 import numpy as np
 import psutil
 import pytest
+from pipeline_helpers import RECORD, process_is_there, write_notebook, write_pipeline
 
 from mlops_course import pipelines
 from mlops_course.environment import Settings, WorkspaceError, cores, load_settings
@@ -39,44 +40,18 @@ from mlops_course.pipelines import (
     record_result,
     run,
 )
-from mlops_course.pipelines.engine.workers import GRACE
+from mlops_course.pipelines.engine.sessions import CANCEL_GRACE_S
 from mlops_course.pipelines.notebooks import Taken, notebook_parameters, recorded_names
 from mlops_course.pipelines.parameters import TYPES, fill, references
 from mlops_course.pipelines.runs import repository
-from mlops_course.pipelines.scheduler import stage_environment
+from mlops_course.pipelines.secrets import stage_environment
 
 posix_only = pytest.mark.skipif(os.name == "nt", reason="uses POSIX signals")
-RECORD = "from mlops_course.pipelines import record_result\n"
-
-
-def write_notebook(path: Path, parameters: str | None, *cells: str) -> Path:
-    """A stage notebook; the first cell gets the tag."""
-    tagged = [] if parameters is None else [nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]})]
-    notebook = nbformat.v4.new_notebook(cells=[*tagged, *map(nbformat.v4.new_code_cell, cells)])
-    notebook.metadata["kernelspec"] = {"name": "python3", "language": "python", "display_name": "Python 3"}
-    nbformat.write(notebook, path)
-    return path
-
-
-def write_pipeline(folder: Path, text: str, name: str = "demo") -> Path:
-    path = folder / f"{name}.yaml"
-    path.write_text(textwrap.dedent(text), encoding="utf-8")
-    return path
-
-
 def one_stage(folder: Path, *cells: str, parameters: str = "") -> Pipeline:
     """A pipeline of a single notebook that takes no parameters unless told."""
     write_notebook(folder / "only.ipynb", parameters, *cells)
     text = "name: small\nstages: [{name: only, notebook: only.ipynb}]\n"
     return Pipeline.read(write_pipeline(folder, text, "small"))
-
-
-def process_is_there(number: int) -> bool:
-    """Whether a process is alive (a zombie isn't)."""
-    try:
-        return psutil.Process(number).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def write_demo(folder: Path) -> Path:
@@ -932,7 +907,7 @@ def test_an_interrupted_cell_can_clean_up_but_not_for_ever(tmp_path: Path, setti
     with pytest.raises(KeyboardInterrupt):
         run(pipeline, settings=settings, on_event=interrupt)
     assert ended.exists() == polite
-    assert time.monotonic() - asked[0] < 2 * GRACE + 5
+    assert time.monotonic() - asked[0] < 2 * CANCEL_GRACE_S + 5
     assert [child for child in psutil.Process().children() if "ipykernel_launcher" in child.cmdline()] == []
 
 

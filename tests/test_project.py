@@ -19,7 +19,6 @@ from mlops_course.project import (
     SuccessMetrics,
     Table,
     UseCase,
-    _rows_of_month,
     calendar_month,
     find_file,
     find_use_case,
@@ -30,6 +29,7 @@ from mlops_course.project import (
     read_file,
     supplier_folder,
 )
+from mlops_course.project.supplier import _rows_of_month
 
 Tables = dict[str, pd.DataFrame]
 CONTRACTS = {table.name: table.contract for table in flight_delay.tables}

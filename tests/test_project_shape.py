@@ -217,11 +217,6 @@ def run_tool(*command: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, cwd=ROOT)
 
 
-def test_the_readme_is_made_from_the_index() -> None:
-    checked = run_tool("tools/readme.py", "--check")
-    assert checked.returncode == 0, checked.stdout
-
-
 def test_the_readmes_links_lead_somewhere() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     targets = [target for target in re.findall(r"\]\(([^)\s#]+)", text) if not re.match(r"[a-z]+:", target)]
@@ -263,13 +258,6 @@ def test_there_is_one_site_configuration() -> None:
     assert (ROOT / "nbs" / "_quarto.yml").resolve() == ROOT / "_quarto.yml"
 
 
-def test_the_workflows_fit_githubs_schema() -> None:
-    workflows = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
-    assert len(workflows) >= 3
-    checked = run_tool("-m", "check_jsonschema", "--builtin-schema", "vendor.github-workflows", *workflows)
-    assert checked.returncode == 0, checked.stdout + checked.stderr
-
-
 @pytest.mark.parametrize("workflow", sorted((ROOT / ".github" / "workflows").glob("*.yml")), ids=name_of)
 def test_a_workflow_may_only_read_unless_a_job_needs_more(workflow: Path) -> None:
     content = yaml.safe_load(workflow.read_text(encoding="utf-8"))
@@ -307,6 +295,15 @@ def test_the_version_is_said_once() -> None:
     assert "[project]" not in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 
 
+TESTS = sorted((ROOT / "tests").glob("test_*.py"))
+
+
+@pytest.mark.parametrize("path", TESTS, ids=name_of)
+def test_tests_stand_alone(path: Path) -> None:
+    """What several of them need is in conftest.py or in one of the modules of helpers."""
+    assert [name for name in imported_modules(path) if name.startswith("test_")] == []
+
+
 # ---------------------------------------------------------------- a quick start
 
 
@@ -333,7 +330,7 @@ def test_every_task_is_a_make_target() -> None:
     listed = re.search(r"^TASKS := (.+)$", makefile, re.MULTILINE)
     shown = run_tool("tasks.py", "help").stdout
     assert listed is not None
-    assert set(re.findall(r"^  (\w+) ", shown, re.MULTILINE)) == set(listed[1].split())
+    assert set(re.findall(r"^  ([\w-]+) ", shown, re.MULTILINE)) == set(listed[1].split())
 
 
 # ---------------------------------------------------------------- the tasks

@@ -22,7 +22,7 @@ from mlops_course.experiments import (
     evaluate,
     evaluate_run,
     exclusive_lock,
-    find_run,
+    find_tracked_run,
     load_run_model,
     scores,
     tracked_run,
@@ -31,18 +31,19 @@ from mlops_course.experiments import (
 )
 from mlops_course.project import flight_delay
 from mlops_course.registry import (
+    PromotionDecision,
     RegistryError,
     _new_version,
     champion_reference,
-    decide,
+    decide_promotion,
     fair_rivals,
     find_version,
     load_scorer,
+    open_registry,
     package,
     promote,
     register,
-    register_and_decide,
-    registry,
+    register_and_promote,
     score_month,
     versions,
 )
@@ -110,16 +111,16 @@ def test_a_version_leads_to_its_run_and_so_to_its_data(home: Settings, runs: Run
     version = find_version(home, flight_delay, "flight-delay@1")
     assert version.run_id == runs["longer"]
     assert (version.tags["first"], version.tags["last"]) == (JANUARY, FEBRUARY)
-    run = find_run(home, flight_delay, str(version.run_id))
+    run = find_tracked_run(home, flight_delay, str(version.run_id))
     assert (run.data.tags["data.features"], run.data.tags["data.rows"]) == (quarter.features, quarter.rows)
-    assert registry(home, flight_delay).get_registered_model("flight-delay").description == flight_delay.question
+    assert open_registry(home, flight_delay).get_registered_model("flight-delay").description == flight_delay.question
 
 
 def test_versions_are_in_the_order_of_their_numbers(home: Settings, runs: Runs) -> None:
     register(home, flight_delay, runs["small"])
-    source = find_run(home, flight_delay, runs["small"]).data.tags["model_uri"]
+    source = find_tracked_run(home, flight_delay, runs["small"]).data.tags["model_uri"]
     for _ in range(10):
-        registry(home, flight_delay).create_model_version("flight-delay", source)
+        open_registry(home, flight_delay).create_model_version("flight-delay", source)
     assert references(home) == [f"flight-delay@{number}" for number in range(1, 12)]
 
 
@@ -162,7 +163,8 @@ def test_who_registers_waits_for_another_process_that_does(home: Settings, runs:
         process.stdin.flush()
         time.sleep(2)
         assert (process.poll(), references(home)) == (None, [])
-        _new_version(registry(home, flight_delay), flight_delay, find_run(home, flight_delay, runs["small"]))
+        run = find_tracked_run(home, flight_delay, runs["small"])
+        _new_version(open_registry(home, flight_delay), flight_delay, run)
     output, errors = process.communicate(timeout=60)
     assert output == "flight-delay@1\n", errors
     assert references(home) == ["flight-delay@1"]
@@ -206,7 +208,7 @@ def test_the_champion_changes_hands_and_comes_back(home: Settings, runs: Runs, t
 
 def test_a_model_is_loaded_by_alias_or_number(home: Settings, runs: Runs, trained: tuple[Quarter, Runs]) -> None:
     february = trained[0].labelled(FEBRUARY)
-    register_and_decide(home, flight_delay, runs["small"], True, "the first one")
+    register_and_promote(home, flight_delay, runs["small"], True, "the first one")
     register(home, flight_delay, runs["good"])
     for reference, number, name in (
         ("champion", 1, "small"),
@@ -250,7 +252,7 @@ def test_a_version_is_packaged_once_from_what_its_run_wrote_down(home: Settings,
     register(home, flight_delay, runs["good"])
     folder = package(home, flight_delay, "challenger")
     assert folder == home.serving / "bundles" / "flight-delay@1"
-    manifest, run = read_bundle(folder), find_run(home, flight_delay, runs["good"])
+    manifest, run = read_bundle(folder), find_tracked_run(home, flight_delay, runs["good"])
     assert (manifest.run_id, manifest.first, manifest.last) == (runs["good"], JANUARY, JANUARY)
     assert manifest.data == {"features": quarter.features, "rows": quarter.rows}
     card = (folder / "MODEL_CARD.md").read_text(encoding="utf-8")
@@ -267,7 +269,7 @@ def test_a_version_is_packaged_once_from_what_its_run_wrote_down(home: Settings,
 
 def test_a_month_in_a_batch_has_the_answers_of_the_service(home: Settings, runs: Runs) -> None:
     features = trained_features(home)
-    register_and_decide(home, flight_delay, runs["good"], True, "the first one")
+    register_and_promote(home, flight_delay, runs["good"], True, "the first one")
     _, answers = score_month(home, flight_delay, "champion", features, FEBRUARY)
     materialise(home, flight_delay, features, [FEBRUARY])
     table, predictor = open_feature_table(home), load_predictor(publish(home, "flight-delay@1"))
@@ -278,12 +280,12 @@ def test_a_month_in_a_batch_has_the_answers_of_the_service(home: Settings, runs:
 
 def test_scoring_a_month_again_changes_nothing_but_another_model_does(home: Settings, runs: Runs) -> None:
     features = trained_features(home)
-    register_and_decide(home, flight_delay, runs["small"], True, "the first one")
+    register_and_promote(home, flight_delay, runs["small"], True, "the first one")
     first, answers = score_month(home, flight_delay, "champion", features, FEBRUARY)
     assert first == "flight-delay/predictions@1"
     assert score_month(home, flight_delay, "flight-delay@1", features, FEBRUARY)[0] == first
     other, _ = score_month(home, flight_delay, "flight-delay@1", features, MARCH)
-    register_and_decide(home, flight_delay, runs["good"], True, "better")
+    register_and_promote(home, flight_delay, runs["good"], True, "better")
     newest, _ = score_month(home, flight_delay, "champion", features, FEBRUARY)
     assert (other, newest) == ("flight-delay/predictions@2", "flight-delay/predictions@3")
     kept = read_table(home, newest)
@@ -331,7 +333,7 @@ def test_only_a_better_model_becomes_champion(
     words: str,
 ) -> None:
     result = in_february(trained[0], models, candidate, champion)
-    decision = decide(result, f"flight-delay@{champion}" if champion else None)
+    decision = decide_promotion(result, f"flight-delay@{champion}" if champion else None)
     assert decision.promote is promoted
     assert words in decision.reason
     assert (champion or "constant") in decision.reason
@@ -341,11 +343,12 @@ def test_a_champion_that_has_seen_the_test_is_not_compared(
     trained: tuple[Quarter, Runs], models: dict[str, Any]
 ) -> None:
     result = in_february(trained[0], models, "good", None)
-    assert decide(result, None).promote, "without a champion it would be promoted"
-    found = decide(result, "flight-delay@3")
+    assert decide_promotion(result, None).promote, "without a champion it would be promoted"
+    found = decide_promotion(result, "flight-delay@3")
     assert not found.promote
     assert "flight-delay@3 has seen months of the test" in found.reason
     assert "test on later months" in found.reason
+    assert found == PromotionDecision(False, found.reason)
 
 
 @pytest.mark.parametrize(("high", "promoted"), [(-0.0001, True), (0.0, False), (0.001, False)])
@@ -354,14 +357,14 @@ def test_a_gain_that_may_be_chance_is_no_reason_to_promote(
 ) -> None:
     loss = pd.DataFrame({"difference": -0.01, "low": -0.02, "high": high, "better": 0.97}, index=["log_loss"])
     result = replace(in_february(trained[0], models, "small", None), versus={"constant": loss})
-    decision = decide(result, None)
+    decision = decide_promotion(result, None)
     assert decision.promote is promoted
     assert f"-0.0100 against constant (95 % interval -0.0200 to {high:+.4f})" in decision.reason
 
 
 def test_a_champion_is_a_rival_only_on_months_that_it_has_not_seen(home: Settings, runs: Runs) -> None:
     assert fair_rivals(home, flight_delay, FEBRUARY) == {}
-    register_and_decide(home, flight_delay, runs["longer"], True, "the first one")
+    register_and_promote(home, flight_delay, runs["longer"], True, "the first one")
     assert fair_rivals(home, flight_delay, JANUARY) == {}
     assert fair_rivals(home, flight_delay, FEBRUARY) == {}
     (reference,) = fair_rivals(home, flight_delay, MARCH)
@@ -372,8 +375,8 @@ def test_from_training_to_champion(home: Settings, runs: Runs) -> None:
     def retrain(name: str) -> dict[str, Any]:
         rivals, champion = fair_rivals(home, flight_delay, FEBRUARY), champion_reference(home, flight_delay)
         result = evaluate_run(home, flight_delay, runs[name], FEBRUARY, FEBRUARY, rivals=rivals)
-        decision = decide(result, champion)
-        return register_and_decide(home, flight_delay, runs[name], decision.promote, decision.reason)
+        decision = decide_promotion(result, champion)
+        return register_and_promote(home, flight_delay, runs[name], decision.promote, decision.reason)
 
     one, two = "flight-delay@1", "flight-delay@2"
     assert retrain("small") == {"model": one, "champion": one, "previous": None, "promoted": True}

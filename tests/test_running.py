@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
-from test_pipelines import RECORD, process_is_there, write_notebook, write_pipeline
+from pipeline_helpers import RECORD, process_is_there, statuses, write_chain, write_notebook, write_pipeline
 
 from mlops_course.environment import Settings
 from mlops_course.pipelines import (
@@ -32,42 +32,6 @@ from mlops_course.pipelines import (
 )
 
 posix_only = pytest.mark.skipif(os.name == "nt", reason="uses POSIX signals")
-COUNTED = "with open({0!r}, 'a') as file:\n    file.write('{1}\\n')\n"
-
-
-def write_chain(folder: Path) -> Path:
-    """Three stages, one after the other; each writes its name into `ran` when it really runs."""
-    ran = str(folder / "ran")
-    write_notebook(
-        folder / "double.ipynb",
-        "number: int = 1\nnoise: int = 0  # changes nothing",
-        COUNTED.format(ran, "double") + RECORD + "record_result(doubled=2 * number)",
-    )
-    write_notebook(
-        folder / "square.ipynb",
-        "doubled: int = None",
-        COUNTED.format(ran, "square") + RECORD + "record_result(squared=doubled**2)",
-    )
-    write_notebook(folder / "tell.ipynb", "squared: int = None", COUNTED.format(ran, "tell") + "print(squared)")
-    return write_pipeline(
-        folder,
-        """
-        name: chain
-        parameters:
-          number: {type: integer, default: 1}
-          noise: {type: integer, default: 0}
-        stages:
-          - name: double
-            notebook: double.ipynb
-            parameters: {number: "${number}", noise: "${noise}"}
-            outputs: {doubled: value}
-          - {name: square, notebook: square.ipynb, inputs: [doubled], outputs: {squared: value}}
-          - {name: tell, notebook: tell.ipynb, inputs: [squared]}
-        """,
-        "chain",
-    )
-
-
 @pytest.fixture
 def chain(tmp_path: Path) -> Path:
     return write_chain(tmp_path)
@@ -79,10 +43,6 @@ def ran(folder: Path) -> list[str]:
     names = path.read_text().split() if path.exists() else []
     path.unlink(missing_ok=True)
     return names
-
-
-def statuses(record: PipelineRun) -> dict[str, str]:
-    return {stage.name: stage.status for stage in record.stages}
 
 
 def change(notebook: Path, old: str, new: str) -> None:

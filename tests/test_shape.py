@@ -48,3 +48,20 @@ def test_it_prints_for_people_and_for_programs(arguments: list[str]) -> None:
     else:
         assert "reference pages" in done.stdout
         assert "classes in steps" in done.stdout
+
+
+def test_the_source_keeps_to_its_limits() -> None:
+    """What doesn't: `tasks.py shape` shows where. A limit is lowered when it was beaten, and never raised."""
+    measured = shape.summary(shape.measure())
+    assert shape.breaches(measured, shape.LIMITS) == []
+    assert shape.breaches(shape.BARS, shape.LIMITS) == [], "a limit is never stricter than its bar"
+
+
+def test_what_is_handed_on_or_registered_is_not_public() -> None:
+    code = "from a import given\nagain = given\nLIMIT = 3\n@app.command()\ndef serve(): pass\ndef used(): pass\n"
+    assert shape.public_names(ast.parse(code)) == ["LIMIT", "used"]
+
+
+def test_a_promise_that_is_filled_in_is_no_ladder() -> None:
+    code = "class Store(Protocol): pass\nclass FileStore(Store): pass\n"
+    assert shape.ladders(ast.parse(code)) == []

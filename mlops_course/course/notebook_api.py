@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from .lessons import LessonError, find_exercise
-from .progress import change, exercise_of, note_outcomes
-from .running import FAILED, MIME, PASSED, UNATTEMPTED, judge
+from .progress import edit_progress, exercise_of, note_outcomes
+from .running import FAILED, MIME, PASSED, UNATTEMPTED, judge_answer
 from ..environment import CourseError, load_settings
 
 # %% ../../nbs/internals/01_notebook_api.ipynb #35f86e5b
@@ -71,7 +71,7 @@ def check_exercise(
     if os.environ.get("MLOPS_COURSE_CHECKING"):
         return None
     _, exercise = find_exercise(number)
-    outcome = judge(exercise.to_judge(), scope)
+    outcome = judge_answer(exercise.to_judge(), scope)
     notices = []
     if "### BEGIN HIDDEN TESTS" not in "".join(linecache.getlines(filename)):
         notices = note_outcomes(load_settings().home, [outcome])
@@ -91,7 +91,7 @@ def next_hint(
     _, exercise = find_exercise(number)
     if not exercise.hints:
         raise LessonError(f"exercise {number} has no hints", f"Run check({number!r}): its message helps")
-    with change(home) as document:
+    with edit_progress(home) as document:
         part = exercise_of(document, number)
         part["hints"] = min(part.get("hints", 0) + 1, len(exercise.hints))
         return part["hints"], exercise.hints[part["hints"] - 1]
@@ -110,7 +110,7 @@ def find_solution(
 ) -> str:
     """An exercise's solution. Raises: CourseError when it isn't passed and nobody insists."""
     _, exercise = find_exercise(number)
-    with change(home) as document:
+    with edit_progress(home) as document:
         part = exercise_of(document, number)
         if part["status"] != PASSED and not yes:
             remedy = f"mlops-course hint {number} helps. To see it anyway: mlops-course solution {number} --yes"
@@ -132,7 +132,7 @@ def check_declaration(
     """Refuse a declaration of wrong answers that can't be used. Raises: LessonError naming what is wrong."""
     remedy = 'Write wrong_answers("5.2", {"the median": ("share = x.median()", "words of the message")})'
     if len(answers) < 2:
-        raise LessonError(f"exercise {number} has {len(answers)} wrong answers, and two at least are wanted", remedy)
+        raise LessonError(f"exercise {number} has {len(answers)} wrong answers, and needs at least two", remedy)
     for label, answer in answers.items():
         if not (isinstance(answer, tuple) and len(answer) == 2 and all(isinstance(part, str) for part in answer)):
             raise LessonError(f"the wrong answer {label!r} of exercise {number} is {answer!r}", remedy)

@@ -65,7 +65,11 @@ def start_release(
     limits: ReleaseLimits | None = None,  # None: the usual ones
     reason: str = "asked for",  # why; it is kept
 ) -> Release:
-    """Put a candidate beside the live model. Raises: ReleaseError, BundleError."""
+    """Put a candidate beside the live model.
+
+    Raises:
+        ReleaseError: no model is live, the candidate can't replace it, or a release is under way.
+    """
     if strategy not in STEPS:
         raise ReleaseError(f"there is no strategy {strategy!r}", f"Take {', '.join(STEPS)}")
     settings = for_case(settings, candidate)
@@ -74,38 +78,18 @@ def start_release(
         raise ReleaseError(f"no model of {settings.use_case} is live in {settings.home}", "Publish a bundle first")
     if stable == candidate:
         raise ReleaseError(f"{candidate} is the live model already", "Name another bundle")
-    folder = bundles_folder(settings)
-    live, new = load_predictor(folder / stable), load_predictor(folder / candidate)
+    live, new = (load_predictor(bundles_folder(settings) / name) for name in (stable, candidate))
     can_replace(live, new)
     limits = _with_slices(limits or ReleaseLimits(), live)
     return create_release(settings, strategy, stable, candidate, steps, limits, reason)
 
-# %% ../../nbs/11_deployment.ipynb #e77c7776
-def promote_release(
-    settings: Settings,  # whose workspace
-    reason: str,  # why; it is kept
-) -> Release:  # as it is now
-    """Make the candidate the live model, now. Raises: ReleaseError, BundleError."""
-    release = _current(settings)
-    if release.status != "running":
-        raise ReleaseError(f"the release of {release.candidate} is {release.status}", "Start a new one")
-    return _changed(settings, release, reason, "promoted", release.candidate)
-
-
-def roll_back_release(
-    settings: Settings,  # whose workspace
-    reason: str,  # why; it is kept
-) -> Release:  # as it is now
-    """Let the stable version answer everybody again, now. Raises: ReleaseError, BundleError."""
-    release, live = _current(settings), live_reference(settings)
-    if release.status == "rolled back" or live not in (release.stable, release.candidate):
-        problem = f"the release of {release.candidate} is {release.status}, and {live or 'nothing'} is live"
-        raise ReleaseError(problem, "There is nothing to roll back; publish the bundle that shall be live")
-    return _changed(settings, release, reason, "rolled back", release.stable)
-
 # %% ../../nbs/11_deployment.ipynb #f70c8688
 def _with_slices(limits: ReleaseLimits, stable: Predictor) -> ReleaseLimits:
-    """Name the columns that make slices: whoever looks at others is blind. Raises: ReleaseError."""
+    """Name the columns that make slices: whoever looks at others is blind.
+
+    Raises:
+        ReleaseError: a named column isn't there, or isn't of categories.
+    """
     if limits.slices is None:
         return msgspec.structs.replace(limits, slices=default_slice_columns(stable))
     there = sorted(each.name for each in stable.manifest.features if each.kind == "category")
@@ -114,9 +98,46 @@ def _with_slices(limits: ReleaseLimits, stable: Predictor) -> ReleaseLimits:
         raise ReleaseError(problem, f"Slices can be made of {', '.join(there) or 'nothing'}")
     return limits
 
+# %% ../../nbs/11_deployment.ipynb #e77c7776
+def promote_release(
+    settings: Settings,  # whose workspace
+    reason: str,  # why; it is kept
+) -> Release:  # as it is now
+    """Make the candidate the live model, now.
+
+    Raises:
+        ReleaseError: no release is running.
+        BundleError: the candidate's bundle is damaged.
+    """
+    release = _current(settings)
+    if release.status != "running":
+        raise ReleaseError(f"the release of {release.candidate} is {release.status}", "Start a new one")
+    return _changed(settings, release, reason, "promoted", release.candidate)
+
+# %% ../../nbs/11_deployment.ipynb #21d16d76
+def roll_back_release(
+    settings: Settings,  # whose workspace
+    reason: str,  # why; it is kept
+) -> Release:  # as it is now
+    """Let the stable version answer everybody again, now.
+
+    Raises:
+        ReleaseError: there is nothing to roll back.
+        BundleError: the stable version's bundle is damaged.
+    """
+    release, live = _current(settings), live_reference(settings)
+    if release.status == "rolled back" or live not in (release.stable, release.candidate):
+        problem = f"the release of {release.candidate} is {release.status}, and {live or 'nothing'} is live"
+        raise ReleaseError(problem, "There is nothing to roll back; publish the bundle that shall be live")
+    return _changed(settings, release, reason, "rolled back", release.stable)
+
 # %% ../../nbs/11_deployment.ipynb #89b40a82
 def _current(settings: Settings) -> Release:
-    """The last release. Raises: ReleaseError when there never was one."""
+    """The last release.
+
+    Raises:
+        ReleaseError: there never was one.
+    """
     release = read_release(settings)
     if release is None:
         raise ReleaseError(f"there was no release in {settings.home} yet", "Start one: mlops-course release start")
@@ -138,7 +159,11 @@ def _changed(settings: Settings, release: Release, reason: str, status: str, liv
 def release_status(
     settings: Settings,  # whose workspace
 ) -> dict[str, Any]:  # ready for JSON: the release, what was counted, each check, and what would be decided
-    """Say how a release stands. Raises: ReleaseError when the file is damaged."""
+    """Say how a release stands.
+
+    Raises:
+        ReleaseError: the file is damaged.
+    """
     release, live = read_release(settings), live_reference(settings)
     if release is None:
         return {"live": live, "release": None}

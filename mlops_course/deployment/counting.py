@@ -81,7 +81,7 @@ class PairCounts(_Sums):
 # %% ../../nbs/internals/11_counting.ipynb #f82368dc
 ROLES = ("stable", "candidate", "silent_stable", "silent_candidate")
 
-
+# %% ../../nbs/internals/11_counting.ipynb #ba1b09ee
 class Counts(Struct, forbid_unknown_fields=True):
     """All that one worker, or all together, have seen of a release."""
 
@@ -110,7 +110,7 @@ class Counts(Struct, forbid_unknown_fields=True):
         self.unread = self.unread + other.unread
         _add_recent(self, other)
 
-
+# %% ../../nbs/internals/11_counting.ipynb #d28aa326
 def _add_recent(total: Counts, other: Counts) -> None:
     """Take in what another worker has counted lately; only the newest window counts."""
     if other.recent is None:

@@ -52,7 +52,11 @@ class Inbox:
         return self.path("working", self.worker)
 
     def open(self) -> Inbox:
-        """Make what isn't there yet, and a folder of one's own. Raises: WorkspaceError."""
+        """Make what isn't there yet, and a folder of one's own.
+
+        Raises:
+            WorkspaceError: a folder can't be made.
+        """
         try:
             for name in _FOLDERS:
                 self.path(name).mkdir(parents=True, exist_ok=True)
@@ -162,7 +166,7 @@ def recover_abandoned(
         folder.with_name(f"{folder.name}.lock").unlink(missing_ok=True)
     return aside
 
-
+# %% ../../nbs/internals/11_inbox.ipynb #4cd2e32b
 def _recover_file(inbox: Inbox, path: Path) -> str:  # why it was set aside; empty: the others may have it
     """One file of a dead process: back to the others, or aside when that happened too often."""
     notes = inbox.path("working", f"{path.name}.deaths")

@@ -23,7 +23,7 @@ __all__ = ['Check', 'judge_counts', 'judge_recent', 'ReleaseDecision', 'decide_r
 # %% ../../nbs/internals/11_judging.ipynb #ebfd28a8
 _Verdict = Literal["pass", "fail", "inconclusive", "insufficient"]
 
-
+# %% ../../nbs/internals/11_judging.ipynb #6b69717d
 @dataclass(frozen=True)
 class Check:
     """One quantity of a release, with its limit."""

@@ -69,7 +69,7 @@ def review_release(
         _carry_out(settings, release, decision)
     return decision
 
-
+# %% ../../nbs/internals/11_leader.ipynb #be130afb
 def _decide(settings: Settings, release: Release, seconds: float) -> ReleaseDecision:
     """What shall be done with a release, by what is live and what was counted."""
     live = live_reference(settings)

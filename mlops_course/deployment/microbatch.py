@@ -25,14 +25,14 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['ScoredFile', 'score_file', 'score_arrivals', 'watch_inbox']
+__all__ = ['ScoredFile', 'score_file', 'watch_inbox']
 
 # %% ../../nbs/internals/11_microbatch.ipynb #85b8b4f8
 _MISSING = ["", "NA", "NaN", "nan", "null", "None"]  # what a number that is missing looks like in a CSV file
 
 
 def _read(path: Path, predictor: Predictor) -> pd.DataFrame:
-    """Read a file of features. Raises: InboxError."""
+    """Read a file of features; an InboxError says what is wrong with it."""
     import zlib
 
     import pandas as pd
@@ -92,7 +92,11 @@ def score_file(
 
 # %% ../../nbs/internals/11_microbatch.ipynb #4247980c
 def _answers(path: Path, predictor: Predictor) -> tuple[int, str, bytes]:
-    """How many rows, who scored them, and a file of answers. Raises: CourseError when the file can't be scored."""
+    """How many rows, who scored them, and a file of answers.
+
+    Raises:
+        CourseError: the file can't be scored.
+    """
     frame, memory = _read(path, predictor), BytesIO()
     predictor.predict(frame).to_parquet(memory, index=False)
     return len(frame), predictor.reference, memory.getvalue()
@@ -114,12 +118,16 @@ def _why(error: Exception, path: Path) -> str:
     return f"{path.name} can't be scored: {type(error).__name__}: {first_line}"
 
 # %% ../../nbs/internals/11_microbatch.ipynb #b3f1ac10
-def score_arrivals(
+def _score_arrivals(
     settings: Settings,  # whose live model scores
     inbox: Inbox,  # of this process
     settle: float = 1.0,  # seconds for which a file must not have changed
 ) -> Iterator[ScoredFile]:  # one by one, as they are done
-    """Score all files that have arrived, until there is none. Raises: InboxError when no model is live."""
+    """Score all files that have arrived, until there is none.
+
+    Raises:
+        InboxError: no model is live.
+    """
     for name, reason in recover_abandoned(inbox):
         yield _logged(inbox, ScoredFile(name, "rejected", 0, "", "", reason, 0.0))
     folder, predictor = None, None
@@ -132,7 +140,7 @@ def score_arrivals(
             folder, predictor = live, load_predictor(live)
         yield _logged(inbox, score_file(inbox, path, predictor))
 
-
+# %% ../../nbs/internals/11_microbatch.ipynb #d2a239e0
 def _logged(inbox: Inbox, scored: ScoredFile) -> ScoredFile:
     """Add a line to the log."""
     with inbox.path("log.jsonl").open("a", encoding="utf-8") as file:
@@ -148,11 +156,16 @@ def watch_inbox(
     poll: float = 1.0,  # seconds between two looks
     settle: float = 1.0,  # seconds for which a file must not have changed
 ) -> int:  # how many files were looked at
-    """Score files as they arrive, until interrupted. Raises: InboxError, WorkspaceError."""
+    """Score files as they arrive, until interrupted.
+
+    Raises:
+        InboxError: no model is live.
+        WorkspaceError: the folder can't be written to.
+    """
     inbox, count = Inbox(folder).open(), 0
     try:
         while True:
-            for scored in score_arrivals(settings, inbox, settle):
+            for scored in _score_arrivals(settings, inbox, settle):
                 tell(scored)
                 count += 1
             if once:

@@ -98,7 +98,7 @@ def _pick_rows(
             done |= slices
     return chosen
 
-
+# %% ../../nbs/internals/11_pairing.ipynb #30a96347
 def _as_dict(record: Record, predictor: Predictor) -> dict[str, Any]:
     """A row by feature name, whatever the service made of it."""
     if isinstance(record, msgspec.Struct):

@@ -36,7 +36,11 @@ _OLD_WORDS = {  # limits in files of earlier versions
 def release_folder(
     settings: Settings,  # whose workspace; they may name a use case
 ) -> Path | None:  # None: nothing is served, and nothing was ever released
-    """Where the state of a use case's releases lies. Raises: BundleError when several use cases are meant."""
+    """Where the state of a use case's releases lies.
+
+    Raises:
+        BundleError: several use cases could be meant.
+    """
     name = served_case(settings) or served_case(settings, _RELEASE)
     return case_folder(settings, name) if name else None
 
@@ -52,7 +56,11 @@ def release_file(
 def read_release(
     settings: Settings,  # whose workspace
 ) -> Release | None:  # None: there never was one
-    """The release that is under way, or the last one. Raises: ReleaseError when the file is damaged."""
+    """The release that is under way, or the last one.
+
+    Raises:
+        ReleaseError: the file is damaged.
+    """
     path = release_file(settings)
     if path is None:
         return None
@@ -64,9 +72,13 @@ def read_release(
         remedy = "Correct it, or move it away: the live model goes on serving without it"
         raise ReleaseError(f"can't read {path}: {error}", remedy) from error
 
-
+# %% ../../nbs/internals/11_release_files.ipynb #9811ee80
 def _decode(content: bytes) -> Release:
-    """A release as it was written, also by an earlier version. Raises: msgspec.DecodeError."""
+    """A release as it was written, also by an earlier version.
+
+    Raises:
+        msgspec.DecodeError: it isn't a release.
+    """
     found = msgspec.json.decode(content)
     if isinstance(found, dict) and isinstance(limits := found.get("limits"), dict):
         found["limits"] = {_OLD_WORDS.get(name, name): value for name, value in limits.items()}
@@ -117,7 +129,11 @@ def _append_history(settings: Settings, release: Release | None) -> None:
 
 # %% ../../nbs/internals/11_release_files.ipynb #00351671
 def _folder(settings: Settings) -> Path:
-    """Where releases are written down. Raises: ReleaseError when nothing is served."""
+    """Where releases are written down.
+
+    Raises:
+        ReleaseError: nothing is served.
+    """
     folder = release_folder(settings)
     if folder is None:
         raise ReleaseError(f"nothing is served from {settings.home}", "Publish a bundle first")
@@ -133,7 +149,11 @@ def _now() -> str:
 def _release_lock(
     settings: Settings,  # whose workspace
 ) -> Iterator[None]:
-    """Wait until nobody else changes the release. Raises: ReleaseError."""
+    """Wait until nobody else changes the release.
+
+    Raises:
+        ReleaseError: somebody else does so for 20 seconds.
+    """
     from filelock import FileLock, Timeout
 
     path = _folder(settings) / "release.lock"
@@ -148,13 +168,17 @@ def _release_lock(
 def refuse_during_release(
     settings: Settings,  # whose workspace
 ) -> None:
-    """Whoever begins another release, or publishes by hand, would go past the checks. Raises: ReleaseError."""
+    """Whoever begins another release, or publishes by hand, would go past the checks.
+
+    Raises:
+        ReleaseError: a release is running.
+    """
     last = read_release(settings)
     if last is not None and last.status == "running":
         since = f"{last.candidate} is being released since {last.started}"
         raise ReleaseError(since, "End it first: mlops-course release promote, or rollback")
 
-
+# %% ../../nbs/internals/11_release_files.ipynb #a10db9dd
 def create_release(
     settings: Settings,  # whose workspace
     strategy: str,  # shadow, canary, blue-green or ab
@@ -164,7 +188,11 @@ def create_release(
     limits: ReleaseLimits | None = None,  # None: the usual ones
     reason: str = "asked for",  # why; it is kept
 ) -> Release:
-    """Write down that a release begins. Raises: ReleaseError when one is under way, or a value is wrong."""
+    """Write down that a release begins.
+
+    Raises:
+        ReleaseError: one is under way, or a value is wrong.
+    """
     release = new_release(strategy, stable, candidate, steps, limits, reason)
     settings = for_case(settings, candidate)
     with _release_lock(settings):
@@ -180,7 +208,11 @@ def update_release(
     live: str | None = None,  # the version that becomes live with this step; None: the live model stays
     **values: Any,  # what becomes different: status, or step and before
 ) -> Release | None:  # None: somebody else has changed it meanwhile, and nothing was done
-    """Take a release one step further, promote it, or roll it back. Raises: ReleaseError, BundleError."""
+    """Take a release one step further, promote it, or roll it back.
+
+    Raises:
+        ReleaseError: the file is damaged or locked, or the live version's bundle is.
+    """
     settings = for_case(settings, seen.candidate)
     with _release_lock(settings):
         now = read_release(settings)
@@ -194,7 +226,7 @@ def update_release(
         told = {"reason": reason, "by": by, "changed": _now(), "revision": now.revision + 1}
         return _write(settings, msgspec.structs.replace(now, **values, **told))
 
-
+# %% ../../nbs/internals/11_release_files.ipynb #398ef7cf
 def live_reference(
     settings: Settings,  # whose workspace
 ) -> str | None:  # such as flight-delay@3

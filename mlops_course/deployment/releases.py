@@ -104,7 +104,7 @@ class Release(Struct, frozen=True, forbid_unknown_fields=True):
         """How long the present step has lasted."""
         return _seconds_since(self.changed, now)
 
-
+# %% ../../nbs/internals/11_releases.ipynb #de9b1d0a
 def _seconds_since(written: str, now: datetime | None) -> float:
     """How long ago a time was written down."""
     return ((now or datetime.now(UTC)) - datetime.fromisoformat(written)).total_seconds()
@@ -135,7 +135,11 @@ def new_release(
 
 # %% ../../nbs/internals/11_releases.ipynb #5658a7be
 def _checked(values: dict[str, Any]) -> Release:
-    """A release of these values. Raises: ReleaseError that names the wrong one."""
+    """A release of these values.
+
+    Raises:
+        ReleaseError: a value is wrong; it is named.
+    """
     try:
         release = msgspec.convert(values, Release)
     except msgspec.ValidationError as error:

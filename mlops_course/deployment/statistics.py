@@ -126,7 +126,7 @@ def quantile_buckets(
         first = bucket + 1  # it is above the edge of this one
     return first, len(buckets) - 1
 
-
+# %% ../../nbs/internals/11_statistics.ipynb #780ed1f5
 def times_of(
     first: int,  # a bucket
     last: int,  # the same, or a later one

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 # %% auto #0
-__all__ = ['can_replace', 'Counter', 'Route', 'Router', 'ReleaseModels']
+__all__ = ['can_replace', 'Counter', 'Route', 'ReleaseModels']
 
 # %% ../../nbs/internals/11_workers.ipynb #057281b5
 import numpy as np
@@ -41,7 +41,11 @@ def can_replace(
     stable: Predictor,  # that answers now
     candidate: Predictor,  # that shall answer the same requests
 ) -> None:
-    """Make sure that callers don't notice who answers. Raises: ReleaseError."""
+    """Make sure that callers don't notice who answers.
+
+    Raises:
+        ReleaseError: the candidate takes other features, or gives no score.
+    """
     mine, others = ({each.name: each.kind for each in which.manifest.features} for which in (candidate, stable))
     different = sorted(dict(mine.items() ^ others.items()))
     if different:
@@ -111,7 +115,7 @@ class Route:
         counter.write(settings)
 
 # %% ../../nbs/internals/11_workers.ipynb #fc915335
-class Router:
+class _Router:
     """Follows the release that is under way."""
 
     def __init__(self) -> None:
@@ -140,7 +144,7 @@ class Router:
             return Route(release, before.stable, before.candidate, before.counter)
         return _load_route(settings, release, live.predictor)
 
-
+# %% ../../nbs/internals/11_workers.ipynb #f8fc77b2
 def _load_route(settings: Settings, release: Release, stable: Predictor) -> Route | None:
     """Load the candidate and put it beside the stable version; None: it can't be used."""
     counter, answers = Counter(release), Choice(stable, "stable")
@@ -160,11 +164,15 @@ class ReleaseModels(LiveModels):
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
-        self.router = Router()
+        self.router = _Router()
         self.leader = Leader()
 
     def choose(self, sticky: str | None) -> Choice:
-        """Who answers; without a key, chance decides. Raises: Problem when there is none."""
+        """Who answers; without a key, chance decides.
+
+        Raises:
+            Problem: there is no model.
+        """
         route = self.router.route
         return self.live() if route is None else route.choose(sticky)
 

@@ -37,17 +37,15 @@ from .runs import PipelineRun, RunError, StageRun, compare_runs, find_run, list_
 from .runs import new_run, run_lock, save_run
 
 # %% ../../nbs/09_pipelines.ipynb #31f5aee1
+from .attempt import StageError
+from .executor import Executor, LazyExecutor, shares
 from mlops_course.pipelines.scheduler import (
-    Executor,
-    LazyWorkers,
-    Session,
-    StageError,
+    RunSession,
     conduct,
     ending,
     interruptible,
-    require_secrets,
-    shares,
 )
+from .secrets import require_secrets
 
 _all_ = ["Parameter", "Pipeline", "Stage", "Options", "Planned", "PipelineRun", "StageRun"]
 _all_ += ["CourseError", "ParameterError", "PipelineError", "ResultError", "RunError", "StageError"]
@@ -97,10 +95,10 @@ def run(
     Raises: PipelineError and ParameterError before anything has run; StageError, WorkspaceError, KeyboardInterrupt.
     """
     context = prepare(pipeline, parameters, settings, options)
-    require_secrets(context)
+    require_secrets(context.wanted, context.values)
     context.settings.prepare()
     width, threads = shares(context)
-    with interruptible(), contextlib.closing(LazyWorkers(context, threads)) as workers:
+    with interruptible(), contextlib.closing(LazyExecutor(context, threads)) as workers:
         return _run(context, workers, width, on_event)
 
 # %% ../../nbs/09_pipelines.ipynb #9e98ca81
@@ -109,7 +107,7 @@ def _run(
     workers: Executor,
     width: int,
     on_event: Listener | None,
-    shared: tuple[list[Session], Ledger] | None = None,
+    shared: tuple[list[RunSession], Ledger] | None = None,
 ) -> PipelineRun:
     """One run, on workers that may serve others too."""
     options = {name: value for name, value in vars(context.options).items() if value not in (None, False)}
@@ -117,7 +115,7 @@ def _run(
     limit = context.options.timeout or context.pipeline.timeout
     deadline = time.monotonic() + limit if limit else None
     sessions, ledger = shared or ([], Ledger())
-    session = Session(context, record, workers, on_event, ledger=ledger, deadline=deadline)
+    session = RunSession(context, record, workers, on_event, ledger=ledger, deadline=deadline)
     sessions.append(session)
     save_run(record)
     try:
@@ -179,15 +177,15 @@ def backfill(
 # %% ../../nbs/09_pipelines.ipynb #9ad6c24e
 def _fill_all(contexts: Mapping[str, Context], on_event: Listener | None) -> list[Filled]:
     """All runs of a backfill, so many at a time, on workers that they share."""
-    first, sessions, ledger = next(iter(contexts.values())), list[Session](), Ledger()
+    first, sessions, ledger = next(iter(contexts.values())), list[RunSession](), Ledger()
     for context in contexts.values():
-        require_secrets(context)
+        require_secrets(context.wanted, context.values)
     first.settings.prepare()
     width = first.options.width or min(cores(), len(contexts))
     threads = first.settings.threads or max(1, cores() // width)
     with (
         interruptible(),
-        contextlib.closing(LazyWorkers(first, threads)) as workers,
+        contextlib.closing(LazyExecutor(first, threads)) as workers,
         ThreadPoolExecutor(width) as pool,
     ):
         shared = (workers, on_event, sessions, ledger)
@@ -200,7 +198,7 @@ def _fill_one(
     context: Context,
     workers: Executor,
     on_event: Listener | None,
-    sessions: list[Session],
+    sessions: list[RunSession],
     ledger: Ledger,
 ) -> Filled:
     """One run of a backfill, which reports its failure instead of raising it."""
@@ -215,7 +213,7 @@ def _fill_one(
     return Filled(value, status, round(time.perf_counter() - begin, 3), mine[0] if mine else "", error)
 
 # %% ../../nbs/09_pipelines.ipynb #1fbcf8ba
-def _collect(futures: Mapping[str, Future[Filled]], sessions: list[Session]) -> list[Filled]:
+def _collect(futures: Mapping[str, Future[Filled]], sessions: list[RunSession]) -> list[Filled]:
     """Wait for all runs. When interrupted, stop them all and wait until they have stopped."""
     try:
         while not all(future.done() for future in futures.values()):

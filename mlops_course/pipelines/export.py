@@ -6,7 +6,7 @@
 __all__ = ['COMMAND', 'PREFIX', 'ONLY', 'GITHUB_NAMES', 'OWN_NAMES', 'GITHUB_INPUTS', 'Step', 'CACHE_KEY', 'IMAGE', 'CLAIM',
            'AIRFLOW_HEAD', 'AIRFLOW_VALUES', 'AIRFLOW_INPUTS', 'AIRFLOW_RESULTS', 'AIRFLOW_SECRETS',
            'AIRFLOW_ENVIRONMENT', 'AIRFLOW_FOLDER', 'AIRFLOW_OPERATOR', 'AIRFLOW_POD', 'AIRFLOW_DAG', 'AIRFLOW_TYPES',
-           'AIRFLOW_REST', 'SYSTEMS', 'stage_values', 'run_stage', 'find_stage', 'main', 'Place', 'place_for', 'export',
+           'AIRFLOW_REST', 'SYSTEMS', 'stage_values', 'run_stage', 'main', 'Place', 'place_for', 'export',
            'save_export']
 
 # %% ../../nbs/internals/09_export.ipynb #3e38e867
@@ -18,10 +18,9 @@ import pprint
 import re
 import shlex
 import sys
-import time
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -31,6 +30,7 @@ import yaml
 # %% ../../nbs/internals/09_export.ipynb #7a3e5a68
 import mlops_course
 from ..environment import CourseError, find_project, load_settings, write_atomic
+from .attempt import make_request, require_recorded, try_stage
 from mlops_course.pipelines.definition import (
     Pipeline,
     Stage,
@@ -40,7 +40,7 @@ from mlops_course.pipelines.definition import (
 )
 from .parameters import Parameter, fill
 from .notebooks import ParameterError, PipelineError, suggest
-from .results import ResultError, fresh_folder, read_result, stage_folder
+from .results import ResultError, read_result, stage_folder
 
 # %% ../../nbs/internals/09_export.ipynb #9b4cb48d
 def stage_values(
@@ -52,7 +52,7 @@ def stage_values(
     """A stage's values. Raises: ParameterError, or ResultError when a stage before it recorded too little."""
     values = fill(dict(stage.parameters), check_parameters(pipeline, given))
     kinds = {name: kind for each in pipeline.stages for name, kind in each.outputs.items()}
-    for parameter, output in stage.inputs.items():  # type: ignore[union-attr]
+    for parameter, output in stage.sources.items():
         maker = pipeline.producers[output]
         results = read_result(folder / f"{maker}.ipynb")
         if output not in results:
@@ -72,66 +72,36 @@ def run_stage(
     retry: bool = False,  # try as often as the pipeline says; False: whoever calls this does it
 ) -> dict[str, Any]:  # what it recorded
     """Run one stage of a pipeline, and leave its executed notebook in the folder. Raises: CourseError."""
-    stage = find_stage(pipeline, name)
+    stage = pipeline.stage(name)
     folder = Path(folder).absolute()
     values = stage_values(pipeline, stage, folder, given)
     folder.mkdir(parents=True, exist_ok=True)
     output = folder / f"{name}.ipynb"
-    _attempt(pipeline, stage, values, output, 1 + stage.retries if retry else 1)
+    _attempt(pipeline, stage, values, output, retry)
     results = read_result(output)
-    for promised in stage.outputs:
-        if promised not in results:
-            remedy = f"Call record_result({promised}=…) in its notebook"
-            raise ResultError(f"stage {name} promises {promised!r}, but did not record it", remedy)
+    require_recorded(stage, results)
     return results
 
-# %% ../../nbs/internals/09_export.ipynb #2d6c927c
-def find_stage(
-    pipeline: Pipeline,  # where to look
-    name: str,  # of the stage
-) -> Stage:
-    """One of a pipeline's stages. Raises: ParameterError with those that there are."""
-    for stage in pipeline.stages:
-        if stage.name == name:
-            return stage
-    raise ParameterError(f"{pipeline.where} has no stage {name!r}", suggest(name, [s.name for s in pipeline.stages]))
 
 # %% ../../nbs/internals/09_export.ipynb #2cbeef55
-def _attempt(pipeline: Pipeline, stage: Stage, values: Mapping[str, Any], output: Path, attempts: int) -> None:
+def _attempt(pipeline: Pipeline, stage: Stage, values: Mapping[str, Any], output: Path, retry: bool) -> None:
     """Execute a stage's notebook, by the same processes as everywhere; what it prints goes to the log."""
-    from mlops_course.pipelines.engine.workers import CellError, TimedOut, WorkerDied, Workers
+    from mlops_course.pipelines.engine.workers import Workers
 
     settings = load_settings().prepare()
+    stage = stage if retry else replace(stage, retries=0)
+
+    def execute(number: int) -> Any:
+        request = make_request(pipeline, stage, settings, values, output)
+        return workers.execute(request, lambda event: print(event.text, flush=True) if event.kind == "line" else None)
+
+    def tell(error: Exception, number: int) -> None:
+        print(f"attempt {number} of {1 + stage.retries} failed: {error}", file=sys.stderr, flush=True)
+
     workers = Workers(threads=settings.threads)
     with workers:
-        for attempt in range(1, attempts + 1):
-            request = _request(pipeline, stage, values, output, settings)
-            try:
-                workers.execute(request, lambda event: print(event.text, flush=True) if event.kind == "line" else None)
-                return
-            except (CellError, WorkerDied, TimedOut) as error:
-                if attempt == attempts:
-                    raise
-                print(f"attempt {attempt} of {attempts} failed: {error}", file=sys.stderr, flush=True)
-            time.sleep(stage.backoff * 2 ** (attempt - 1))
+        try_stage(stage, execute, tell)
 
-# %% ../../nbs/internals/09_export.ipynb #52b5f933
-def _request(pipeline: Pipeline, stage: Stage, values: Mapping[str, Any], output: Path, settings: Any) -> Any:
-    """What a worker must know to execute a stage; a secret's value is masked in all that is saved."""
-    from mlops_course.pipelines.scheduler import stage_environment
-    from mlops_course.pipelines.engine.workers import Request
-
-    environment = stage_environment(settings, pipeline, stage)
-    return Request(
-        notebook=pipeline.notebook(stage),
-        output=output,
-        parameters=dict(values),
-        folder=fresh_folder(output.parent, stage.name),
-        environment=environment,
-        paths=(str(pipeline.folder), str(Path.cwd())),
-        timeout=stage.timeout,
-        secrets=tuple(environment[name] for name in stage.secrets),
-    )
 
 # %% ../../nbs/internals/09_export.ipynb #d8c00272
 COMMAND = ("python", "-m", "mlops_course.pipelines.export")  # what the exported workflows call
@@ -853,7 +823,7 @@ def _airflow_parameter(parameter: Parameter) -> dict[str, Any]:
 def _airflow_stage(pipeline: Pipeline, stage: Stage) -> dict[str, Any]:
     """All that the file must know about a stage."""
     kinds = {name: kind for each in pipeline.stages for name, kind in each.outputs.items()}
-    made = {p: (pipeline.producers[output], output, kinds[output]) for p, output in stage.inputs.items()}  # type: ignore[union-attr]
+    made = {p: (pipeline.producers[output], output, kinds[output]) for p, output in stage.sources.items()}
     return {
         "notebook": str(stage.notebook),
         "needs": [each.name for each in pipeline.stages if each.name in pipeline.needs[stage.name]],
