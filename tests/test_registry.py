@@ -31,6 +31,7 @@ from mlops_course.experiments import (
 )
 from mlops_course.project import flight_delay
 from mlops_course.registry import (
+    PromotionDecision,
     RegistryError,
     _new_version,
     champion_reference,
@@ -347,6 +348,7 @@ def test_a_champion_that_has_seen_the_test_is_not_compared(
     assert not found.promote
     assert "flight-delay@3 has seen months of the test" in found.reason
     assert "test on later months" in found.reason
+    assert found == PromotionDecision(False, found.reason)
 
 
 @pytest.mark.parametrize(("high", "promoted"), [(-0.0001, True), (0.0, False), (0.001, False)])

@@ -91,6 +91,28 @@ def _do(parts: list[list[str]], home: Path) -> dict[str, Any]:
         return {"failed": "", "sound": False, "message": f"{type(error).__name__}: {error}"}
     return {"failed": "", "sound": True, "message": ""}
 
+# %% ../../nbs/internals/01_labs.ipynb #d96a1a82
+def _lab_of(lesson: Lesson) -> Lab:
+    if lesson.lab is None:
+        raise LessonError(f"section {lesson.number} has no lab", "See mlops-course progress for those that have one")
+    return lesson.lab
+
+
+def _may_be_broken(note: dict[str, Any]) -> bool:
+    """Whether a lab is broken, or was being broken when something went wrong."""
+    return bool(note.get("broken") or note.get("breaking"))
+
+
+def _lab_note(lesson: Lesson, home: Path) -> dict[str, Any]:
+    """What is written down about a lab."""
+    with edit_progress(home) as document:
+        return dict(section_of(document, lesson.number)["lab"])
+
+
+def _write_note(lesson: Lesson, home: Path, **facts: Any) -> None:
+    with edit_progress(home) as document:
+        section_of(document, lesson.number)["lab"].update(facts)
+
 # %% ../../nbs/internals/01_labs.ipynb #0dea54d3
 def break_lab(
     lesson: Lesson,
@@ -149,28 +171,6 @@ def check_lab(
     if note.get("passed"):
         return "passed", "It was broken, and you fixed it."
     return "unattempted", f"You have seen the fix. Now on your own: mlops-course break {lesson.number}"
-
-# %% ../../nbs/internals/01_labs.ipynb #d96a1a82
-def _lab_of(lesson: Lesson) -> Lab:
-    if lesson.lab is None:
-        raise LessonError(f"section {lesson.number} has no lab", "See mlops-course progress for those that have one")
-    return lesson.lab
-
-
-def _may_be_broken(note: dict[str, Any]) -> bool:
-    """Whether a lab is broken, or was being broken when something went wrong."""
-    return bool(note.get("broken") or note.get("breaking"))
-
-
-def _lab_note(lesson: Lesson, home: Path) -> dict[str, Any]:
-    """What is written down about a lab."""
-    with edit_progress(home) as document:
-        return dict(section_of(document, lesson.number)["lab"])
-
-
-def _write_note(lesson: Lesson, home: Path, **facts: Any) -> None:
-    with edit_progress(home) as document:
-        section_of(document, lesson.number)["lab"].update(facts)
 
 # %% ../../nbs/internals/01_labs.ipynb #d7738d77
 def prove_lab(

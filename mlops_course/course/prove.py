@@ -56,6 +56,17 @@ def prove_stubs(
     ]
     return proofs + [Proof(f"copy, code cell {each.cell}", False, each.message) for each in report.problems]
 
+# %% ../../nbs/internals/01_prove.ipynb #b7be1c7d
+def _prove_wrong(lesson: Lesson, record: dict[str, Any]) -> Proof:
+    """A wrong answer is refused, and its message has the promised words."""
+    wrong = next(each for each in lesson.exercises[record["id"]].wrong if each.label == record["label"])
+    what = f"{record['id']} wrong answer {wrong.label!r}"
+    if record["status"] != FAILED:
+        return Proof(what, False, f"is {record['status']}, but should fail")
+    if wrong.words not in record["message"]:
+        return Proof(what, False, f"the message lacks {wrong.words!r}: {record['message']}")
+    return Proof(what, True, record["message"])
+
 # %% ../../nbs/internals/01_prove.ipynb #f08286a6
 def prove_solutions(
     lesson: Lesson,
@@ -97,17 +108,6 @@ def _names(source: str) -> tuple[set[str], set[str]]:
         return set(), set()
     read = {node.id for node in names if isinstance(node.ctx, ast.Load)}
     return read, {node.id for node in names if isinstance(node.ctx, ast.Store)}
-
-# %% ../../nbs/internals/01_prove.ipynb #b7be1c7d
-def _prove_wrong(lesson: Lesson, record: dict[str, Any]) -> Proof:
-    """A wrong answer is refused, and its message has the promised words."""
-    wrong = next(each for each in lesson.exercises[record["id"]].wrong if each.label == record["label"])
-    what = f"{record['id']} wrong answer {wrong.label!r}"
-    if record["status"] != FAILED:
-        return Proof(what, False, f"is {record['status']}, but should fail")
-    if wrong.words not in record["message"]:
-        return Proof(what, False, f"the message lacks {wrong.words!r}: {record['message']}")
-    return Proof(what, True, record["message"])
 
 # %% ../../nbs/internals/01_prove.ipynb #4667cf1e
 def prove_declarations(

@@ -20,8 +20,7 @@ from mlops_course.data.windows import (
 from ..project import LATE_AFTER, NEW_YORK, flight_delay
 
 # %% auto #0
-__all__ = ['WEATHER', 'PUBLISHED_AFTER', 'arrival_features', 'departure_features', 'overdue_features', 'LegState', 'previous_leg',
-           'weather_features', 'schedule_features', 'flight_features']
+__all__ = ['WEATHER', 'PUBLISHED_AFTER', 'previous_leg', 'flight_features']
 
 # %% ../../nbs/internals/05_features.ipynb #7e3fcdb0
 _BOTH = ("late_rate", "mean_delay")
@@ -46,11 +45,11 @@ _DEPARTURE_WINDOWS: dict[str, Windows] = {
 _OVERDUE_GROUPS = ("system", "origin", "carrier", "origin_carrier", "dest")
 
 # %% ../../nbs/internals/05_features.ipynb #16259f56
-def arrival_features(
+def _arrival_features(
     group: Group,  # which flights belong together
     time: Timeline,  # what happened when
 ) -> dict[str, np.ndarray]:  # (n,) float32 by name
-    "Take means over flights that had arrived by T."
+    """Take means over flights that had arrived by T."""
     values = {
         "late_rate": (time.arrival_delay > LATE_AFTER).astype(np.int64),
         "mean_delay": time.arrival_delay,
@@ -62,11 +61,11 @@ def arrival_features(
     return window_means(group, wanted, time.prediction_time, time.arrival, time.landed, values)
 
 
-def departure_features(
+def _departure_features(
     group: Group,  # which flights belong together
     time: Timeline,  # what happened when
 ) -> dict[str, np.ndarray]:  # (n,) float32 by name
-    "Take means over flights that had left by T."
+    """Take means over flights that had left by T."""
     late = (time.departure_delay > LATE_AFTER).astype(np.int64)
     values = {"departure_delay": time.departure_delay, "departed_late": late}
     wanted = _DEPARTURE_WINDOWS[group.name]
@@ -76,11 +75,11 @@ def departure_features(
 _OVERDUE_LIMIT = 6 * HOUR  # minutes after which an overdue flight counts as cancelled
 
 
-def overdue_features(
+def _overdue_features(
     group: Group,  # which flights belong together
     time: Timeline,  # what happened when
 ) -> dict[str, np.ndarray]:  # (n,) float32: number of overdue flights, and the minutes they have waited
-    "Count flights that are past their schedule and have not left at T."
+    """Count flights that are past their schedule and have not left at T."""
     given_up = time.scheduled + _OVERDUE_LIMIT
     gone = np.where(time.departed, np.clip(time.departure, time.scheduled, given_up), given_up)
     order = group.order
@@ -96,8 +95,8 @@ def overdue_features(
     }
 
 # %% ../../nbs/internals/05_features.ipynb #027c0951
-class LegState(IntEnum):
-    "What is known at T about an earlier flight of the same aircraft."
+class _LegState(IntEnum):
+    """What is known at T about an earlier flight of the same aircraft."""
 
     NONE = -1  # there is none
     NOT_DUE = 0
@@ -111,7 +110,7 @@ def previous_leg(
     time: Timeline,  # what happened when
     steps: int,  # 1: the last leg, 2: the one before
 ) -> dict[str, np.ndarray]:  # (n,) float32 by name
-    "Describe an earlier flight of the same aircraft, as known at T; legs older than two days do not count."
+    """Describe an earlier flight of the same aircraft, as known at T; legs older than two days do not count."""
     before = _earlier(aircraft, steps)
     there = (before >= 0) & (time.scheduled - time.scheduled[before] < 2 * DAY)
     now, gap = time.prediction_time, time.scheduled - time.scheduled[before]
@@ -120,10 +119,10 @@ def previous_leg(
     waiting = there & ~landed & ~flying & (time.scheduled[before] <= now)
     delays = [time.arrival_delay[before], time.departure_delay[before], now - time.scheduled[before]]
     delay = np.select([landed, flying, waiting], delays, default=0)
-    states = [LegState.LANDED, LegState.FLYING, LegState.WAITING, LegState.NOT_DUE]
-    state = np.select([landed, flying, waiting, there], states, default=LegState.NONE)
+    states = [_LegState.LANDED, _LegState.FLYING, _LegState.WAITING, _LegState.NOT_DUE]
+    state = np.select([landed, flying, waiting, there], states, default=_LegState.NONE)
     back = time.scheduled[before] + 2 * time.block[before]  # it flies there and returns: the earliest it can be here
-    known, slack = state >= LegState.WAITING, time.scheduled - back
+    known, slack = state >= _LegState.WAITING, time.scheduled - back
     columns = {
         "state": (state, there), "delay": (delay, known), "gap": (gap, there),
         "slack": (slack, there), "slack_left": (slack - delay, there),
@@ -169,14 +168,14 @@ def _newest_reports(key: np.ndarray, values: np.ndarray, origin: np.ndarray, tim
     return np.where(fresh[:, None], values[position], np.float32(np.nan))
 
 # %% ../../nbs/internals/05_features.ipynb #a6cd49d4
-def weather_features(
+def _weather_features(
     weather: pd.DataFrame,  # one row an origin and hour
     origins: pd.Index,  # origins by code
     origin: np.ndarray,  # (n,) int64, code of each flight's origin
     prediction_time: np.ndarray,  # (n,) int64, minutes
     zero: int,  # minutes since 1970 at which the clock starts
 ) -> dict[str, np.ndarray]:  # (n,) float32 by name
-    "Give each flight the weather that was published at T, and its change over four hours."
+    """Give each flight the weather that was published at T, and its change over four hours."""
     reports = weather[weather["origin"].isin(origins)]
     key = pack(origins.get_indexer(reports["origin"]), minutes_of(reports["time_hour"]) + PUBLISHED_AFTER - zero)
     reports, key = reports[key % 2**32 < 2**31], key[key % 2**32 < 2**31]
@@ -196,13 +195,13 @@ def _weather_names() -> list[str]:
     return [*WEATHER.values(), *(f"{name}_change_4h" for name in _CHANGES)]
 
 # %% ../../nbs/internals/05_features.ipynb #3909f7ca
-def schedule_features(
+def _schedule_features(
     flights: pd.DataFrame,  # sorted by scheduled departure
     planes: pd.DataFrame,  # with `tailnum`, `seats`, `year`
     time: Timeline,  # for the planned duration
     crowds: Iterable[Group],  # flights that leave from the same place in the same hour
 ) -> dict[str, np.ndarray]:  # (n,) float32 by name
-    "Describe what has been known for weeks: clock times, distance, aircraft, how crowded the hour is."
+    """Describe what has been known for weeks: clock times, distance, aircraft, how crowded the hour is."""
     known = planes.drop_duplicates("tailnum").set_index("tailnum")
     built, seats = (flights["tailnum"].map(known[name]).to_numpy(np.float32) for name in ("year", "seats"))
     distance = flights["distance"].to_numpy()
@@ -254,11 +253,11 @@ def _group_features(group: Group, time: Timeline) -> dict[str, np.ndarray]:
     """All features of one group."""
     features: dict[str, np.ndarray] = {}
     if group.name in _ARRIVAL_WINDOWS:
-        features |= arrival_features(group, time)
+        features |= _arrival_features(group, time)
     if group.name in _DEPARTURE_WINDOWS:
-        features |= departure_features(group, time)
+        features |= _departure_features(group, time)
     if group.name in _OVERDUE_GROUPS:
-        features |= overdue_features(group, time)
+        features |= _overdue_features(group, time)
     if group.name == "aircraft":
         features |= previous_leg(group, time, 1) | previous_leg(group, time, 2)
     return features
@@ -310,7 +309,7 @@ def flight_features(
     groups, crowds, origins = _groups(flights)
     work = [delayed(_group_features)(group, time) for group in groups.values()]
     origin = groups["origin"].codes
-    work.append(delayed(weather_features)(tables["weather"], origins, origin, time.prediction_time, zero))
-    work.append(delayed(schedule_features)(flights, tables["planes"], time, crowds))
+    work.append(delayed(_weather_features)(tables["weather"], origins, origin, time.prediction_time, zero))
+    work.append(delayed(_schedule_features)(flights, tables["planes"], time, crowds))
     parts = Parallel(n_jobs=threads or -1, prefer="threads")(work)
     return _frame(flights, horizon, {name: values for part in reversed(parts) for name, values in part.items()})

@@ -29,7 +29,7 @@ __all__ = ['DataError', 'parse_month', 'months', 'month_after', 'table_name', 't
 
 # %% ../../nbs/internals/05_tables.ipynb #82433cf7
 class DataError(CourseError):
-    "A delivery, a table or a month is not what it must be."
+    """A delivery, a table or a month is not what it must be."""
 
 
 def parse_month(
@@ -67,7 +67,7 @@ def month_after(
     month: str,  # such as `2013-09`
     steps: int = 1,  # how many months later; negative: earlier
 ) -> str:  # such as `2013-10`
-    "Name the month that lies some steps after another."
+    """Name the month that lies some steps after another."""
     return str(parse_month(month) + steps)
 
 # %% ../../nbs/internals/05_tables.ipynb #4c723167
@@ -75,7 +75,7 @@ def table_name(
     use_case: UseCase,  # whose table
     table: str,  # such as `features`
 ) -> str:  # such as `flight-delay/features`
-    "Name a table of a use case: no other use case has one of that name."
+    """Name a table of a use case: no other use case has one of that name."""
     return f"{use_case.name}/{table}"
 
 # %% ../../nbs/internals/05_tables.ipynb #112767c9

@@ -81,7 +81,7 @@ def train_run(
     last: str,  # last month of training, included
     config: TrainingConfig = DEFAULTS,  # how to train
 ) -> str:  # id of the MLflow run, which holds the model
-    "Train a model on some months and write down everything about it."
+    """Train a model on some months and write down everything about it."""
     mlflow = quiet_mlflow()
     frame = rows_known_by(settings, use_case, features, rows, first, last)
     with tracked_run(settings, use_case, f"train {first} to {last}", {"features": features, "rows": rows}) as run:
@@ -140,7 +140,7 @@ def reproduce(
     use_case: UseCase,  # what to predict
     run_id: str,  # the run to repeat
 ) -> float:  # largest difference of any score on the months of training; 0.0: the same model
-    "Train a run again from what it wrote down, and compare the two models row by row."
+    """Train a run again from what it wrote down, and compare the two models row by row."""
     run = find_tracked_run(settings, use_case, run_id)
     kinds = {name: type(value) for name, value in asdict(TrainingConfig()).items()}
     config = TrainingConfig(**{name: kind(run_value(run, name)) for name, kind in kinds.items()})

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 # %% ../../nbs/internals/06_tracking.ipynb #8c5ee949
 def quiet_mlflow() -> Any:  # the module `mlflow`
-    "Import MLflow without its notes on progress bars and database migrations."
+    """Import MLflow without its notes on progress bars and database migrations."""
     import logging
     import os
     import warnings
@@ -59,7 +59,7 @@ def quiet_mlflow() -> Any:  # the module `mlflow`
 def exclusive_lock(
     settings: Settings,  # whose workspace
 ) -> Iterator[None]:
-    "Wait until no other process is in such a block; the system lets the next one in even when this one is killed."
+    """Wait until no other process is in such a block; the system lets the next one in even when this one is killed."""
     with closing(sqlite3.connect(settings.home / ".tracking.lock", timeout=120, isolation_level=None)) as lock:
         lock.execute("BEGIN EXCLUSIVE")
         yield
@@ -68,7 +68,7 @@ def exclusive_lock(
 def make_store(
     settings: Settings,  # where the store is
 ) -> None:
-    "Make the tracking store if it is a file that is not there yet."
+    """Make the tracking store if it is a file that is not there yet."""
     path = tracking_file(settings)
     if path is None or path.exists():
         return
@@ -147,7 +147,7 @@ def _experiment(settings: Settings, use_case: UseCase) -> str:
 def explain_full_disk(
     settings: Settings,  # whose workspace is written to
 ) -> Iterator[None]:
-    "Say that the disk is full, where MLflow and its database say it in a page of their own words."
+    """Say that the disk is full, where MLflow and its database say it in a page of their own words."""
     try:
         yield
     except Exception as error:
@@ -163,7 +163,7 @@ def tracked_run(
     name: str,  # what people see in the list of runs
     data: Mapping[str, str],  # references to the data, such as {"features": "flight-delay/features@4"}
 ) -> Iterator[Run]:  # the run; it is marked as failed when the block raises
-    "Open a run that knows its data, code, environment and machine."
+    """Open a run that knows its data, code, environment and machine."""
     mlflow = quiet_mlflow()
     experiment = connect(settings, use_case)
     now = fingerprint()
@@ -297,7 +297,7 @@ def load_run_model(
 def array_digest(
     values: np.ndarray,  # (n,) float64
 ) -> str:  # 64 hexadecimal digits; equal only for values that are equal to the last bit
-    "Name an array by its content."
+    """Name an array by its content."""
     return hashlib.sha256(np.ascontiguousarray(values, dtype="<f8").tobytes()).hexdigest()
 
 # %% ../../nbs/internals/06_tracking.ipynb #0539e903
@@ -309,7 +309,7 @@ def rows_known_by(
     first: str,  # first month
     last: str,  # last month, included
 ) -> pd.DataFrame:  # labelled features, without rows whose label was not known when the last month ended
-    "Bring together what could be trained on when the last month ended."
+    """Bring together what could be trained on when the last month ended."""
     frame = labelled_features(settings, use_case, features, rows, first, last)
     end = parse_month(month_after(last)).start_time.tz_localize(use_case.time_zone)
     return frame[frame[use_case.time] + use_case.label_delay <= end].reset_index(drop=True)
@@ -320,6 +320,6 @@ def training_rows(
     use_case: UseCase,  # key and label
     run: Run,  # from `find_tracked_run`
 ) -> pd.DataFrame:  # labelled features
-    "Read the very rows that a run was trained on, in the versions that it wrote down."
+    """Read the very rows that a run was trained on, in the versions that it wrote down."""
     features, rows, first, last = (run_value(run, name) for name in ("data.features", "data.rows", "first", "last"))
     return rows_known_by(settings, use_case, features, rows, first, last)
