@@ -32,8 +32,8 @@ from mlops_course.course.lessons import (
     read_notebook,
     tags,
 )
-from .running import FAILED, MIME, PASSED, UNATTEMPTED, Outcome
-from ..environment import CourseError
+from mlops_course.course.running import FAILED, MIME, PASSED, UNATTEMPTED, Outcome
+from mlops_course.environment import CourseError
 
 # %% ../../nbs/internals/01_checking.ipynb #6c87046b
 _ENGINE = "mlops-course"  # papermill's name for the fast engine; without it papermill's own runs the notebook

@@ -29,8 +29,8 @@ import yaml
 
 # %% ../../nbs/internals/09_export.ipynb #7a3e5a68
 import mlops_course
-from ..environment import CourseError, find_project, load_settings, write_atomic
-from .attempt import make_request, require_recorded, try_stage
+from mlops_course.environment import CourseError, find_project, load_settings, write_atomic
+from mlops_course.pipelines.attempt import make_request, require_recorded, try_stage
 from mlops_course.pipelines.definition import (
     Pipeline,
     Stage,
@@ -38,9 +38,9 @@ from mlops_course.pipelines.definition import (
     find_pipeline,
     list_pipelines,
 )
-from .parameters import Parameter, fill
-from .notebooks import ParameterError, PipelineError, suggest
-from .results import ResultError, read_result, stage_folder
+from mlops_course.pipelines.parameters import Parameter, fill
+from mlops_course.pipelines.notebooks import ParameterError, PipelineError, suggest
+from mlops_course.pipelines.results import ResultError, read_result, stage_folder
 
 # %% ../../nbs/internals/09_export.ipynb #9b4cb48d
 def stage_values(

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
-from .bundle import INPUT, MODEL, OUTPUT, REMEDY, BundleError, Manifest, open_bundle
-from .encoding import Encoder
-from .onnx_graph import open_session
+from mlops_course.serving.bundle import INPUT, MODEL, OUTPUT, REMEDY, BundleError, Manifest, open_bundle
+from mlops_course.serving.encoding import Encoder
+from mlops_course.serving.onnx_graph import open_session
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -16,8 +16,8 @@ from dataclasses import dataclass, fields
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from ..environment import CourseError
-from .problems import Message, Problem, Receive, Send, refuse
+from mlops_course.environment import CourseError
+from mlops_course.serving.problems import Message, Problem, Receive, Send, refuse
 
 if TYPE_CHECKING:
     from mlops_course.serving.metrics import Metrics

@@ -14,9 +14,9 @@ from urllib.parse import parse_qsl
 
 import msgspec
 
-from .inference import Reason
-from .limits import Scope
-from .problems import JSON, Problem
+from mlops_course.serving.inference import Reason
+from mlops_course.serving.limits import Scope
+from mlops_course.serving.problems import JSON, Problem
 
 # %% auto #0
 __all__ = ['ABSENT', 'decode_one', 'decode_batch', 'UNREADABLE', 'PredictRequest', 'BatchRequest', 'PredictResponse', 'BatchRow',

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from ..environment import CourseError, Settings
-from .bundle import CARD, case_folder
-from .publishing import LIVE, for_case, live_bundle, served_case
-from .inference import Predictor, load_predictor, prove_answers
-from .problems import Problem
+from mlops_course.environment import CourseError, Settings
+from mlops_course.serving.bundle import CARD, case_folder
+from mlops_course.serving.publishing import LIVE, for_case, live_bundle, served_case
+from mlops_course.serving.inference import Predictor, load_predictor, prove_answers
+from mlops_course.serving.problems import Problem
 
 if TYPE_CHECKING:
     from mlops_course.serving.metrics import Metrics

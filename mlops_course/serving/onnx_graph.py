@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .bundle import INPUT, OUTPUT, REMEDY, BundleError
+from mlops_course.serving.bundle import INPUT, OUTPUT, REMEDY, BundleError
 
 # %% auto #0
 __all__ = ['check_graph', 'open_session']

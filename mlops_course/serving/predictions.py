@@ -26,9 +26,9 @@ __all__ = ['log', 'decode', 'DEAD', 'TABLE', 'Entry', 'LogLimits', 'log_folder',
 # %% ../../nbs/internals/07_predictions.ipynb #dfdcbfa1
 import msgspec
 
-from ..environment import Settings, workspace_error
-from .bundle import case_folder
-from .problems import Problem, encode
+from mlops_course.environment import Settings, workspace_error
+from mlops_course.serving.bundle import case_folder
+from mlops_course.serving.problems import Problem, encode
 
 if sys.platform != "win32":
     import fcntl

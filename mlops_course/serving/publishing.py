@@ -9,12 +9,12 @@ from pathlib import Path
 
 import msgspec
 
-from ..environment import Settings, write_atomic
+from mlops_course.environment import Settings, write_atomic
 from mlops_course.serving.bundle import (
     MODEL, REFERENCE, BundleError, bundles_folder, case_folder, case_of, find_bundle, manifest_sha256, open_bundle,
     place_bundle,
 )
-from .inference import Predictor, prove_answers
+from mlops_course.serving.inference import Predictor, prove_answers
 
 # %% auto #0
 __all__ = ['LIVE', 'served_case', 'live_file', 'for_case', 'pinned', 'publish', 'live_bundle']

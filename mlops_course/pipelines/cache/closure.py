@@ -20,12 +20,12 @@ from importlib.machinery import SOURCE_SUFFIXES, ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any
 
-from ... import environment
-from ...environment import PACKAGE
-from .fingerprints import KeyInputError
-from .hashes import SETTLED_NS, HashMemo, StatSignature, digest_json, signature_of
-from .unfollowed import unfollowed, unfollowed_in_cell
-from ..notebooks import NotebookError, code_cells, imports_of, parse_cell, python_tree
+from mlops_course import environment
+from mlops_course.environment import PACKAGE
+from mlops_course.pipelines.cache.fingerprints import KeyInputError
+from mlops_course.pipelines.cache.hashes import SETTLED_NS, HashMemo, StatSignature, digest_json, signature_of
+from mlops_course.pipelines.cache.unfollowed import unfollowed, unfollowed_in_cell
+from mlops_course.pipelines.notebooks import NotebookError, code_cells, imports_of, parse_cell, python_tree
 
 # %% ../../../nbs/internals/09_cache_closure.ipynb #062d42f3
 def own_code_digest(

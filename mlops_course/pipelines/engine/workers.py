@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 # %% ../../../nbs/internals/09_engine_workers.ipynb #f6928f76
-from ...environment import CourseError, WorkspaceError
+from mlops_course.environment import CourseError, WorkspaceError
 from mlops_course.pipelines.engine.requests import (
     KINDS,
     CellError,
@@ -46,7 +46,7 @@ from mlops_course.pipelines.engine.requests import (
     TimedOut,
     WorkerDied,
 )
-from .zygote import COOKIE, Channel, command, kill_by_cookie, make_pipe, make_session
+from mlops_course.pipelines.engine.zygote import COOKIE, Channel, command, kill_by_cookie, make_pipe, make_session
 
 # %% ../../../nbs/internals/09_engine_workers.ipynb #582cd8d1
 GRACE = 2.0  # seconds that a cancelled notebook has to clean up
