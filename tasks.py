@@ -456,6 +456,18 @@ def ui(arguments: list[str]) -> None:
     need(tool("mlops-course"), "ui", *arguments)
 
 
+def new_lesson(arguments: list[str]) -> None:
+    """Make the notebook of a new section, which passes as it is: new-lesson 13 --name security [--title ...]."""
+    ensure_installed()
+    need(PYTHON, ROOT / "tools" / "new_lesson.py", *arguments)
+
+
+def prove(arguments: list[str]) -> None:
+    """Try all that lessons promise: prove 5 a section, prove 5.2 an exercise; without a number, all."""
+    ensure_installed()
+    need(*module("mlops_course.course.prove", *arguments), MPLBACKEND="agg")
+
+
 def shape(arguments: list[str]) -> None:
     """Count what shows how readable the source is: demonstrations, class ladders, names. --json for programs."""
     need(PYTHON if PYTHON.exists() else sys.executable, ROOT / "tools" / "shape.py", *arguments)
@@ -474,7 +486,7 @@ def clean(arguments: list[str]) -> None:
 TASKS: dict[str, Callable[[list[str]], None]] = {
     "help": show_help, "install": install, "system": system, "run": run, "test": test, "check": check, "export": export,
     "notebooks": notebooks, "readme": readme, "docs": docs, "lock": lock, "hooks": hooks, "lab": lab,
-    "ui": ui, "shape": shape, "clean": clean,
+    "ui": ui, "new-lesson": new_lesson, "prove": prove, "shape": shape, "clean": clean,
 }  # fmt: skip
 HIDDEN = {"before-commit": before_commit, "try-wheel": try_wheel}  # for git's hook, for .ci/run
 

@@ -238,7 +238,8 @@ def trivial(folder: Path, repeat: int = 20) -> dict[str, float]:
     """Milliseconds for a notebook that does nothing, in a process that is warm."""
     import papermill
 
-    from mlops_course.pipelines.engine.workers import Request, Workers
+    from mlops_course.pipelines.engine.requests import Request
+    from mlops_course.pipelines.engine.workers import Workers
 
     notebook, out = write_notebook(folder / "trivial.ipynb", "x = 1", "x + 1"), folder / "out.ipynb"
     request = Request(notebook, out, {"x": 2}, folder, dict(os.environ))

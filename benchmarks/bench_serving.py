@@ -96,11 +96,11 @@ def save_mlflow(model: Pipeline, folder: Path) -> None:
     """The model as MLflow serves it, with a signature, and without, when numbers stay as JSON has them."""
     import mlflow.sklearn
 
-    from mlops_course.experiments.tracking import signature_of
+    from mlops_course.experiments.tracking import model_signature
     from mlops_course.project import flight_delay
 
     options = {"serialization_format": "cloudpickle", "pyfunc_predict_fn": "predict_proba"}
-    for place, signature in ((folder, signature_of(model, flight_delay)), (folder.with_name("mlflow_plain"), None)):
+    for place, signature in ((folder, model_signature(model, flight_delay)), (folder.with_name("mlflow_plain"), None)):
         shutil.rmtree(place, ignore_errors=True)
         mlflow.sklearn.save_model(model, place, signature=signature, **options)
 

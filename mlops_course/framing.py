@@ -21,12 +21,12 @@ __all__ = ['NONSENSE', 'FramingError', 'Costs', 'cost_of_decisions', 'cost_curve
 
 # %% ../nbs/03_lifecycle.ipynb #7460b1c4
 class FramingError(CourseError):
-    "A cost, a decision or a baseline was asked for in a way that makes no sense."
+    """A cost, a decision or a baseline was asked for in a way that makes no sense."""
 
 
 @dataclass(frozen=True)
 class Costs:
-    "What the two mistakes cost, in the same unit of money; a warning that was right costs the help, too."
+    """What the two mistakes cost, in the same unit of money; a warning that was right costs the help, too."""
 
     missed: float  # a late flight that nobody was warned of
     warning: float  # acting on one warning, right or wrong
@@ -38,7 +38,7 @@ class Costs:
 
     @property
     def threshold(self) -> float:
-        "Probability from which a warning is cheaper than silence."
+        """Probability from which a warning is cheaper than silence."""
         return self.warning / self.missed
 
 # %% ../nbs/03_lifecycle.ipynb #64afebf0
@@ -79,7 +79,7 @@ def cost_curve(
     costs: Costs,  # what mistakes cost
     thresholds: np.ndarray,  # (k,) thresholds to try
 ) -> np.ndarray:  # (k,) cost of a row at each threshold
-    "Work out what a row costs at many thresholds: sorted once, however many there are."
+    """Work out what a row costs at many thresholds: sorted once, however many there are."""
     label, score = _arrays(label=label, score=score)
     order = np.argsort(score, kind="stable")
     silent = np.searchsorted(score[order], thresholds, side="left")  # rows below each threshold
@@ -114,13 +114,13 @@ def cost_per_row(
     score: np.ndarray,  # (n,) probabilities
     costs: Costs,  # what mistakes cost
 ) -> float:  # in the costs' unit of money
-    "Work out what one row costs on average, when warnings are given at or above the threshold."
+    """Work out what one row costs on average, when warnings are given at or above the threshold."""
     label, score = _arrays(label=label, score=score)
     return cost_of_decisions(label, score >= costs.threshold, costs)
 
 # %% ../nbs/03_lifecycle.ipynb #be6a250d
 class LeakError(FramingError):
-    "A feature is made from something that was not known at prediction time."
+    """A feature is made from something that was not known at prediction time."""
 
 
 def known_too_late(
@@ -221,10 +221,10 @@ def find_leaks(
     if moved.any(axis=None):
         raise FramingError(f"{moved.columns[moved.any()][0]!r} is different each time it is computed", "Fix its seed")
     for moment in predicted_at.quantile(np.linspace(0, 1, moments + 2)[1:-1], interpolation="lower"):
-        asked = (predicted_at <= moment).to_numpy()[:, None]
+        before = (predicted_at <= moment).to_numpy()[:, None]
         for value in NONSENSE:
             lies = {name: pretend_unknown(table, known.get(name, {}), moment, value) for name, table in tables.items()}
-            moved |= _differs(honest, _computed(compute, lies, predicted_at)) & asked
+            moved |= _differs(honest, _computed(compute, lies, predicted_at)) & before
     found = pd.DataFrame({"rows": moved.sum(), "example": moved.idxmax()})
     return found[found["rows"] > 0].sort_values("rows", ascending=False, kind="stable")
 
@@ -253,7 +253,7 @@ def constant_scores(
     past: pd.DataFrame,  # training rows with `label`
     rows: int,  # how many scores
 ) -> np.ndarray:  # (rows,) float64
-    "The constant baseline: everybody gets the base rate of the past."
+    """The constant baseline: everybody gets the base rate of the past."""
     return np.full(rows, _base_rate(past))
 
 # %% ../nbs/03_lifecycle.ipynb #b3c570d5

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from mlops_course.data import feature_names, labels, months, read_table
-from mlops_course.environment import CourseError, Settings, write_atomic
-from mlops_course.experiments import SCORES_FILE, find_run, measure, quiet_mlflow, score_counts
-from mlops_course.project import UseCase, local_day
-from mlops_course.registry import find_version
+from .data import feature_names, labels, months, read_table
+from .environment import CourseError, Settings, write_atomic
+from .experiments import SCORES_FILE, find_tracked_run, measure, quiet_mlflow, score_counts
+from .project import UseCase, local_day
+from .registry import find_version
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['ALARM', 'MonitoringError', 'bin_edges', 'bin_codes', 'stability_index', 'column_drift', 'drift', 'plot_drift',
-           'join_outcomes', 'performance', 'plot_performance', 'MonthReport', 'monitor_month', 'write_report']
+           'join_outcomes', 'performance', 'MonthReport', 'monitor_month', 'write_report']
 
 # %% ../nbs/12_monitoring.ipynb #d511645f
 class MonitoringError(CourseError):
@@ -230,7 +230,7 @@ def performance(
     return pd.DataFrame(rows).T
 
 # %% ../nbs/12_monitoring.ipynb #06b36c6e
-def plot_performance(
+def _plot_performance(
     days: pd.DataFrame,  # from `performance`
     window: int = 7,  # days to take the mean of
     axes: Axes | None = None,  # where to draw; None: a new figure
@@ -287,7 +287,7 @@ def monitor_month(
     if scored.empty:
         raise MonitoringError(f"{predictions} holds no predictions of {month}", "Score that month first")
     model = str(scored["model"].iloc[0])
-    run = find_run(settings, use_case, str(find_version(settings, use_case, model).run_id))
+    run = find_tracked_run(settings, use_case, str(find_version(settings, use_case, model).run_id))
     trained = months(run.data.params["first"], run.data.params["last"])
     past = read_table(settings, run.data.tags["data.features"], trained)
     moved = drift(past, read_table(settings, features, [month]), feature_names(past, use_case))
@@ -343,7 +343,7 @@ def write_report(
     parts += ["<h2>What moved</h2>", _picture(plot_drift(report.drift)), report.drift.head(20).round(3).to_html()]
     if len(report.performance):
         total = report.performance.loc[["all"]].round(4).to_html()
-        parts += ["<h2>Were the predictions good?</h2>", _picture(plot_performance(report.performance)), total]
+        parts += ["<h2>Were the predictions good?</h2>", _picture(_plot_performance(report.performance)), total]
     head = f'<meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
     page = f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(parts)}</body></html>'
     return write_atomic(path, page)

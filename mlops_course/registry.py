@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mlops_course.data import read_table, replace_months, table_name
 from mlops_course.environment import CourseError, Settings, cores
 from mlops_course.experiments import (
-    Evaluation, connect, exclusive_lock, find_run, load_run_model, quiet_mlflow, run_value, training_rows,
+    Evaluation, connect, exclusive_lock, find_tracked_run, load_run_model, quiet_mlflow, run_value, training_rows,
 )
 from mlops_course.project import UseCase
 from mlops_course.serving.bundle import BundleError, bundles_folder, read_bundle
@@ -63,7 +63,7 @@ def register(
     run_id: str,  # the run that trained it
 ) -> str:  # reference to the version, such as `flight-delay@3`
     """Give a run's model a version, and call it the challenger; the same model never gets a second version."""
-    run = find_run(settings, use_case, run_id)
+    run = find_tracked_run(settings, use_case, run_id)
     content = run_value(run, "model_digest")
     with exclusive_lock(settings):  # two runs that end together: one looks and registers, then the other
         known = [each for each in versions(settings, use_case) if each.tags.get("model_digest") == content]
@@ -156,7 +156,7 @@ def package(
     version = find_version(settings, use_case, reference)
     name, run_id = f"{use_case.name}@{version.version}", str(version.run_id)
     folder = bundles_folder(settings) / name
-    run = find_run(settings, use_case, run_id)
+    run = find_tracked_run(settings, use_case, run_id)
     origin = _origin(run)
     if not _packaged(folder, origin):
         model, rows = load_run_model(settings, use_case, run_id), training_rows(settings, use_case, run)

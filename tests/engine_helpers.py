@@ -8,7 +8,8 @@ from typing import Any
 
 import nbformat
 
-from mlops_course.pipelines.engine.workers import Request, Workers
+from mlops_course.pipelines.engine.requests import Request
+from mlops_course.pipelines.engine.workers import Workers
 
 PRELOAD = ["numpy", "pandas", "matplotlib.pyplot", "rich", "mlflow"]  # loaded ahead, they must behave the same
 

@@ -133,8 +133,8 @@ def test_rounding_down_keeps_every_comparison(low: float, steps: int, share: flo
 def test_a_graph_that_differs_is_refused_and_leaves_nothing(
     model: Pipeline, rows: pd.DataFrame, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    other = packaging.convert(train(rows, flight_delay, TrainingConfig(61, leaf_samples=5)))
-    monkeypatch.setattr(packaging, "convert", lambda model: other)
+    other = packaging.convert_to_onnx(train(rows, flight_delay, TrainingConfig(61, leaf_samples=5)))
+    monkeypatch.setattr(packaging, "convert_to_onnx", lambda model: other)
     words = r"flight-delay@3 differs from scikit-learn by up to .* in \d+ of \d+ decisions"
     with pytest.raises(BundleError, match=words):
         write_bundle(settings, flight_delay, model, rows, "flight-delay@3", ORIGIN)
@@ -273,7 +273,7 @@ def test_no_folder_is_no_bundle(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"there is no .*bundle\.json. Fetch the bundle again"):
         read_bundle(tmp_path / "nothing")
     (tmp_path / "file").write_text("", encoding="utf-8")
-    with pytest.raises(BundleError, match="cannot read"):
+    with pytest.raises(BundleError, match=r"can.t read"):
         read_bundle(tmp_path / "file")
 
 
@@ -419,7 +419,7 @@ def no_values(part: Any) -> None:
         (attribute("values", lambda part: part.floats.__setitem__(0, float("nan"))), "nodes_values are not all finite"),
         (attribute("weights", lambda part: part.floats.__setitem__(0, float("nan")), "class"), "class_weights are not"),
         (attribute("weights", lambda part: part.floats.__setitem__(0, float("inf")), "class"), "class_weights are not"),
-        (lambda model: setattr(model.graph.output[1], "name", "scores"), "cannot be loaded|must take"),
+        (lambda model: setattr(model.graph.output[1], "name", "scores"), "can.t be loaded|must take"),
         (lambda model: model.graph.input[0].type.tensor_type.shape.dim.pop(), "must take"),
     ],
 )

@@ -19,7 +19,8 @@ import pytest
 from mlops_course.environment import CourseError, WorkspaceError
 from mlops_course.pipelines import engine
 from mlops_course.pipelines.engine import imports_of, installed
-from mlops_course.pipelines.engine.workers import CellError, Event, Interrupted, Request, TimedOut, Workers
+from mlops_course.pipelines.engine.requests import CellError, Event, Interrupted, Request, TimedOut
+from mlops_course.pipelines.engine.workers import Workers
 
 WARM = ["fork", "spawn"] if sys.platform == "linux" else ["spawn"]
 ALL = [*WARM, "kernel"]
@@ -460,7 +461,7 @@ def test_papermill_finds_the_engine_and_keeps_it_warm(ask: Ask) -> None:
     for _ in range(2):
         made = as_papermill(request, engine_name="mlops-course")
     assert made.cells[-1].outputs[0].data["text/plain"] == f"(5, {str(request.folder)!r})"
-    assert [len(kept.nursery.sources) for kept in engine.KEPT] == [1]
+    assert [len(kept.pools.live) for kept in engine.KEPT] == [1]
 
 
 def test_papermill_gets_the_same_error(ask: Ask) -> None:

@@ -13,8 +13,9 @@ import papermill
 import pytest
 
 from mlops_course.pipelines import engine
-from mlops_course.pipelines.engine import workers
-from mlops_course.pipelines.engine.workers import CellError, Event, Interrupted, Request, TimedOut, WorkerDied, Workers
+from mlops_course.pipelines.engine import sessions
+from mlops_course.pipelines.engine.requests import CellError, Event, Interrupted, Request, TimedOut, WorkerDied
+from mlops_course.pipelines.engine.workers import Workers
 
 WARM = ["fork", "spawn"] if sys.platform == "linux" else ["spawn"]
 LATE_THREAD = "import threading, time\ndef late():\n    time.sleep({0})\n    {1}\nthreading.Thread(target=late).start()"
@@ -151,7 +152,7 @@ def test_the_limit_for_a_cell_holds_for_the_end_as_well(tmp_path: Path) -> None:
 
 
 def test_without_any_limit_endless_work_is_an_error_one_day(first: Workers, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(workers, "LATE", 1.0)
+    monkeypatch.setattr(sessions, "LATE_S", 1.0)
     with pytest.raises(TimedOut, match=r"the notebook's end took longer than 1 seconds: .*'the endless one'"):
         first.execute(ask(tmp_path, ENDLESS, timeout=None))
 

@@ -18,7 +18,8 @@ import psutil
 import pytest
 
 from mlops_course.environment import WorkspaceError
-from mlops_course.pipelines.engine.workers import CellError, Event, Interrupted, Request, TimedOut, WorkerDied, Workers
+from mlops_course.pipelines.engine.requests import CellError, Event, Interrupted, Request, TimedOut, WorkerDied
+from mlops_course.pipelines.engine.workers import Workers
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 IMPORTS = "import ctypes, os, signal, subprocess, sys, time"
@@ -180,7 +181,7 @@ def test_memory_that_is_bounded(warm: Workers, tmp_path: Path) -> None:
 
 
 def zygote_of(workers: Workers) -> int:
-    (source,) = workers.nursery.sources.values()
+    (source,) = workers.pools.live.values()
     return int(source.process.pid)
 
 
@@ -264,7 +265,8 @@ def test_a_python_that_cannot_start_is_an_error_and_not_a_wait(tmp_path: Path) -
 RUNNER = """
 import sys
 from pathlib import Path
-from mlops_course.pipelines.engine.workers import Request, Workers
+from mlops_course.pipelines.engine.requests import Request
+from mlops_course.pipelines.engine.workers import Workers
 folder = Path(sys.argv[2])
 with Workers(sys.argv[1], spare=2) as workers:
     workers.execute(Request(Path(sys.argv[3]), folder / "out.ipynb", {}, folder, dict(__import__("os").environ)))

@@ -16,7 +16,8 @@ from jupyter_client.kernelspec import NoSuchKernel
 from mlops_course.environment import CourseError
 from mlops_course.pipelines import engine
 from mlops_course.pipelines.engine.recording import find_kernel
-from mlops_course.pipelines.engine.workers import Request, Workers
+from mlops_course.pipelines.engine.requests import Request
+from mlops_course.pipelines.engine.workers import Workers
 
 OWN = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
 WHO = "import os, sys\nprint(os.environ.get('KERNEL_OF', 'nobody'), 'ipykernel.kernelapp' in sys.modules)"

@@ -13,7 +13,8 @@ import pytest
 from mlops_course.environment import Settings
 from mlops_course.pipelines import Pipeline, StageError, read_result, run
 from mlops_course.pipelines.engine.recording import failing_line
-from mlops_course.pipelines.engine.workers import CellError, Request, Workers
+from mlops_course.pipelines.engine.requests import CellError, Request
+from mlops_course.pipelines.engine.workers import Workers
 
 KINDS = ["fork", "spawn", "kernel"] if sys.platform == "linux" else ["spawn", "kernel"]
 RECORD = "from mlops_course.pipelines import record_result\n"

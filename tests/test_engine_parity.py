@@ -18,7 +18,7 @@ from engine_helpers import comparable, normal
 
 from mlops_course.pipelines import engine
 from mlops_course.pipelines.engine.recording import KernelDied
-from mlops_course.pipelines.engine.workers import TimedOut
+from mlops_course.pipelines.engine.requests import TimedOut
 
 NOTEBOOKS = Path(__file__).parent / "engine_notebooks"
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform == "win32", reason="the notebooks speak to a shell")]

@@ -9,7 +9,8 @@ import nbformat
 import pytest
 from engine_helpers import comparable, request, run, write_notebook
 
-from mlops_course.pipelines.engine.workers import CellError, Workers
+from mlops_course.pipelines.engine.requests import CellError
+from mlops_course.pipelines.engine.workers import Workers
 
 MIME = {
     "text/html": "<b>bold</b>",

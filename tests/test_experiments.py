@@ -45,7 +45,7 @@ from mlops_course.experiments import (
     cost_per_row,
     evaluate,
     evaluate_run,
-    find_run,
+    find_tracked_run,
     load_run_model,
     log_model,
     measure,
@@ -469,20 +469,20 @@ def run_id(quarter: Quarter) -> str:
 
 def model_folder(settings: Settings, run_id: str) -> Path:
     """Where the files of a run's model are."""
-    model_id = find_run(settings, flight_delay, run_id).data.tags["model_uri"].removeprefix("models:/")
+    model_id = find_tracked_run(settings, flight_delay, run_id).data.tags["model_uri"].removeprefix("models:/")
     return settings.artifacts / "models" / model_id / "artifacts"
 
 
 def test_a_run_trains_only_on_what_was_known_when_its_last_month_ended(quarter: Quarter, run_id: str) -> None:
     every = quarter.labelled(JANUARY)
-    known = training_rows(quarter.settings, flight_delay, find_run(quarter.settings, flight_delay, run_id))
+    known = training_rows(quarter.settings, flight_delay, find_tracked_run(quarter.settings, flight_delay, run_id))
     end = pd.Timestamp("2013-02-01", tz="America/New_York") - pd.Timedelta(hours=30)
     pd.testing.assert_frame_equal(known, every[every["scheduled_departure"] <= end].reset_index(drop=True))
     assert 0 < len(every) - len(known) < 0.06 * len(every), "a day or so"
 
 
 def test_a_run_knows_its_settings_data_code_and_model(quarter: Quarter, run_id: str) -> None:
-    run = find_run(quarter.settings, flight_delay, run_id)
+    run = find_tracked_run(quarter.settings, flight_delay, run_id)
     params, tags, rows = run.data.params, run.data.tags, training_rows(quarter.settings, flight_delay, run)
     assert (run.info.status, run.info.run_name) == ("FINISHED", "train 2013-01 to 2013-01")
     assert {name: params[name] for name in ("first", "last", "rows")} == {
@@ -500,7 +500,7 @@ def test_a_run_knows_its_settings_data_code_and_model(quarter: Quarter, run_id: 
 
 
 def test_a_test_is_written_to_the_run_of_the_model(quarter: Quarter, run_id: str) -> None:
-    run = find_run(quarter.settings, flight_delay, run_id)
+    run = find_tracked_run(quarter.settings, flight_delay, run_id)
     model, future = load_run_model(quarter.settings, flight_delay, run_id), quarter.labelled(FEBRUARY)
     wanted = measure(future["label"].to_numpy(), scores(model, future), COSTS)
     assert {name: run.data.metrics[f"test.{name}"] for name in METRICS} == wanted
@@ -521,16 +521,16 @@ def test_a_run_can_be_repeated_after_its_tables_have_changed(own_quarter: Quarte
     newer, changed = replace_months(own.settings, "flight-delay/features", table.assign(distance=np.float32(0)))
     assert (newer != own.features, changed) == (True, [JANUARY])
     assert reproduce(own.settings, flight_delay, run_id) == 0.0
-    run = find_run(own.settings, flight_delay, run_id)
+    run = find_tracked_run(own.settings, flight_delay, run_id)
     assert training_rows(own.settings, flight_delay, run)["distance"].min() > 0
 
 
 @pytest.mark.parametrize("first", [JANUARY, "2012-12"])
 def test_a_month_that_the_model_has_seen_is_no_test(quarter: Quarter, run_id: str, first: str) -> None:
-    before = find_run(quarter.settings, flight_delay, run_id).data.metrics
+    before = find_tracked_run(quarter.settings, flight_delay, run_id).data.metrics
     with pytest.raises(ExperimentError, match=f"can't test on {first}: .* seen .* to 2013-01. Test from 2013-02 on"):
         evaluate_run(quarter.settings, flight_delay, run_id, first, MARCH)
-    assert find_run(quarter.settings, flight_delay, run_id).data.metrics == before
+    assert find_tracked_run(quarter.settings, flight_delay, run_id).data.metrics == before
 
 
 def test_a_month_that_is_not_there_is_no_test(quarter: Quarter, run_id: str) -> None:
@@ -555,7 +555,7 @@ def test_a_run_that_fails_is_marked_as_failed(own_quarter: Quarter) -> None:
     with pytest.raises(ZeroDivisionError), tracked_run(settings, flight_delay, "broken", {"features": "x@1"}) as run:
         started.append(run.info.run_id)
         print(1 / 0)
-    failed = find_run(settings, flight_delay, started[0])
+    failed = find_tracked_run(settings, flight_delay, started[0])
     assert failed.info.status == "FAILED"
     assert quiet_mlflow().active_run() is None
     with pytest.raises(ExperimentError, match=f"the run {started[0]}, which is failed, has no model_uri. Name a run"):
@@ -570,17 +570,17 @@ def test_a_run_of_another_use_case_is_refused(settings: Settings) -> None:
         run_id = run.info.run_id
     said = f"the run {run_id} is one of flight-delay, not of bikes"
     with pytest.raises(ExperimentError, match=said):
-        find_run(settings, other, run_id)
+        find_tracked_run(settings, other, run_id)
     with pytest.raises(ExperimentError, match=said):
         evaluate_run(settings, other, run_id, MARCH, MARCH)
     with pytest.raises(ExperimentError, match=said):
         register(settings, other, run_id)
-    assert find_run(settings, flight_delay, run_id).info.run_id == run_id
+    assert find_tracked_run(settings, flight_delay, run_id).info.run_id == run_id
 
 
 def test_an_unknown_run_is_named(quarter: Quarter) -> None:
     with pytest.raises(ExperimentError, match=r"there is no run 'ffff'.* Train first, or correct the id"):
-        find_run(quarter.settings, flight_delay, "ffff")
+        find_tracked_run(quarter.settings, flight_delay, "ffff")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -812,9 +812,9 @@ def test_a_store_that_is_there_is_kept(own_quarter: Quarter, tmp_path: Path) -> 
     with tracked_run(settings, flight_delay, "kept", {}) as run:
         pass
     other = own_quarter.copy(tmp_path / "other").settings
-    assert find_run(other, flight_delay, run.info.run_id).info.run_name == "kept"
+    assert find_tracked_run(other, flight_delay, run.info.run_id).info.run_name == "kept"
     with tracked_run(other, flight_delay, "only there", {}) as second:
         pass
-    assert find_run(settings, flight_delay, run.info.run_id).info.run_name == "kept"
+    assert find_tracked_run(settings, flight_delay, run.info.run_id).info.run_name == "kept"
     with pytest.raises(ExperimentError, match="there is no run"):
-        find_run(settings, flight_delay, second.info.run_id)
+        find_tracked_run(settings, flight_delay, second.info.run_id)

@@ -14,8 +14,17 @@ import pandas as pd
 import pytest
 
 from mlops_course import data
-from mlops_course.data import DataError, build_features, conform, flight_features, months, read_table, replace_months
-from mlops_course.data import features as features_room
+from mlops_course.data import (
+    DataError,
+    build_features,
+    conform,
+    flight_features,
+    months,
+    read_table,
+    replace_months,
+    windows,
+)
+from mlops_course.data import features as features_module
 from mlops_course.environment import Settings
 from mlops_course.project import calendar_month, find_file, flight_delay, read_file, supplier_folder
 
@@ -171,9 +180,9 @@ def means(
     rows = rows[(rows[known] <= asked) & (rows[known] > asked - minutes(60 * HOURS["28d"]))]
     age, features = asked - rows[known], {}
     for statistic, text in wanted.items():
-        for group, *windows in (words.split() for words in text.split(",")):
+        for group, *spans in (words.split() for words in text.split(",")):
             same = alike(rows, flight, group)
-            for window in windows:
+            for window in spans:
                 inside = same & (age < minutes(60 * HOURS[window])).to_numpy()
                 value = inside.sum() if statistic == "count" else rows[statistic][inside].mean()
                 features[f"{statistic}_{group}_{window}"] = value
@@ -352,7 +361,7 @@ def test_features_equal_those_computed_by_hand_when_times_coincide(seed: int) ->
 def test_known_times_agree_with_the_time_in_the_air(year: Tables) -> None:
     """A wrong time zone would let an arrival be known an hour early: before the aircraft could have been there."""
     flights = year["flights"]
-    time = data.timeline(flights, year["airports"], zero=0)
+    time = windows.timeline(flights, year["airports"], zero=0)
     on_the_ground = (time.arrival - time.departure - flights["air_time"])[time.landed]
     assert on_the_ground.min() >= 5
     assert on_the_ground.groupby(flights["dest"]).median().between(15, 45).all()
@@ -437,30 +446,30 @@ def test_every_feature_that_is_not_planned_moves_with_the_past(weeks: Tables, we
 
 
 @pytest.mark.parametrize(
-    ("room", "name", "value", "caught"),
+    ("module", "name", "value", "caught"),
     [
-        (features_room, "PUBLISHED_AFTER", 0, "temperature"),
-        (features_room, "_minutes_ahead", lambda horizon: 60, "departure_delay_system_30m"),
+        (features_module, "PUBLISHED_AFTER", 0, "temperature"),
+        (features_module, "_minutes_ahead", lambda horizon: 60, "departure_delay_system_30m"),
     ],
 )
 def test_a_planted_leak_is_caught(
-    weeks: Tables, monkeypatch: pytest.MonkeyPatch, room: ModuleType, name: str, value: object, caught: str
+    weeks: Tables, monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str, value: object, caught: str
 ) -> None:
     """The proof fails when weather is used in the hour in which it is measured, or when the desk asks too late."""
-    monkeypatch.setattr(room, name, value)
+    monkeypatch.setattr(module, name, value)
     moment = moments_of(weeks, 1, seed=3)[0]
     assert caught in leaks(weeks, features_of(weeks), moment, np.random.default_rng(1))
 
 
 def test_a_planted_leak_of_arrivals_is_caught(weeks: Tables, monkeypatch: pytest.MonkeyPatch) -> None:
     """The proof fails when a flight's delay is known at its scheduled arrival, before it has arrived."""
-    honest = data.timeline
+    honest = windows.timeline
 
-    def leaky(*arguments: object) -> data.Timeline:
+    def leaky(*arguments: object) -> windows.Timeline:
         time = honest(*arguments)
-        return data.Timeline(**{**vars(time), "arrival": time.scheduled + time.block})
+        return windows.Timeline(**{**vars(time), "arrival": time.scheduled + time.block})
 
-    monkeypatch.setattr(features_room, "timeline", leaky)
+    monkeypatch.setattr(features_module, "timeline", leaky)
     moved = leaks(weeks, features_of(weeks), moments_of(weeks, 1, seed=3)[0], np.random.default_rng(1))
     assert {"mean_delay_carrier_2h", "late_rate_aircraft_7d"} <= set(moved)
 

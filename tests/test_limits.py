@@ -14,10 +14,10 @@ import pytest
 from service_helpers import Running, read_answer, serving
 
 from mlops_course.environment import CourseError
-from mlops_course.serving.limits import Buckets, Guard, Limits, read_limits
+from mlops_course.serving.limits import Guard, Limits, RateLimiter, read_limits
 from mlops_course.serving.messages import check_objects
-from mlops_course.serving.problems import Problem, respond
-from mlops_course.serving.server import Connection, watch
+from mlops_course.serving.problems import HTTPProblem, respond
+from mlops_course.serving.server import Connection, watch_connections
 
 pytestmark = pytest.mark.filterwarnings("ignore:Series.values returning:DeprecationWarning")  # inside pyarrow
 
@@ -186,12 +186,9 @@ def test_a_mistake_with_one_connection_does_not_end_the_watch() -> None:
     class Broken(Connection):
         def __init__(self) -> None:
             self.loop: Any = SimpleNamespace(call_later=lambda _, look: later.append(look))
-            self.server_state, self.connections = SimpleNamespace(), {self}
+            self.server_state, self.connections = SimpleNamespace(), {self}  # and no limits to look at
 
-        def overdue(self, now: float) -> None:
-            raise RuntimeError
-
-    watch(Broken())
+    watch_connections(Broken())
     later.pop()()
     assert len(later) == 1, "it looks again a second later"
 
@@ -354,7 +351,7 @@ def test_bodies_that_wait_share_a_limited_memory() -> None:
         (lambda scope: "ann", 200),
         (lambda scope: None, 401),
         (lambda scope: (_ for _ in ()).throw(PermissionError("only for admins")), 403),
-        (lambda scope: (_ for _ in ()).throw(Problem(401, "the key has expired")), 401),
+        (lambda scope: (_ for _ in ()).throw(HTTPProblem(401, "the key has expired")), 401),
         (lambda scope: (_ for _ in ()).throw(RuntimeError("a mistake")), 500),
     ],
 )
@@ -382,13 +379,13 @@ def test_a_mistake_in_the_app_is_a_500_in_our_form_and_in_the_log(caplog: pytest
 
 
 def test_tokens_come_back_at_the_rate_and_no_faster() -> None:
-    buckets = Buckets(rate=10, burst=5)
+    buckets = RateLimiter(rate=10, burst=5)
     passed = sum(buckets.wait("ann", now / 100) == 0 for now in range(1000))  # ten seconds, a hundred a second
     assert passed in (104, 105)
 
 
 def test_a_crowd_of_clients_is_not_remembered_for_ever() -> None:
-    buckets = Buckets(rate=1, burst=1, most=100)
+    buckets = RateLimiter(rate=1, burst=1, most=100)
     for number in range(1000):
         buckets.wait(str(number), 0.0)
     assert len(buckets.levels) == 100

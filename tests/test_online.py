@@ -36,17 +36,17 @@ from mlops_course.serving.online import (
     BETWEEN,
     FeatureTable,
     FeatureTableError,
-    Layout,
-    _Packed,
-    _write_file,
+    PackedRow,
+    RowLayout,
     features_path,
     materialise,
     open_feature_table,
     some_keys,
+    write_file,
 )
 from mlops_course.serving.packaging import Origin, write_bundle
 from mlops_course.serving.predict import PredictJob, Service, find_records, name_keys
-from mlops_course.serving.problems import Problem
+from mlops_course.serving.problems import HTTPProblem
 
 pytestmark = pytest.mark.filterwarnings("ignore:Series.values returning:DeprecationWarning")  # inside pyarrow
 
@@ -274,17 +274,17 @@ def test_a_table_that_is_open_understands_features_that_came_later(own: Quarter,
 # ---------------------------------------------------------------- in the service
 
 
-LITTLE = Layout((("time_hour", "time"), ("flight", "integer")), ("a",), ())
-MORE = Layout(LITTLE.key, ("a", "b"), ())
+LITTLE = RowLayout((("time_hour", "time"), ("flight", "integer")), ("a",), ())
+MORE = RowLayout(LITTLE.key, ("a", "b"), ())
 
 
 def key_at(hour: int, flight: int = 1) -> str:
     return f"2013-01-01T{hour:02}:00:00Z|{flight}"
 
 
-def put(path: Path, layout: Layout, month: str, keys: list[str]) -> None:
-    row = msgspec.msgpack.encode(_Packed(layout.name, np.ones(len(layout.numbers), "<f4").tobytes(), ()))
-    _write_file(path, "u", layout, {month: dict.fromkeys(keys, row)}, "features@1")
+def put(path: Path, layout: RowLayout, month: str, keys: list[str]) -> None:
+    row = msgspec.msgpack.encode(PackedRow(layout.name, np.ones(len(layout.numbers), "<f4").tobytes(), ()))
+    write_file(path, "u", layout, {month: dict.fromkeys(keys, row)}, "features@1")
 
 
 def service_of(settings: Settings) -> Service:
@@ -310,7 +310,7 @@ def test_a_row_without_a_feature_is_refused_and_the_table_stays(settings: Settin
     put(path, LITTLE, "2013-01", [key_at(10, 1)])
     put(path, MORE, "2013-02", [key_at(10, 2)])
     service = service_of(settings)
-    with pytest.raises(Problem, match="has no feature b") as caught:
+    with pytest.raises(HTTPProblem, match="has no feature b") as caught:
         ask(service, 1, ("a", "b"))
     assert (caught.value.status, caught.value.field) == (422, "key")
     assert ask(service, 2, ("a", "b")) == [{"a": 1.0, "b": 1.0}]
@@ -325,7 +325,7 @@ def test_another_file_in_the_place_of_the_table_is_noticed(settings: Settings) -
     put(path, LITTLE, "2013-01", [key_at(10, 2)])
     service.online.refresh(None)
     assert ask(service, 2, ("a",)) == [{"a": 1.0}]
-    with pytest.raises(Problem, match="there is no"):
+    with pytest.raises(HTTPProblem, match="there is no"):
         ask(service, 1, ("a",))
 
 
@@ -351,7 +351,7 @@ def test_a_server_that_says_nothing_holds_up_its_own_askers_only(settings: Setti
         service = Service(LiveModels(settings), Limits(), OnlineTable(remote))
         seen = asyncio.run(beside_a_silent_one(service))
     assert seen == ["a thread", "a look at the models", "the table"]
-    assert "cannot use" in service.online.problem
+    assert "can't use" in service.online.problem
 
 
 async def beside_a_silent_one(service: Service) -> list[str]:
@@ -452,7 +452,7 @@ def test_no_table_or_a_damaged_one_is_said_in_words(settings: Settings) -> None:
         open_feature_table(settings)
     features_path(settings, "flight-delay").parent.mkdir(parents=True)
     features_path(settings, "flight-delay").write_bytes(b"not a database, but long enough to be looked at" * 100)
-    with pytest.raises(FeatureTableError, match=r"cannot read the online feature table .*not a database"):
+    with pytest.raises(FeatureTableError, match=r"can.t read the online feature table .*not a database"):
         open_feature_table(settings)
 
 
@@ -460,7 +460,7 @@ def test_a_damaged_table_is_not_written_to(quarter: Quarter, tmp_path: Path) -> 
     own = quarter.fresh(tmp_path / "workspace")
     features_path(own.settings, "flight-delay").parent.mkdir(parents=True)
     features_path(own.settings, "flight-delay").write_bytes(b"not a database" * 100)
-    with pytest.raises(FeatureTableError, match=r"cannot write .*not a database"):
+    with pytest.raises(FeatureTableError, match=r"can.t write .*not a database"):
         materialise(own.settings, flight_delay, own.features, [FEBRUARY])
 
 
@@ -478,7 +478,7 @@ def test_a_server_that_refuses_is_named_without_the_password(redis_url: str, spo
     settings = quarter.settings.model_copy(update={"features_url": url})
     read, write = open_feature_table, lambda _: materialise(settings, flight_delay, quarter.features, [FEBRUARY])
     for attempt in (read, write):
-        with pytest.raises(FeatureTableError, match=r"cannot use the online feature table redis://…@127") as caught:
+        with pytest.raises(FeatureTableError, match=r"can.t use the online feature table redis://…@127") as caught:
             attempt(url)
         assert "s3cret" not in str(caught.value)
         assert "wr0ng" not in str(caught.value)

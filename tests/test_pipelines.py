@@ -40,7 +40,7 @@ from mlops_course.pipelines import (
     record_result,
     run,
 )
-from mlops_course.pipelines.engine.workers import GRACE
+from mlops_course.pipelines.engine.sessions import CANCEL_GRACE_S
 from mlops_course.pipelines.notebooks import Taken, notebook_parameters, recorded_names
 from mlops_course.pipelines.parameters import TYPES, fill, references
 from mlops_course.pipelines.runs import repository
@@ -907,7 +907,7 @@ def test_an_interrupted_cell_can_clean_up_but_not_for_ever(tmp_path: Path, setti
     with pytest.raises(KeyboardInterrupt):
         run(pipeline, settings=settings, on_event=interrupt)
     assert ended.exists() == polite
-    assert time.monotonic() - asked[0] < 2 * GRACE + 5
+    assert time.monotonic() - asked[0] < 2 * CANCEL_GRACE_S + 5
     assert [child for child in psutil.Process().children() if "ipykernel_launcher" in child.cmdline()] == []
 
 

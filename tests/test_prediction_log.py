@@ -20,19 +20,18 @@ from mlops_course.cli import app
 from mlops_course.data import read_table
 from mlops_course.environment import Settings
 from mlops_course.project import flight_delay
-from mlops_course.serving import load_predictor
-from mlops_course.serving import predictions as room
+from mlops_course.serving import load_predictor, predictions
 from mlops_course.serving.predictions import (
-    Entry,
+    LoggedPrediction,
     LogLimits,
     PredictionLog,
     collect_predictions,
-    encode,
+    encode_json,
     log_folder,
+    maintain,
     read_segment,
-    tend,
 )
-from mlops_course.serving.problems import Problem
+from mlops_course.serving.problems import HTTPProblem
 from mlops_course.serving.publishing import live_bundle
 
 pytestmark = pytest.mark.filterwarnings("ignore:Series.values returning:DeprecationWarning")  # inside pyarrow
@@ -40,10 +39,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:Series.values returning:Deprecat
 KEY = {"time_hour": "2013-02-01T10:00:00Z", "minute": 5, "carrier": "UA", "flight": 12, "origin": "EWR"}
 
 
-def entry(number: int = 0, **changes: Any) -> Entry:
+def entry(number: int = 0, **changes: Any) -> LoggedPrediction:
     features = np.array([number, np.nan], dtype="<f4").tobytes()
     given: dict[str, Any] = {"id": f"r{number}", "time": 1.36e9 + number, "model": FIRST, "score": 0.5, "warned": True}
-    return Entry(**{**given, "features": features, "key": KEY, **changes})
+    return LoggedPrediction(**{**given, "features": features, "key": KEY, **changes})
 
 
 def segments(settings: Settings, ending: str) -> list[Path]:
@@ -64,20 +63,20 @@ def test_what_was_appended_is_in_the_file_at_once(writer: PredictionLog, setting
     writer.append([entry(1), entry(2)])
     found, torn = read_segment(segments(settings, "open")[0])
     assert (found, torn) == ([entry(1), entry(2)], 0)
-    assert writer.size == segments(settings, "open")[0].stat().st_size
+    assert writer.segment.size == segments(settings, "open")[0].stat().st_size
 
 
 def test_a_segment_is_closed_when_it_is_large_or_old_or_at_the_end(settings: Settings) -> None:
     writer = PredictionLog(log_folder(settings, "flight-delay"), LogLimits(segment=500, seconds=0.2))
-    tend(writer)
+    maintain(writer)
     assert segments(settings, "jsonl") == [], "an empty one isn't closed"
-    while writer.size < 500:
+    while writer.segment.size < 500:
         writer.append([entry()])
-    tend(writer)
-    assert (len(segments(settings, "jsonl")), len(segments(settings, "open")), writer.size) == (1, 1, 0)
+    maintain(writer)
+    assert (len(segments(settings, "jsonl")), len(segments(settings, "open")), writer.segment.size) == (1, 1, 0)
     writer.append([entry()])
     time.sleep(0.3)
-    tend(writer)
+    maintain(writer)
     assert len(segments(settings, "jsonl")) == 2
     writer.append([entry()])
     writer.close()
@@ -96,15 +95,15 @@ def test_a_full_disk_refuses_and_leaves_no_half_line(
             return real(descriptor, data[:10])
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(room.os, "write", lambda descriptor, data: nearly_full(descriptor, bytes(data)))
+    monkeypatch.setattr(predictions.os, "write", lambda descriptor, data: nearly_full(descriptor, bytes(data)))
     for _ in range(2):
-        with pytest.raises(Problem, match="the disk is full") as caught:
+        with pytest.raises(HTTPProblem, match="the disk is full") as caught:
             writer.append([entry(2)])
         assert caught.value.status == 503
-    tend(writer)
+    maintain(writer)
     assert writer.problem
-    monkeypatch.setattr(room.os, "write", real)
-    tend(writer)
+    monkeypatch.setattr(predictions.os, "write", real)
+    maintain(writer)
     assert writer.problem == ""
     writer.append([entry(3)])
     assert read_segment(segments(settings, "open")[0]) == ([entry(1), entry(3)], 0)
@@ -115,12 +114,12 @@ def test_more_than_the_total_refuses_until_somebody_collects(settings: Settings)
     while not writer.problem:
         writer.append([entry()])
         writer.sync()
-        tend(writer)
-    with pytest.raises(Problem, match="the limit is 2,000"):
+        maintain(writer)
+    with pytest.raises(HTTPProblem, match="the limit is 2,000"):
         writer.append([entry()])
     collect_predictions(settings, flight_delay)
     writer.sync()
-    tend(writer)
+    maintain(writer)
     writer.append([entry()])
     writer.close()
 
@@ -129,13 +128,13 @@ def test_a_folder_that_is_taken_away_is_noticed(settings: Settings) -> None:
     blocked = settings.home / "blocked"
     blocked.write_text("")
     writer = PredictionLog(blocked)
-    with pytest.raises(Problem) as caught:
+    with pytest.raises(HTTPProblem) as caught:
         writer.append([entry()])
     assert caught.value.status == 503
-    tend(writer)
+    maintain(writer)
     assert writer.problem
     blocked.unlink()
-    tend(writer)
+    maintain(writer)
     writer.append([entry()])
     writer.close()
 
@@ -176,14 +175,14 @@ def test_a_segment_that_no_table_takes_is_set_aside_and_the_next_is_collected(
     for number in (1, 2):
         writer.append([entry(number)])
         writer.close()
-    real = room.as_frame
+    real = predictions.as_frame
 
-    def frame(entries: list[Entry], *rest: Any) -> pd.DataFrame:
+    def frame(entries: list[LoggedPrediction], *rest: Any) -> pd.DataFrame:
         if entries[0].id == "r1":
             raise ValueError("a value that nobody has thought of")
         return real(entries, *rest)
 
-    monkeypatch.setattr(room, "as_frame", frame)
+    monkeypatch.setattr(predictions, "as_frame", frame)
     for rows, bad in ((1, 1), (0, 0)):
         collected = collect_predictions(settings, flight_delay)
         assert (collected.rows, collected.set_aside) == (rows, bad)
@@ -220,7 +219,7 @@ def test_a_line_that_was_never_finished_is_left_out(writer: PredictionLog, setti
     writer.append([entry(1)])
     writer.close()
     path = segments(settings, "jsonl")[0]
-    path.write_bytes(path.read_bytes() + b"\n" + encode(entry(2))[:40])
+    path.write_bytes(path.read_bytes() + b"\n" + encode_json(entry(2))[:40])
     assert read_segment(path) == ([entry(1)], 1)
     assert collect_predictions(settings, flight_delay).torn == 1
 
@@ -238,11 +237,11 @@ def test_only_the_dead_of_the_own_machine_and_the_long_dead_are_collected(
 ) -> None:
     writer.append([entry(1)])
     path = segments(settings, "open")[0]
-    assert f"-{room.host_name()}-" in path.name
-    os.close(writer.descriptor)  # its process has died
-    writer.path = None
+    assert f"-{predictions.host_name()}-" in path.name
+    os.close(writer.segment.descriptor)  # its process has died
+    writer.segment = None
     with monkeypatch.context() as elsewhere:
-        elsewhere.setattr(room.socket, "gethostname", lambda: "another")
+        elsewhere.setattr(predictions.socket, "gethostname", lambda: "another")
         assert collect_predictions(settings, flight_delay).rows == 0
         os.utime(path, (time.time() - 25 * 3600,) * 2)
         assert collect_predictions(settings, flight_delay).rows == 1
@@ -256,7 +255,7 @@ def test_nothing_is_lost_between_a_writer_and_a_collector(settings: Settings) ->
     def write() -> None:
         for number in range(60):
             writer.append([entry(number)])
-            tend(writer)
+            maintain(writer)
         writer.close()
         stop.set()
 

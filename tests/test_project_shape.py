@@ -332,7 +332,7 @@ def test_every_task_is_a_make_target() -> None:
     listed = re.search(r"^TASKS := (.+)$", makefile, re.MULTILINE)
     shown = run_tool("tasks.py", "help").stdout
     assert listed is not None
-    assert set(re.findall(r"^  (\w+) ", shown, re.MULTILINE)) == set(listed[1].split())
+    assert set(re.findall(r"^  ([\w-]+) ", shown, re.MULTILINE)) == set(listed[1].split())
 
 
 # ---------------------------------------------------------------- the tasks

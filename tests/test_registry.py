@@ -22,7 +22,7 @@ from mlops_course.experiments import (
     evaluate,
     evaluate_run,
     exclusive_lock,
-    find_run,
+    find_tracked_run,
     load_run_model,
     scores,
     tracked_run,
@@ -31,6 +31,7 @@ from mlops_course.experiments import (
 )
 from mlops_course.project import flight_delay
 from mlops_course.registry import (
+    PromotionDecision,
     RegistryError,
     _new_version,
     champion_reference,
@@ -110,14 +111,14 @@ def test_a_version_leads_to_its_run_and_so_to_its_data(home: Settings, runs: Run
     version = find_version(home, flight_delay, "flight-delay@1")
     assert version.run_id == runs["longer"]
     assert (version.tags["first"], version.tags["last"]) == (JANUARY, FEBRUARY)
-    run = find_run(home, flight_delay, str(version.run_id))
+    run = find_tracked_run(home, flight_delay, str(version.run_id))
     assert (run.data.tags["data.features"], run.data.tags["data.rows"]) == (quarter.features, quarter.rows)
     assert open_registry(home, flight_delay).get_registered_model("flight-delay").description == flight_delay.question
 
 
 def test_versions_are_in_the_order_of_their_numbers(home: Settings, runs: Runs) -> None:
     register(home, flight_delay, runs["small"])
-    source = find_run(home, flight_delay, runs["small"]).data.tags["model_uri"]
+    source = find_tracked_run(home, flight_delay, runs["small"]).data.tags["model_uri"]
     for _ in range(10):
         open_registry(home, flight_delay).create_model_version("flight-delay", source)
     assert references(home) == [f"flight-delay@{number}" for number in range(1, 12)]
@@ -162,7 +163,8 @@ def test_who_registers_waits_for_another_process_that_does(home: Settings, runs:
         process.stdin.flush()
         time.sleep(2)
         assert (process.poll(), references(home)) == (None, [])
-        _new_version(open_registry(home, flight_delay), flight_delay, find_run(home, flight_delay, runs["small"]))
+        run = find_tracked_run(home, flight_delay, runs["small"])
+        _new_version(open_registry(home, flight_delay), flight_delay, run)
     output, errors = process.communicate(timeout=60)
     assert output == "flight-delay@1\n", errors
     assert references(home) == ["flight-delay@1"]
@@ -250,7 +252,7 @@ def test_a_version_is_packaged_once_from_what_its_run_wrote_down(home: Settings,
     register(home, flight_delay, runs["good"])
     folder = package(home, flight_delay, "challenger")
     assert folder == home.serving / "bundles" / "flight-delay@1"
-    manifest, run = read_bundle(folder), find_run(home, flight_delay, runs["good"])
+    manifest, run = read_bundle(folder), find_tracked_run(home, flight_delay, runs["good"])
     assert (manifest.run_id, manifest.first, manifest.last) == (runs["good"], JANUARY, JANUARY)
     assert manifest.data == {"features": quarter.features, "rows": quarter.rows}
     card = (folder / "MODEL_CARD.md").read_text(encoding="utf-8")
@@ -346,6 +348,7 @@ def test_a_champion_that_has_seen_the_test_is_not_compared(
     assert not found.promote
     assert "flight-delay@3 has seen months of the test" in found.reason
     assert "test on later months" in found.reason
+    assert found == PromotionDecision(False, found.reason)
 
 
 @pytest.mark.parametrize(("high", "promoted"), [(-0.0001, True), (0.0, False), (0.001, False)])

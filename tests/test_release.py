@@ -698,6 +698,23 @@ def test_a_damaged_state_is_named_and_nothing_is_overwritten(settings: Settings,
     assert path.read_bytes() == text
 
 
+def test_a_release_that_was_begun_with_the_old_words_goes_on(settings: Settings) -> None:
+    release = create_release(settings, "canary", STABLE, CANDIDATE)
+    path = settings.serving / "flight-delay" / "release.json"
+    written = json.loads(path.read_bytes())
+    old = {"least": 7, "slice_least": 8, "enough": 9, "flips": 0.25, "slice_flips": 0.5, "errors": 0.03}
+    path.write_text(json.dumps({**written, "limits": old}))
+    found = read_release(settings)
+    assert found is not None
+    assert found.limits == ReleaseLimits(
+        errors=0.03, min_samples=7, slice_min_samples=8, min_requests=9, decision_flip_rate=0.25,
+        slice_decision_flip_rate=0.5,
+    )  # fmt: skip
+    assert update_release(settings, found, "held", step=1) is not None
+    assert "enough" not in json.loads(path.read_bytes())["limits"]
+    assert found.id == release.id
+
+
 def change_once(settings: Settings, release: Release, number: int) -> bool:
     """In a process of its own."""
     return update_release(settings, release, f"{number}", by="person", step=1) is not None

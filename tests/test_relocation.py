@@ -16,7 +16,7 @@ import pytest
 from conftest import Quarter, settings_in
 
 from mlops_course.environment import Settings, SettingsError, load_settings
-from mlops_course.experiments import connect, find_run, load_run_model, quiet_mlflow, tracked_run, train_run
+from mlops_course.experiments import connect, find_tracked_run, load_run_model, quiet_mlflow, tracked_run, train_run
 from mlops_course.experiments.model import TrainingConfig
 from mlops_course.pipelines.cache import relativize, resolve
 from mlops_course.pipelines.runs import list_runs
@@ -250,5 +250,5 @@ def test_a_copy_trains_packages_and_serves_without_a_byte_in_the_original(whole:
     assert {stage["name"]: stage["results"] for stage in again["stages"]}["register"]["model"] == "flight-delay@2"
     settings = settings_in(copy)
     run_id = str(find_version(settings, flight_delay, "flight-delay@2").run_id)
-    assert find_run(settings, flight_delay, run_id).info.artifact_uri.startswith(settings.artifacts.as_uri())
+    assert find_tracked_run(settings, flight_delay, run_id).info.artifact_uri.startswith(settings.artifacts.as_uri())
     assert content(whole) == before

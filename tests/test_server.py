@@ -194,7 +194,7 @@ def test_a_port_that_is_taken_is_said_in_one_line(tmp_path: Path, count: str) ->
         (["--limit", "rows=many"], "the limit rows"),
         (["--app", "no.such:app"], "there is no app"),
         (["--app", "nonsense"], "there is no app"),
-        (["--app", "mlops_course.deployment"], "is no function"),
+        (["--app", "mlops_course.deployment"], "is not a function"),
     ],
 )
 def test_what_cannot_be_started_is_said_in_one_line(tmp_path: Path, options: list[str], words: str) -> None:

@@ -15,7 +15,7 @@ from service_helpers import FIRST, SECOND, Running, serving, until
 
 from mlops_course.environment import Settings
 from mlops_course.serving import BundleError, Predictor, load_predictor, open_feature_table, publish
-from mlops_course.serving import models as room
+from mlops_course.serving import models as models_module
 from mlops_course.serving.app import create_app
 from mlops_course.serving.models import Choice, LiveModels, Models
 from mlops_course.serving.publishing import live_bundle
@@ -342,7 +342,7 @@ def test_a_model_that_cannot_answer_is_not_published(home: Path) -> None:
 def test_whatever_a_new_model_raises_is_counted_and_tried_again(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     models = LiveModels(Settings(home=home), patience=0)
     with monkeypatch.context() as patch:
-        patch.setattr(room, "load_predictor", lambda _: (_ for _ in ()).throw(MemoryError("too large")))
+        patch.setattr(models_module, "load_predictor", lambda _: (_ for _ in ()).throw(MemoryError("too large")))
         models.refresh()
         models.refresh()
     assert (models.failures, models.ready, "too large" in models.problem) == (2, False, True)

@@ -47,7 +47,7 @@ def test_no_store_is_the_same_as_an_empty_one(settings: Settings, empty_store: P
 
 def test_what_is_served_is_a_state_that_any_change_of_it_changes(settings: Settings) -> None:
     from mlops_course.serving import FeatureTable
-    from mlops_course.serving.online import FileStore, Layout, _write_file, features_path
+    from mlops_course.serving.online import FileStore, RowLayout, features_path, write_file
 
     states = [serving(settings)]
     assert not settings.serving.exists(), "looking makes nothing"
@@ -64,9 +64,9 @@ def test_what_is_served_is_a_state_that_any_change_of_it_changes(settings: Setti
     assert changed()
     manifest.write_text("{}", encoding="utf-8")
     assert changed()
-    layout = Layout((("flight", "integer"),), ("speed",), ())
+    layout = RowLayout((("flight", "integer"),), ("speed",), ())
     for number_of_write, number in enumerate((1, 1, 2)):
-        _write_file(features_path(settings, "late"), "late", layout, {"2013-01": {"7": b"?"}}, f"features@{number}")
+        write_file(features_path(settings, "late"), "late", layout, {"2013-01": {"7": b"?"}}, f"features@{number}")
         assert changed() is (number_of_write != 1)
     with_reader = FeatureTable(FileStore(features_path(settings, "late")))
     assert not changed(), "whoever reads changes nothing"

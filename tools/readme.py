@@ -1,4 +1,7 @@
-"""Makes README.md from nbs/index.ipynb. With --check it only says, by its exit status, whether README.md is stale."""
+"""Makes README.md from nbs/index.ipynb, and the map of the sections in both from the lessons' notebooks.
+
+With --check it only says, by its exit status, whether one of them is stale.
+"""
 
 import json
 import os
@@ -60,21 +63,36 @@ def cell_text(cell: dict) -> list[str]:
     return shown + [output_text(output) for output in cell["outputs"]]
 
 
-def readme() -> str:
+def with_map(text: str) -> str:
+    """The index with the map as the lessons' notebooks say it today; everything else stays."""
+    from mlops_course.course.lessons import course_map
+
+    notebook = json.loads(text)
+    for cell in notebook["cells"]:
+        source = joined(cell["source"])
+        if cell["cell_type"] == "markdown" and source.startswith("## The map"):
+            fresh = re.sub(r"^\|.*\|$(\n\|.*\|$)*", lambda _: course_map(), source, count=1, flags=re.MULTILINE)
+            cell["source"] = fresh.splitlines(keepends=True)
+    return json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
+
+
+def readme(index: str) -> str:
     """The whole README."""
-    cells = json.loads(SOURCE.read_text(encoding="utf-8"))["cells"]
+    cells = json.loads(index)["cells"]
     return HEADER + "\n\n".join(piece for cell in cells for piece in cell_text(cell) if piece) + "\n"
 
 
 def main() -> int:
-    """Write the README, or check it."""
-    text = readme()
-    fresh = TARGET.is_file() and TARGET.read_text(encoding="utf-8") == text
+    """Write the map and the README, or check them."""
+    index = with_map(SOURCE.read_text(encoding="utf-8"))
+    wanted = {SOURCE: index, TARGET: readme(index)}
+    stale = [path for path, text in wanted.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
     if "--check" in sys.argv[1:]:
-        print("README.md is up to date" if fresh else "README.md is stale: make readme")
-        return 0 if fresh else 1
-    if not fresh:
-        TARGET.write_text(text, encoding="utf-8", newline="\n")
+        names = ", ".join(path.relative_to(ROOT).as_posix() for path in stale)
+        print(f"{names} is stale: run `make export`" if stale else "README.md is up to date")
+        return 1 if stale else 0
+    for path in stale:
+        path.write_text(wanted[path], encoding="utf-8", newline="\n")
     return 0
 
 

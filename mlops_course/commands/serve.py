@@ -31,12 +31,12 @@ def about_service(
 ) -> str:
     """What a person before a terminal should know about a service that has started."""
     from mlops_course.serving.bundle import case_folder
-    from mlops_course.serving.publishing import LIVE, served_case
+    from mlops_course.serving.publishing import LIVE_FILE, served_case
 
     if service and not service.startswith("mlops_course."):
         return "Ctrl-C ends the service."
     case = served_case(settings)
-    live, of = case is not None and (case_folder(settings, case) / LIVE).is_file(), f" of {case}" if case else ""
+    live, of = case is not None and (case_folder(settings, case) / LIVE_FILE).is_file(), f" of {case}" if case else ""
     none = "" if live else f"No model{of} is live in {settings.home} yet: mlops-course publish makes one live. "
     return f"There is a page to try it; /openapi.json describes the rest. {none}Ctrl-C ends the service."
 

@@ -55,12 +55,17 @@ def run_steps(
             problem = f"the lab didn't end within {_STEP_SECONDS:g} s"
             raise LabError(problem, "Try again when the machine is less busy") from error
         if not answer.is_file():
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise LabError(f"the lab's process ended with status {done.returncode}: {last}", "Try again")
+            raise _dead(done)
         said = json.loads(answer.read_text(encoding="utf-8"))
     if said["failed"]:
         raise LabError(f"the lab's step {said['failed']} failed: {said['message']}", "Is the workspace in order?")
     return LabState(said["sound"], said["message"])
+
+# %% ../../nbs/internals/01_labs.ipynb #5ee1097b
+def _dead(done: "subprocess.CompletedProcess[str]") -> LabError:
+    """A step's process that ended without an answer."""
+    last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+    return LabError(f"the lab's process ended with status {done.returncode}: {last}", "Try again")
 
 # %% ../../nbs/internals/01_labs.ipynb #cc533bfd
 def run_child() -> None:
@@ -85,6 +90,28 @@ def _do(parts: list[list[str]], home: Path) -> dict[str, Any]:
     except Exception as error:  # a fault can show itself as any error
         return {"failed": "", "sound": False, "message": f"{type(error).__name__}: {error}"}
     return {"failed": "", "sound": True, "message": ""}
+
+# %% ../../nbs/internals/01_labs.ipynb #d96a1a82
+def _lab_of(lesson: Lesson) -> Lab:
+    if lesson.lab is None:
+        raise LessonError(f"section {lesson.number} has no lab", "See mlops-course progress for those that have one")
+    return lesson.lab
+
+
+def _may_be_broken(note: dict[str, Any]) -> bool:
+    """Whether a lab is broken, or was being broken when something went wrong."""
+    return bool(note.get("broken") or note.get("breaking"))
+
+
+def _lab_note(lesson: Lesson, home: Path) -> dict[str, Any]:
+    """What is written down about a lab."""
+    with edit_progress(home) as document:
+        return dict(section_of(document, lesson.number)["lab"])
+
+
+def _write_note(lesson: Lesson, home: Path, **facts: Any) -> None:
+    with edit_progress(home) as document:
+        section_of(document, lesson.number)["lab"].update(facts)
 
 # %% ../../nbs/internals/01_labs.ipynb #0dea54d3
 def break_lab(
@@ -144,28 +171,6 @@ def check_lab(
     if note.get("passed"):
         return "passed", "It was broken, and you fixed it."
     return "unattempted", f"You have seen the fix. Now on your own: mlops-course break {lesson.number}"
-
-# %% ../../nbs/internals/01_labs.ipynb #d96a1a82
-def _lab_of(lesson: Lesson) -> Lab:
-    if lesson.lab is None:
-        raise LessonError(f"section {lesson.number} has no lab", "See mlops-course progress for those that have one")
-    return lesson.lab
-
-
-def _may_be_broken(note: dict[str, Any]) -> bool:
-    """Whether a lab is broken, or was being broken when something went wrong."""
-    return bool(note.get("broken") or note.get("breaking"))
-
-
-def _lab_note(lesson: Lesson, home: Path) -> dict[str, Any]:
-    """What is written down about a lab."""
-    with edit_progress(home) as document:
-        return dict(section_of(document, lesson.number)["lab"])
-
-
-def _write_note(lesson: Lesson, home: Path, **facts: Any) -> None:
-    with edit_progress(home) as document:
-        section_of(document, lesson.number)["lab"].update(facts)
 
 # %% ../../nbs/internals/01_labs.ipynb #d7738d77
 def prove_lab(

@@ -37,7 +37,7 @@ __all__ = ['Delivery', 'ingest', 'Validation', 'validate', 'history_months', 're
 # %% ../../nbs/05_data.ipynb #773723f1
 @dataclass(frozen=True)
 class Delivery:
-    "What taking in one delivery did."
+    """What taking in one delivery did."""
 
     month: str  # the delivery
     rows: dict[str, int]  # rows delivered, by table
@@ -76,7 +76,7 @@ def ingest(
 # %% ../../nbs/05_data.ipynb #4c1f12f1
 @dataclass(frozen=True)
 class Validation:
-    "What validation let through and what it put aside."
+    """What validation let through and what it put aside."""
 
     tables: dict[str, str]  # references to the clean tables, such as `flight-delay/flights@3`
     rows: dict[str, int]  # rows that were let through, by table
@@ -127,7 +127,7 @@ def history_months(
     use_case: UseCase,  # how much history its features need
     wanted: list[str],  # months, one after the other
 ) -> list[str]:  # the same months, and those before that their features look back into
-    "List the months that are needed to compute the features of some."
+    """List the months that are needed to compute the features of some."""
     return months(f"{parse_month(wanted[0]).start_time - use_case.lookback:%Y-%m}", wanted[-1])
 
 
@@ -137,7 +137,7 @@ def read_history(
     tables: Mapping[str, str],  # references to the clean tables
     wanted: list[str],  # months, one after the other
 ) -> dict[str, pd.DataFrame]:  # what the feature function gets
-    "Read the rows from which the features of some months are computed."
+    """Read the rows from which the features of some months are computed."""
     history = history_months(use_case, wanted)
     return {
         table.name: read_table(settings, tables[table.name], history if table.period else None)
@@ -157,7 +157,7 @@ def require_history(
         DataError: a month is missing; before the very first one there is nothing.
     """
     usual = sorted(rows.values())[len(rows) // 2] if rows else 0
-    share, own = (0.01, {}) if delivered is None else (0.1, delivered)  # a few late rows are no month
+    share, own = (0.01, {}) if delivered is None else (0.1, delivered)  # a few late rows don't make a month
     there = {month for month, number in rows.items() if number > share * min(usual, own.get(month, usual))}
     needed = {month for month in history_months(use_case, wanted) if month > min(there, default=wanted[0])}
     if absent := sorted({*wanted} - {*rows} | (needed - {*wanted} - there)):
@@ -204,7 +204,7 @@ def labelled_features(
     first: str,  # first month
     last: str,  # last month, included
 ) -> pd.DataFrame:  # the features with the column `label` (1.0 or 0.0), in the order of time
-    "Bring features and labels together, for training and for testing; rows without a label are left out."
+    """Bring features and labels together, for training and for testing; rows without a label are left out."""
     wanted, key = months(first, last), list(use_case.key)
     outcomes = read_table(settings, rows, wanted)
     outcomes = outcomes[key].assign(label=labels(use_case, outcomes))

@@ -50,7 +50,7 @@ def arrival_features(
     group: Group,  # which flights belong together
     time: Timeline,  # what happened when
 ) -> dict[str, np.ndarray]:  # (n,) float32 by name
-    "Take means over flights that had arrived by T."
+    """Take means over flights that had arrived by T."""
     values = {
         "late_rate": (time.arrival_delay > LATE_AFTER).astype(np.int64),
         "mean_delay": time.arrival_delay,
@@ -66,7 +66,7 @@ def departure_features(
     group: Group,  # which flights belong together
     time: Timeline,  # what happened when
 ) -> dict[str, np.ndarray]:  # (n,) float32 by name
-    "Take means over flights that had left by T."
+    """Take means over flights that had left by T."""
     late = (time.departure_delay > LATE_AFTER).astype(np.int64)
     values = {"departure_delay": time.departure_delay, "departed_late": late}
     wanted = _DEPARTURE_WINDOWS[group.name]
@@ -80,7 +80,7 @@ def overdue_features(
     group: Group,  # which flights belong together
     time: Timeline,  # what happened when
 ) -> dict[str, np.ndarray]:  # (n,) float32: number of overdue flights, and the minutes they have waited
-    "Count flights that are past their schedule and have not left at T."
+    """Count flights that are past their schedule and have not left at T."""
     given_up = time.scheduled + _OVERDUE_LIMIT
     gone = np.where(time.departed, np.clip(time.departure, time.scheduled, given_up), given_up)
     order = group.order
@@ -97,7 +97,7 @@ def overdue_features(
 
 # %% ../../nbs/internals/05_features.ipynb #027c0951
 class LegState(IntEnum):
-    "What is known at T about an earlier flight of the same aircraft."
+    """What is known at T about an earlier flight of the same aircraft."""
 
     NONE = -1  # there is none
     NOT_DUE = 0
@@ -111,7 +111,7 @@ def previous_leg(
     time: Timeline,  # what happened when
     steps: int,  # 1: the last leg, 2: the one before
 ) -> dict[str, np.ndarray]:  # (n,) float32 by name
-    "Describe an earlier flight of the same aircraft, as known at T; legs older than two days do not count."
+    """Describe an earlier flight of the same aircraft, as known at T; legs older than two days do not count."""
     before = _earlier(aircraft, steps)
     there = (before >= 0) & (time.scheduled - time.scheduled[before] < 2 * DAY)
     now, gap = time.prediction_time, time.scheduled - time.scheduled[before]
@@ -176,7 +176,7 @@ def weather_features(
     prediction_time: np.ndarray,  # (n,) int64, minutes
     zero: int,  # minutes since 1970 at which the clock starts
 ) -> dict[str, np.ndarray]:  # (n,) float32 by name
-    "Give each flight the weather that was published at T, and its change over four hours."
+    """Give each flight the weather that was published at T, and its change over four hours."""
     reports = weather[weather["origin"].isin(origins)]
     key = pack(origins.get_indexer(reports["origin"]), minutes_of(reports["time_hour"]) + PUBLISHED_AFTER - zero)
     reports, key = reports[key % 2**32 < 2**31], key[key % 2**32 < 2**31]
@@ -202,7 +202,7 @@ def schedule_features(
     time: Timeline,  # for the planned duration
     crowds: Iterable[Group],  # flights that leave from the same place in the same hour
 ) -> dict[str, np.ndarray]:  # (n,) float32 by name
-    "Describe what has been known for weeks: clock times, distance, aircraft, how crowded the hour is."
+    """Describe what has been known for weeks: clock times, distance, aircraft, how crowded the hour is."""
     known = planes.drop_duplicates("tailnum").set_index("tailnum")
     built, seats = (flights["tailnum"].map(known[name]).to_numpy(np.float32) for name in ("year", "seats"))
     distance = flights["distance"].to_numpy()
@@ -278,7 +278,11 @@ def _frame(flights: pd.DataFrame, horizon: timedelta, features: Mapping[str, np.
 
 
 def _minutes_ahead(horizon: timedelta) -> int:
-    """A horizon in minutes. Raises: DataError when there is not enough history for it."""
+    """A horizon in minutes.
+
+    Raises:
+        DataError: there is not enough history for it.
+    """
     minutes = int(horizon.total_seconds()) // 60
     if not 0 <= minutes <= DAY:
         problem = f"the horizon of the flights is {horizon}, but 28 days of history are counted back from there"

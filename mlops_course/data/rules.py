@@ -40,7 +40,7 @@ def check_rows(
     frame: pd.DataFrame,  # rows in the contract's types, index 0 … n-1
     contract: pandera.DataFrameSchema,  # what was agreed
 ) -> pd.DataFrame:  # one line for each broken promise: column, check, value, index (NaN: about the whole table)
-    "Check a table against its contract and list what is broken, all at once."
+    """Check a table against its contract and list what is broken, all at once."""
     import pandera.errors
 
     try:
@@ -127,7 +127,7 @@ def count_days(
     table: Table,  # says what its parts are
     period: str,  # the month
 ) -> pd.DataFrame:  # rows by place (one line a place, `all` last) and day of the month
-    "Count a month's rows by place and day."
+    """Count a month's rows by place and day."""
     day, *places = table.coverage
     days = range(1, parse_month(period).days_in_month + 1)
     counts = rows.groupby([*places, day]).size().unstack(day) if places else pd.DataFrame()
@@ -139,7 +139,7 @@ def usual_days(
     daily: Mapping[str, pd.Series],  # rows a day of each place and of `all`, by month
     period: str,  # the month that is looked at
 ) -> pd.Series:  # rows a day of each place, and of `all`; empty when there is no other month
-    "Say how many rows a day the twelve nearest other months have, typically."
+    """Say how many rows a day the twelve nearest other months have, typically."""
     near = [daily[month] for month in _nearest({*daily} - {period}, period)[:12]]
     return pd.concat(near, axis=1).fillna(0).median(axis=1) if near else pd.Series(dtype="float64")
 
@@ -155,7 +155,7 @@ def find_gap(
     usual: pd.Series,  # from `usual_days`
     gaps: int = 0,  # days that a place may lack
 ) -> str:  # in words; empty when the month is whole
-    "Say what a month lacks."
+    """Say what a month lacks."""
     covered, days = int((counts.loc["all"] > 0).sum()), counts.shape[1]
     if 2 * covered < days:
         return f"it has rows on {covered} of its {days} days"
@@ -175,7 +175,7 @@ def find_gap(
 # %% ../../nbs/internals/05_rules.ipynb #e64395e3
 @dataclass(frozen=True)
 class CheckedTable:
-    "What came of checking months of one table."
+    """What came of checking months of one table."""
 
     good: pd.DataFrame  # rows that keep the contract
     replaced: int  # rows that a newer delivery replaced
@@ -285,7 +285,7 @@ def keep_quarantine(
     report: pd.DataFrame,  # from `split_rows`, a line for each bad value
     periods: Iterable[str],  # the months that were checked
 ) -> None:
-    "Make the use case's table `quarantine` hold the bad rows of these months, and no older ones of them."
+    """Make the use case's table `quarantine` hold the bad rows of these months, and no older ones of them."""
     name = table_name(use_case, "quarantine")
     if len(report) or table_version(settings, name) is not None:
         replace_months(settings, name, report, gone={*periods, "all"} - set(report["period"]))

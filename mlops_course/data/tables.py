@@ -29,7 +29,7 @@ __all__ = ['DataError', 'parse_month', 'months', 'month_after', 'table_name', 't
 
 # %% ../../nbs/internals/05_tables.ipynb #82433cf7
 class DataError(CourseError):
-    "A delivery, a table or a month is not what it must be."
+    """A delivery, a table or a month is not what it must be."""
 
 
 def parse_month(
@@ -67,7 +67,7 @@ def month_after(
     month: str,  # such as `2013-09`
     steps: int = 1,  # how many months later; negative: earlier
 ) -> str:  # such as `2013-10`
-    "Name the month that lies some steps after another."
+    """Name the month that lies some steps after another."""
     return str(parse_month(month) + steps)
 
 # %% ../../nbs/internals/05_tables.ipynb #4c723167
@@ -75,7 +75,7 @@ def table_name(
     use_case: UseCase,  # whose table
     table: str,  # such as `features`
 ) -> str:  # such as `flight-delay/features`
-    "Name a table of a use case: no other use case has one of that name."
+    """Name a table of a use case: no other use case has one of that name."""
     return f"{use_case.name}/{table}"
 
 # %% ../../nbs/internals/05_tables.ipynb #112767c9
@@ -289,7 +289,11 @@ def _is_kept(kind: pyarrow.DataType) -> bool:
 
 # %% ../../nbs/internals/05_tables.ipynb #a4993355
 def _check_columns(name: str, rows: pyarrow.Table, schema: pyarrow.Schema) -> None:
-    """Raises: DataError when the columns have other names than those of the table, or one lacks what it must have."""
+    """Compare columns with those of a table.
+
+    Raises:
+        DataError: they have other names, or one lacks what it must have.
+    """
     new, gone = sorted({*rows.column_names} - {*schema.names}), sorted({*schema.names} - {*rows.column_names})
     if new or gone:
         both = (("there is", new), ("there is no", gone))
@@ -366,6 +370,14 @@ def _unchanged(settings: Settings, name: str, rows: pyarrow.Table, by: str) -> l
     old = _by_month(held.cast(rows.schema), by)
     return [month for month, some in old.items() if some.equals(new[month])]
 
+
+def _held(settings: Settings, name: str, months: Iterable[str], by: str) -> set[str]:
+    """Those of the months of which a table holds rows."""
+    months = sorted(months)
+    if not months or table_version(settings, name) is None:
+        return set()
+    return set(read_table(settings, newest_reference(settings, name), months, [by], by)[by])
+
 # %% ../../nbs/internals/05_tables.ipynb #951c9dc9
 def _by_month(rows: pyarrow.Table, by: str) -> dict[str, pyarrow.Table]:
     """The rows of each month, in their order; never as pandas, which rounds whole numbers where one is missing."""
@@ -406,7 +418,11 @@ def replace_months(
 
 # %% ../../nbs/internals/05_tables.ipynb #874f88fa
 def _require_months(name: str, rows: pyarrow.Table, by: str, schema: pyarrow.Schema | None) -> None:
-    """Raises: DataError when rows do not say their month, or there are none from which to make a table."""
+    """Require a month of each row, and rows where a table is to be made of them.
+
+    Raises:
+        DataError: a row doesn't say its month, or there are no rows for a new table.
+    """
     if by not in rows.column_names:
         raise DataError(f"the rows of the table {name} have no column {by}", "Add it: it says the month of each row")
     if lost := rows[by].null_count:
@@ -419,14 +435,6 @@ def _require_months(name: str, rows: pyarrow.Table, by: str, schema: pyarrow.Sch
 def _differs(rows: pyarrow.Table, schema: pyarrow.Schema) -> bool:
     """Whether a table with this schema has other columns, or columns of other types, than the rows."""
     return {field.name: _kept(field.type) for field in schema} != {field.name: field.type for field in rows.schema}
-
-
-def _held(settings: Settings, name: str, months: Iterable[str], by: str) -> set[str]:
-    """Those of the months of which a table holds rows."""
-    months = sorted(months)
-    if not months or table_version(settings, name) is None:
-        return set()
-    return set(read_table(settings, newest_reference(settings, name), months, [by], by)[by])
 
 # %% ../../nbs/internals/05_tables.ipynb #610d9e7b
 def _write(settings: Settings, name: str, rows: pyarrow.Table, by: str, changed: list[str], derived: bool) -> None:

@@ -42,7 +42,7 @@ def block_minutes(
     airports: pd.DataFrame,  # with `faa` and `tzone`
     scheduled: np.ndarray,  # (n,) int64, scheduled departure, minutes since 1970 UTC
 ) -> np.ndarray:  # (n,) int64, planned minutes from gate to gate
-    "Work out how long each flight is planned to take; its two clock times are in two time zones."
+    """Work out how long each flight is planned to take; its two clock times are in two time zones."""
     zone_of = {**_CARIBBEAN, **airports.dropna(subset="tzone").set_index("faa")["tzone"]}
     dest, names = pd.factorize(flights["dest"])
     zones, zone_names = pd.factorize(pd.Index([zone_of.get(name, NEW_YORK) for name in names]))
@@ -55,7 +55,7 @@ def block_minutes(
 # %% ../../nbs/internals/05_windows.ipynb #88873ad6
 @dataclass(frozen=True)
 class Timeline:
-    "What happened to each flight and when it became known: (n,) int64 arrays, times in minutes on one clock."
+    """What happened to each flight and when it became known: (n,) int64 arrays, times in minutes on one clock."""
 
     scheduled: np.ndarray  # scheduled departure
     prediction_time: np.ndarray  # T, when the prediction is made
@@ -77,7 +77,7 @@ def timeline(
     zero: int,  # minutes since 1970 at which the clock starts; must lie before all windows
     horizon: int = _HORIZON_MINUTES,  # minutes from T to scheduled departure
 ) -> Timeline:  # the same flights, as arrays
-    "Put the flights on one clock."
+    """Put the flights on one clock."""
     scheduled = minutes_of(flights["time_hour"]) + flights["minute"].to_numpy()
     block = block_minutes(flights, airports, scheduled)
     scheduled = scheduled - zero
@@ -95,12 +95,12 @@ def pack(
     group: np.ndarray,  # (n,) int64 codes
     time: np.ndarray,  # (n,) int64 minutes, 0 … 2³¹
 ) -> np.ndarray:  # (n,) int64, sorted by group, then by time
-    "Write group and time as one integer."
+    """Write group and time as one integer."""
     return (group << 32) + time
 
 # %% ../../nbs/internals/05_windows.ipynb #dc3226ba
 class EventLog:
-    "Events by group and by the time at which they became known, ready for sums over windows."
+    """Events by group and by the time at which they became known, ready for sums over windows."""
 
     def __init__(
         self,
@@ -115,13 +115,13 @@ class EventLog:
         self,
         key: np.ndarray,  # (m,) int64, from `pack`
     ) -> np.ndarray:  # (m,) int64: how many events lie at or before
-        "Find where in the log a group stands at a time."
+        """Find where in the log a group stands at a time."""
         return np.searchsorted(self.key, key, side="right")
 
 # %% ../../nbs/internals/05_windows.ipynb #93a20059
 @dataclass(frozen=True)
 class Group:
-    "Flights that belong together, such as those of one carrier."
+    """Flights that belong together, such as those of one carrier."""
 
     name: str
     codes: np.ndarray  # (n,) int64; -1: belongs to no group
@@ -132,7 +132,7 @@ def group_by(
     name: str,  # part of the features' names
     *columns: np.ndarray,  # (n,) int64 codes; rows with the same codes belong together
 ) -> Group:  # the group
-    "Group flights by one or more columns of codes; the flights must be sorted by time."
+    """Group flights by one or more columns of codes; the flights must be sorted by time."""
     codes = columns[0]
     for column in columns[1:]:
         codes = codes * (int(column.max(initial=0)) + 1) + column
@@ -154,7 +154,7 @@ def window_means(
     happened: np.ndarray,  # (n,) bool: whether there was an event
     values: Mapping[str, np.ndarray],  # (n,) int64: what to take the mean of
 ) -> dict[str, np.ndarray]:  # (n,) float32 by name, such as `late_rate_carrier_7d`; NaN without events
-    "Take means over what became known in windows that end at each prediction time."
+    """Take means over what became known in windows that end at each prediction time."""
     order = group.order
     events = order[(happened & (group.codes >= 0))[order]]
     log = EventLog(pack(group.codes[events], known[events]), {name: value[events] for name, value in values.items()})

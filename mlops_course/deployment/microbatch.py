@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['ScoredFile', 'score_file', 'score_arrivals', 'watch_inbox']
+__all__ = ['ScoredFile', 'score_file', 'watch_inbox']
 
 # %% ../../nbs/internals/11_microbatch.ipynb #85b8b4f8
 _MISSING = ["", "NA", "NaN", "nan", "null", "None"]  # what a number that is missing looks like in a CSV file
@@ -118,7 +118,7 @@ def _why(error: Exception, path: Path) -> str:
     return f"{path.name} can't be scored: {type(error).__name__}: {first_line}"
 
 # %% ../../nbs/internals/11_microbatch.ipynb #b3f1ac10
-def score_arrivals(
+def _score_arrivals(
     settings: Settings,  # whose live model scores
     inbox: Inbox,  # of this process
     settle: float = 1.0,  # seconds for which a file must not have changed
@@ -165,7 +165,7 @@ def watch_inbox(
     inbox, count = Inbox(folder).open(), 0
     try:
         while True:
-            for scored in score_arrivals(settings, inbox, settle):
+            for scored in _score_arrivals(settings, inbox, settle):
                 tell(scored)
                 count += 1
             if once:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 # %% auto #0
-__all__ = ['can_replace', 'Counter', 'Route', 'Router', 'ReleaseModels']
+__all__ = ['can_replace', 'Counter', 'Route', 'ReleaseModels']
 
 # %% ../../nbs/internals/11_workers.ipynb #057281b5
 import numpy as np
@@ -115,7 +115,7 @@ class Route:
         counter.write(settings)
 
 # %% ../../nbs/internals/11_workers.ipynb #fc915335
-class Router:
+class _Router:
     """Follows the release that is under way."""
 
     def __init__(self) -> None:
@@ -164,7 +164,7 @@ class ReleaseModels(LiveModels):
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
-        self.router = Router()
+        self.router = _Router()
         self.leader = Leader()
 
     def choose(self, sticky: str | None) -> Choice:

@@ -24,7 +24,7 @@ __all__ = ['SCORES_FILE', 'time_splits', 'train_run', 'evaluate_run', 'reproduce
            'calibrate', 'calibration_table', 'compare', 'evaluate', 'measure', 'plot_calibration', 'score_counts',
            'slices', 'ExperimentError', 'TrainingConfig', 'scores', 'train', 'sample_configs', 'search', 'DEFAULTS',
            'constant_scores', 'cost_per_row', 'rate_scores', 'array_digest', 'connect', 'exclusive_lock',
-           'explain_full_disk', 'find_run', 'load_run_model', 'log_model', 'make_store', 'quiet_mlflow',
+           'explain_full_disk', 'find_tracked_run', 'load_run_model', 'log_model', 'make_store', 'quiet_mlflow',
            'rows_known_by', 'run_value', 'tracked_run', 'training_rows']
 
 # %% ../../nbs/06_experiments.ipynb #f0cba50f
@@ -46,12 +46,12 @@ _all_ += ["sample_configs", "search", "DEFAULTS", "constant_scores", "cost_per_r
 from mlops_course.experiments.tracking import exclusive_lock as exclusive_lock
 from mlops_course.experiments.tracking import make_store as make_store
 from mlops_course.experiments.tracking import (
-    array_digest, connect, explain_full_disk, find_run, load_run_model, log_model, quiet_mlflow, rows_known_by,
+    array_digest, connect, explain_full_disk, find_tracked_run, load_run_model, log_model, quiet_mlflow, rows_known_by,
     run_value, tracked_run, training_rows,
 )
 
-_all_ = ["array_digest", "connect", "exclusive_lock", "explain_full_disk", "find_run", "load_run_model", "log_model"]
-_all_ += ["make_store", "quiet_mlflow", "rows_known_by", "run_value", "tracked_run", "training_rows"]
+_all_ = ["array_digest", "connect", "exclusive_lock", "explain_full_disk", "find_tracked_run", "load_run_model"]
+_all_ += ["log_model", "make_store", "quiet_mlflow", "rows_known_by", "run_value", "tracked_run", "training_rows"]
 
 # %% ../../nbs/06_experiments.ipynb #e4f178b9
 def time_splits(
@@ -81,7 +81,7 @@ def train_run(
     last: str,  # last month of training, included
     config: TrainingConfig = DEFAULTS,  # how to train
 ) -> str:  # id of the MLflow run, which holds the model
-    "Train a model on some months and write down everything about it."
+    """Train a model on some months and write down everything about it."""
     mlflow = quiet_mlflow()
     frame = rows_known_by(settings, use_case, features, rows, first, last)
     with tracked_run(settings, use_case, f"train {first} to {last}", {"features": features, "rows": rows}) as run:
@@ -108,7 +108,7 @@ def evaluate_run(
     Raises:
         ExperimentError: a month to test on does not lie after the training.
     """
-    run = find_run(settings, use_case, run_id)
+    run = find_tracked_run(settings, use_case, run_id)
     seen = run_value(run, "last")
     if first <= seen:
         problem = f"can't test on {first}: the model has seen the months up to {seen}"
@@ -140,8 +140,8 @@ def reproduce(
     use_case: UseCase,  # what to predict
     run_id: str,  # the run to repeat
 ) -> float:  # largest difference of any score on the months of training; 0.0: the same model
-    "Train a run again from what it wrote down, and compare the two models row by row."
-    run = find_run(settings, use_case, run_id)
+    """Train a run again from what it wrote down, and compare the two models row by row."""
+    run = find_tracked_run(settings, use_case, run_id)
     kinds = {name: type(value) for name, value in asdict(TrainingConfig()).items()}
     config = TrainingConfig(**{name: kind(run_value(run, name)) for name, kind in kinds.items()})
     frame = training_rows(settings, use_case, run)

@@ -31,7 +31,7 @@ def calibration_table(
     score: np.ndarray,  # (n,) probabilities
     bins: int = 10,  # groups of about the same size; equal scores are never divided
 ) -> pd.DataFrame:  # a row a group: rows, mean score, share of the label 1
-    "Compare what was promised with what happened, from low scores to high ones."
+    """Compare what was promised with what happened, from low scores to high ones."""
     rank = np.searchsorted(np.sort(score), score, side="left")  # equal scores get the same rank, and stay together
     table = pd.DataFrame({"score": score, "label": label}).groupby(rank * bins // max(len(score), 1))
     return table.agg(rows=("label", "size"), score=("score", "mean"), happened=("label", "mean"))
@@ -91,7 +91,7 @@ def bootstrap(
     repeats: int = 200,  # how many draws
     seed: int = 2013,
 ) -> pd.DataFrame:  # a row a draw; columns (candidate, metric) for pr_auc, roc_auc, log_loss
-    "Measure on days that are drawn with replacement; every candidate meets the same days."
+    """Measure on days that are drawn with replacement; every candidate meets the same days."""
     codes, days = pd.factorize(blocks)
     draws = np.random.default_rng(seed).multinomial(len(days), np.full(len(days), 1 / len(days)), size=repeats)
     columns: dict[tuple[str, str], Any] = {}
@@ -146,7 +146,7 @@ def slices(
     columns: Iterable[str],  # such as carrier, origin, hour
     min_rows: int = 100,  # smaller slices are left out
 ) -> pd.DataFrame:  # a row a slice: column, value, rows, base rate, mean score, pr_auc, roc_auc, log_loss
-    "Measure each part of the data by itself."
+    """Measure each part of the data by itself."""
     rows = []
     for column in columns:
         for value, part in frame.assign(score=score).groupby(column, observed=True):
@@ -173,7 +173,7 @@ def plot_calibration(
     candidates: Mapping[str, np.ndarray],  # (n,) probabilities by name
     axes: Axes | None = None,  # where to draw; None: a new figure
 ) -> Axes:  # the drawing
-    "Draw what was promised against what happened."
+    """Draw what was promised against what happened."""
     import matplotlib.pyplot as plt
 
     axes = axes if axes is not None else plt.subplots(figsize=(4.2, 3.6))[1]
@@ -207,7 +207,7 @@ def calibrate(
 # %% ../../nbs/internals/06_evaluation.ipynb #a1c413f4
 @dataclass(frozen=True)
 class Evaluation:
-    "How good a run's model is on months it has not seen."
+    """How good a run's model is on months it has not seen."""
 
     metrics: dict[str, float]  # of the model
     comparison: pd.DataFrame  # a row a candidate: its metrics, and for the model the 95 % interval of PR-AUC
@@ -225,7 +225,7 @@ def evaluate(
     model: Pipeline,  # trained on `past`
     rivals: Mapping[str, Pipeline] | None = None,  # other models by name; left out if their features are gone
 ) -> Evaluation:  # all that is known about it
-    "Test a model on later months, beside the constant baseline and its rivals."
+    """Test a model on later months, beside the constant baseline and its rivals."""
     label = future["label"].to_numpy()
     candidates = {"model": scores(model, future), "constant": constant_scores(past, len(future))}
     if use_case.slices:
@@ -246,5 +246,5 @@ def score_counts(
     score: np.ndarray,  # (n,) probabilities
     bins: int = 20,  # of the same width
 ) -> np.ndarray:  # (bins,) int64: how many scores fall into each
-    "Count scores between 0 and 1, so that a later month can be compared with the test."
+    """Count scores between 0 and 1, so that a later month can be compared with the test."""
     return np.bincount(np.minimum((score * bins).astype(np.int64), bins - 1), minlength=bins)

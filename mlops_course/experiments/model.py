@@ -24,7 +24,7 @@ __all__ = ['DEFAULTS', 'ExperimentError', 'TrainingConfig', 'rank_categories', '
 
 # %% ../../nbs/internals/06_model.ipynb #e0baceb7
 class ExperimentError(CourseError):
-    "An experiment can't be run as it was asked for."
+    """An experiment can't be run as it was asked for."""
 
 
 _LIMITS = {
@@ -40,7 +40,7 @@ _LIMITS = {
 # %% ../../nbs/internals/06_model.ipynb #ed8c7504
 @dataclass(frozen=True)
 class TrainingConfig:
-    "Everything that decides what training does, besides the data and the code."
+    """Everything that decides what training does, besides the data and the code."""
 
     iterations: int = 160  # trees
     learning_rate: float = 0.1
@@ -65,7 +65,7 @@ def rank_categories(
     values: pd.Series,  # text
     label: pd.Series,  # 1.0 or 0.0
 ) -> list[str]:  # the categories, from the lowest late rate to the highest
-    "Order the categories of a column by how often the label is 1."
+    """Order the categories of a column by how often the label is 1."""
     rates = label.groupby(values.astype("object")).mean()
     return [str(name) for name in rates.sort_index().sort_values(kind="stable").index]
 
@@ -75,7 +75,7 @@ def build_model(
     categories: Mapping[str, list[str]],  # ranked categories of each text column
     numbers: list[str],  # names of the float32 columns
 ) -> Pipeline:  # not trained yet
-    "Put the encoding and the classifier together."
+    """Put the encoding and the classifier together."""
     from sklearn.compose import ColumnTransformer
     from sklearn.ensemble import HistGradientBoostingClassifier
     from sklearn.pipeline import Pipeline
@@ -138,5 +138,5 @@ def scores(
     model: Pipeline,  # from `train`
     frame: pd.DataFrame,  # features
 ) -> np.ndarray:  # (n,) float64: probability of the label 1
-    "Score rows with a model."
+    """Score rows with a model."""
     return model.predict_proba(frame[list(model.feature_names_in_)])[:, 1]

@@ -19,8 +19,8 @@ from zipfile import BadZipFile
 
 # %% auto #0
 __all__ = ['TRUSTED_TYPES', 'quiet_mlflow', 'exclusive_lock', 'make_store', 'connect', 'explain_full_disk', 'tracked_run',
-           'find_run', 'run_value', 'signature_of', 'log_model', 'load_run_model', 'array_digest', 'rows_known_by',
-           'training_rows']
+           'find_tracked_run', 'run_value', 'model_signature', 'log_model', 'load_run_model', 'array_digest',
+           'rows_known_by', 'training_rows']
 
 # %% ../../nbs/internals/06_tracking.ipynb #11b39aa9
 import numpy as np
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 # %% ../../nbs/internals/06_tracking.ipynb #8c5ee949
 def quiet_mlflow() -> Any:  # the module `mlflow`
-    "Import MLflow without its notes on progress bars and database migrations."
+    """Import MLflow without its notes on progress bars and database migrations."""
     import logging
     import os
     import warnings
@@ -59,7 +59,7 @@ def quiet_mlflow() -> Any:  # the module `mlflow`
 def exclusive_lock(
     settings: Settings,  # whose workspace
 ) -> Iterator[None]:
-    "Wait until no other process is in such a block; the system lets the next one in even when this one is killed."
+    """Wait until no other process is in such a block; the system lets the next one in even when this one is killed."""
     with closing(sqlite3.connect(settings.home / ".tracking.lock", timeout=120, isolation_level=None)) as lock:
         lock.execute("BEGIN EXCLUSIVE")
         yield
@@ -68,7 +68,7 @@ def exclusive_lock(
 def make_store(
     settings: Settings,  # where the store is
 ) -> None:
-    "Make the tracking store if it is a file that is not there yet."
+    """Make the tracking store if it is a file that is not there yet."""
     path = tracking_file(settings)
     if path is None or path.exists():
         return
@@ -147,7 +147,7 @@ def _experiment(settings: Settings, use_case: UseCase) -> str:
 def explain_full_disk(
     settings: Settings,  # whose workspace is written to
 ) -> Iterator[None]:
-    "Say that the disk is full, where MLflow and its database say it in a page of their own words."
+    """Say that the disk is full, where MLflow and its database say it in a page of their own words."""
     try:
         yield
     except Exception as error:
@@ -163,7 +163,7 @@ def tracked_run(
     name: str,  # what people see in the list of runs
     data: Mapping[str, str],  # references to the data, such as {"features": "flight-delay/features@4"}
 ) -> Iterator[Run]:  # the run; it is marked as failed when the block raises
-    "Open a run that knows its data, code, environment and machine."
+    """Open a run that knows its data, code, environment and machine."""
     mlflow = quiet_mlflow()
     experiment = connect(settings, use_case)
     now = fingerprint()
@@ -174,7 +174,7 @@ def tracked_run(
         yield run
 
 # %% ../../nbs/internals/06_tracking.ipynb #effd07b7
-def find_run(
+def find_tracked_run(
     settings: Settings,  # where the store is
     use_case: UseCase,  # which experiment
     run_id: str,  # id of the run
@@ -202,7 +202,7 @@ def find_run(
 
 # %% ../../nbs/internals/06_tracking.ipynb #9c081c7c
 def run_value(
-    run: Run,  # from `find_run`
+    run: Run,  # from `find_tracked_run`
     name: str,  # of a parameter or a tag
 ) -> str:  # its value
     """Look up what a run has written down about itself.
@@ -224,7 +224,7 @@ TRUSTED_TYPES = [
 ]
 
 # %% ../../nbs/internals/06_tracking.ipynb #b2d8e3f5
-def signature_of(
+def model_signature(
     model: Pipeline,  # a trained model
     use_case: UseCase,  # which of its columns hold text
 ) -> ModelSignature:
@@ -249,7 +249,7 @@ def log_model(
 
     mlflow = quiet_mlflow()
     options: dict[str, Any] = {"serialization_format": "skops", "skops_trusted_types": TRUSTED_TYPES, "name": "model"}
-    options |= {"signature": signature_of(model, use_case), "pyfunc_predict_fn": "predict_proba"}
+    options |= {"signature": model_signature(model, use_case), "pyfunc_predict_fn": "predict_proba"}
     options["metadata"] = {"use_case": use_case.name, "features": list(model.feature_names_in_)}
     try:
         stored = mlflow.sklearn.log_model(model, pip_requirements=[f"scikit-learn=={sklearn.__version__}"], **options)
@@ -283,7 +283,7 @@ def load_run_model(
     """
     import skops.io
 
-    address = run_value(find_run(settings, use_case, run_id), "model_uri")
+    address = run_value(find_tracked_run(settings, use_case, run_id), "model_uri")
     mlflow = quiet_mlflow()
     try:
         folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=address))
@@ -297,7 +297,7 @@ def load_run_model(
 def array_digest(
     values: np.ndarray,  # (n,) float64
 ) -> str:  # 64 hexadecimal digits; equal only for values that are equal to the last bit
-    "Name an array by its content."
+    """Name an array by its content."""
     return hashlib.sha256(np.ascontiguousarray(values, dtype="<f8").tobytes()).hexdigest()
 
 # %% ../../nbs/internals/06_tracking.ipynb #0539e903
@@ -309,7 +309,7 @@ def rows_known_by(
     first: str,  # first month
     last: str,  # last month, included
 ) -> pd.DataFrame:  # labelled features, without rows whose label was not known when the last month ended
-    "Bring together what could be trained on when the last month ended."
+    """Bring together what could be trained on when the last month ended."""
     frame = labelled_features(settings, use_case, features, rows, first, last)
     end = parse_month(month_after(last)).start_time.tz_localize(use_case.time_zone)
     return frame[frame[use_case.time] + use_case.label_delay <= end].reset_index(drop=True)
@@ -318,8 +318,8 @@ def rows_known_by(
 def training_rows(
     settings: Settings,  # where the data are
     use_case: UseCase,  # key and label
-    run: Run,  # from `find_run`
+    run: Run,  # from `find_tracked_run`
 ) -> pd.DataFrame:  # labelled features
-    "Read the very rows that a run was trained on, in the versions that it wrote down."
+    """Read the very rows that a run was trained on, in the versions that it wrote down."""
     features, rows, first, last = (run_value(run, name) for name in ("data.features", "data.rows", "first", "last"))
     return rows_known_by(settings, use_case, features, rows, first, last)

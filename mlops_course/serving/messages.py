@@ -14,9 +14,8 @@ from urllib.parse import parse_qsl
 
 import msgspec
 
-from mlops_course.serving.inference import Reason
-from mlops_course.serving.limits import Scope
-from mlops_course.serving.problems import JSON, Problem
+from .inference import Reason
+from .problems import JSON, HTTPProblem, Scope
 
 # %% auto #0
 __all__ = ['ABSENT', 'decode_one', 'decode_batch', 'UNREADABLE', 'PredictRequest', 'BatchRequest', 'PredictResponse', 'BatchRow',
@@ -82,7 +81,7 @@ def unreadable(
     error: Exception,  # of msgspec
     within: str = "",  # path of what was read, in the body
     row: int | None = None,  # of a batch
-) -> Problem:
+) -> HTTPProblem:
     """Turn a decoder's error into a refusal with the field's path."""
     if isinstance(error, msgspec.ValidationError):
         found = _AT_PATH.match(str(error))
@@ -92,11 +91,11 @@ def unreadable(
         field = re.sub(r"\.\[", "[", ".".join(part for part in parts if part))
         number = re.match(r"rows\[(\d+)\]", field)
         remedy = "The form of a request is described in /openapi.json"
-        return Problem(422, what, remedy, field or None, int(number[1]) if number else row)
+        return HTTPProblem(422, what, remedy, field or None, int(number[1]) if number else row)
     if isinstance(error, RecursionError):
-        return Problem(400, "the body is nested too deeply", "Send a record: an object without objects inside")
+        return HTTPProblem(400, "the body is nested too deeply", "Send a record: an object without objects inside")
     remedy = "Send JSON as RFC 8259 has it, without NaN and Infinity"
-    return Problem(400, f"the body is no JSON in UTF-8: {error}", remedy)
+    return HTTPProblem(400, f"the body is not valid JSON in UTF-8: {error}", remedy)
 
 # %% ../../nbs/internals/07_messages.ipynb #71c88f82
 UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
@@ -106,7 +105,11 @@ def read_body(
     decode: Callable[[bytes], Any],  # of msgspec
     body: bytes,  # of a request
 ) -> Any:
-    """Read a body. Raises: Problem."""
+    """Read a body.
+
+    Raises:
+        HTTPProblem: the request is refused.
+    """
     try:
         return decode(body)
     except UNREADABLE as error:
@@ -118,7 +121,11 @@ def refuse_repeated(
     names: int,  # that were found in it
     colons: int = 0,  # inside its values
 ) -> None:
-    """Refuse a name that is given twice. Raises: Problem."""
+    """Refuse a name that is given twice.
+
+    Raises:
+        HTTPProblem: the request is refused.
+    """
     if body.count(b":") == names + colons and b"\\" not in body:
         return  # as many names as were found: none is there twice
 
@@ -126,25 +133,29 @@ def refuse_repeated(
         seen: set[str] = set()
         for name, _ in pairs:
             if name in seen:
-                raise Problem(422, f"the name {name[:60]!r} is given twice", "Give it once", name[:60])
+                raise HTTPProblem(422, f"the name {name[:60]!r} is given twice", "Give it once", name[:60])
             seen.add(name)
         return dict(pairs)
 
     json.loads(body, object_pairs_hook=check)
 
 # %% ../../nbs/internals/07_messages.ipynb #29064bef
-_STRINGS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)', re.DOTALL)
+_STRINGS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
 
 
 def check_objects(
     body: bytes,  # of a batch, not read yet
     most: int,  # rows that are allowed
 ) -> None:
-    """Refuse what has more objects than a batch can have. Raises: Problem."""
+    """Refuse what has more objects than a batch can have.
+
+    Raises:
+        HTTPProblem: the request is refused.
+    """
     bound = 3 * most + 1
     if body.count(b"{") > bound and (found := _STRINGS.sub(b"", body).count(b"{")) > bound:
         what = f"the body has {found} objects, and {most} rows have {bound} at most"
-        raise Problem(413, what, f"Send at most {most} rows at a time", "rows")
+        raise HTTPProblem(413, what, f"Send at most {most} rows at a time", "rows")
 
 # %% ../../nbs/internals/07_messages.ipynb #1f702e69
 _JSON_TYPE = re.compile(rb"application/json(?:\s*;\s*charset=\"?utf-8\"?)?\s*", re.IGNORECASE)
@@ -153,14 +164,18 @@ _JSON_TYPE = re.compile(rb"application/json(?:\s*;\s*charset=\"?utf-8\"?)?\s*", 
 def check_headers(
     scope: Scope,  # of a request with a body
 ) -> str | None:  # the sticky key, if one was sent
-    """Look at the headers that say how a body is to be read. Raises: Problem."""
+    """Look at the headers that say how a body is to be read.
+
+    Raises:
+        HTTPProblem: the request is refused.
+    """
     sticky_key = None
     for name, value in scope["headers"]:
         if name == b"content-type" and value != JSON and not _JSON_TYPE.fullmatch(value):
             kind = value[:60].decode("latin-1")
-            raise Problem(415, f"the body is {kind}", "Send application/json in UTF-8", "header content-type")
+            raise HTTPProblem(415, f"the body is {kind}", "Send application/json in UTF-8", "header content-type")
         if name == b"content-encoding" and value != b"identity":
-            raise Problem(415, "the body is compressed", "Send it as it is", "header content-encoding")
+            raise HTTPProblem(415, "the body is compressed", "Send it as it is", "header content-encoding")
         if name == b"x-sticky-key":
             sticky_key = value[:100].decode("latin-1")
     return sticky_key
@@ -176,10 +191,14 @@ def request_id_of(
 def wanted_reasons(
     query: bytes,  # of the address
 ) -> int:  # how many
-    """Whether somebody wants to know why. Raises: Problem."""
+    """Whether somebody wants to know why.
+
+    Raises:
+        HTTPProblem: the request is refused.
+    """
     wanted = dict(parse_qsl(query.decode("latin-1"), keep_blank_values=True, max_num_fields=20)).get("reasons", "false")
     if wanted in ("true", "false"):
         return 5 if wanted == "true" else 0
     if not (wanted.isascii() and wanted.isdigit() and int(wanted[:4]) <= 20):
-        raise Problem(422, f"reasons is {wanted[:60]!r}", "Give true, or a number from 0 to 20", "query reasons")
+        raise HTTPProblem(422, f"reasons is {wanted[:60]!r}", "Give true, or a number from 0 to 20", "query reasons")
     return int(wanted)

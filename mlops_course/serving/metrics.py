@@ -16,73 +16,57 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
 # %% auto #0
-__all__ = ['SECONDS', 'SCORES', 'METHODS', 'Metrics', 'bury', 'expose']
+__all__ = ['Metrics', 'expose']
 
 # %% ../../nbs/internals/07_metrics.ipynb #a33406db
-SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
-SCORES = tuple(number / 10 for number in range(1, 11))
-METHODS = frozenset({"GET", "POST", "HEAD", "OPTIONS", "PUT", "PATCH", "DELETE"})
+_SECONDS_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+_SCORE_BUCKETS = tuple(number / 10 for number in range(1, 11))
+_METHODS = frozenset({"GET", "POST", "HEAD", "OPTIONS", "PUT", "PATCH", "DELETE"})
 
-
-class _Series:
-    """The series themselves, in a registry of their own."""
+# %% ../../nbs/internals/07_metrics.ipynb #23d07ab2
+class Metrics:
+    """What the service counts, in a registry of its own."""
 
     def __init__(self) -> None:
-        own: dict[str, Any] = {"registry": CollectorRegistry(), "namespace": "serving"}
-        self.registry: CollectorRegistry = own["registry"]
+        self.registry = CollectorRegistry()
+        own: dict[str, Any] = {"registry": self.registry, "namespace": "serving"}
+        seconds, scores = _SECONDS_BUCKETS, _SCORE_BUCKETS
         self.requests = Counter("requests", "Answers sent.", ["path", "method", "status"], **own)
-        self.seconds = Histogram("request_seconds", "From head to answer.", ["path"], buckets=SECONDS, **own)
+        self.seconds = Histogram("request_seconds", "From head to answer.", ["path"], buckets=seconds, **own)
         self.predictions = Counter("predictions", "Rows scored.", ["model", "role", "warned"], **own)
-        self.scores = Histogram("scores", "Scores given.", ["model", "role"], buckets=SCORES, **own)
+        self.scores = Histogram("scores", "Scores given.", ["model", "role"], buckets=scores, **own)
         self.swaps = Counter("model_swaps", "Models taken into service.", ["model"], **own)
         self.refused = Counter("model_refused", "Published models that could not be loaded.", **own)
         self.unlogged = Counter("log_failures", "Predictions refused, since they could not be written down.", **own)
         self.ready = Gauge("ready", "Processes that are ready.", multiprocess_mode="livesum", **own)
         self.log_bytes = Gauge("log_bytes", "Size of the prediction log.", multiprocess_mode="livemax", **own)
-
-# %% ../../nbs/internals/07_metrics.ipynb #98bbfd1a
-class Metrics(_Series):
-    """What the service counts."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._answers: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
+        self._responses: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
         self._scored: dict[tuple[str, str], tuple[Counter, Counter, Histogram]] = {}
 
     def answered(self, path: str, method: str, status: int, seconds: float) -> None:
-        """Count one answer."""
-        known = self._answers.get((path, method, status))
-        if known is None:
-            labels = (path, method if method in METHODS else "other", str(status))
-            known = (self.requests.labels(*labels), self.seconds.labels(path))
-            if method in METHODS:
-                self._answers[path, method, status] = known
-        known[0].inc()
-        known[1].observe(seconds)
+        """Count one response."""
+        series = self._responses.get((path, method, status))
+        if series is None:
+            labels = (path, method if method in _METHODS else "other", str(status))
+            series = (self.requests.labels(*labels), self.seconds.labels(path))
+            if method in _METHODS:
+                self._responses[path, method, status] = series
+        series[0].inc()
+        series[1].observe(seconds)
 
     def scored(self, model: str, role: str, scores: Iterable[float], threshold: float) -> None:
-        """Count scores that were given."""
-        _count(self, self._scored, (model, role), scores, threshold)
-
-# %% ../../nbs/internals/07_metrics.ipynb #3d84d507
-def _count(
-    metrics: Metrics,
-    known: dict[tuple[str, str], tuple[Counter, Counter, Histogram]],
-    key: tuple[str, str],
-    scores: Iterable[float],
-    threshold: float,
-) -> None:
-    """Count scores by whether they warn, and by size."""
-    if key not in known:
-        calm, warned = (metrics.predictions.labels(*key, text) for text in ("false", "true"))
-        known[key] = (calm, warned, metrics.scores.labels(*key))
-    calm, warned, histogram = known[key]
-    for score in scores:
-        (warned if score >= threshold else calm).inc()
-        histogram.observe(score)
+        """Count scores that were given, by whether they warn, and by size."""
+        series = self._scored.get((model, role))
+        if series is None:
+            calm, warned = (self.predictions.labels(model, role, text) for text in ("false", "true"))
+            series = self._scored[model, role] = (calm, warned, self.scores.labels(model, role))
+        calm, warned, histogram = series
+        for score in scores:
+            (warned if score >= threshold else calm).inc()
+            histogram.observe(score)
 
 # %% ../../nbs/internals/07_metrics.ipynb #4d555341
-def bury(
+def _forget_dead_processes(
     folder: Path,  # with the processes' numbers
 ) -> None:
     """Forget what processes that have died had at the moment."""
@@ -103,7 +87,7 @@ def expose(
     folder, registry = os.environ.get("PROMETHEUS_MULTIPROC_DIR"), metrics.registry
     if folder and os.name == "posix":
         with suppress(FileNotFoundError):  # another process buries the same one
-            bury(Path(folder))
+            _forget_dead_processes(Path(folder))
         registry = CollectorRegistry()
         MultiProcessCollector(registry, folder)
     return generate_latest(registry)

@@ -11,24 +11,24 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
-from mlops_course.environment import CourseError, Settings
-from mlops_course.serving.bundle import CARD, case_folder
-from mlops_course.serving.publishing import LIVE, for_case, live_bundle, served_case
-from mlops_course.serving.inference import Predictor, load_predictor, prove_answers
-from mlops_course.serving.problems import Problem
+from ..environment import CourseError, Settings
+from .bundle import CARD_FILE, case_folder
+from .publishing import LIVE_FILE, for_case, live_bundle, served_case
+from .inference import Predictor, load_predictor, smoke_test
+from .problems import HTTPProblem
 
 if TYPE_CHECKING:
     from mlops_course.serving.metrics import Metrics
     from mlops_course.serving.predictions import PredictionLog
 
-log = logging.getLogger("mlops_course.serving")
+_log = logging.getLogger("mlops_course.serving")
 
 # %% auto #0
-__all__ = ['log', 'Record', 'NONE_YET', 'Choice', 'Models', 'change_mark', 'LiveModels', 'no_model']
+__all__ = ['Record', 'Choice', 'Models', 'change_mark', 'LiveModels', 'no_model']
 
 # %% ../../nbs/internals/07_models.ipynb #1dbdc9ac
 @dataclass(frozen=True, slots=True)
@@ -42,12 +42,18 @@ class Choice:
 
 Record = msgspec.Struct | dict[str, Any]  # a row as it came in: of the predictor's record_type, or of the feature table
 
-# %% ../../nbs/internals/07_models.ipynb #dd894bb7
-class _Kept:
-    """What those who decide say about themselves, and what they are told."""
+# %% ../../nbs/internals/07_models.ipynb #014b9b11
+class Models(Protocol):
+    """Who answers. The service calls `start` once, `refresh` once a second from a thread, the rest for each request."""
+
     problem: str = ""  # why there is no model, or why the newest could not be taken; empty: all is well
     failures: int = 0  # models that could not be loaded
     card: str = ""  # the model card, Markdown
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is a model."""
+        raise NotImplementedError
 
     def start(self, log: PredictionLog | None, metrics: Metrics | None) -> None:
         """Hear where predictions are logged and counted, for those who want to add some."""
@@ -55,27 +61,29 @@ class _Kept:
     def refresh(self) -> None:
         """Look whether there is something new."""
 
-# %% ../../nbs/internals/07_models.ipynb #014b9b11
-class Models(_Kept):
-    """Who answers. The service calls `start` once, `refresh` once a second from a thread, the rest for each request."""
-
-    @property
-    def ready(self) -> bool:
-        """Whether there is a model."""
-        raise NotImplementedError
-
     def live(self) -> Choice:
-        """Say which model is live, whoever else answers some requests. Raises: Problem with status 503."""
+        """Say which model is live, whoever else answers some requests.
+
+        Raises:
+            HTTPProblem: with status 503.
+        """
         raise NotImplementedError
 
     def choose(self, sticky: str | None) -> Choice:
-        """Say who answers; the same sticky key gets the same model, None the usual one. Raises: Problem with 503."""
+        """Say who answers; the same sticky key gets the same model, None the usual one.
+
+        Raises:
+            HTTPProblem: with 503.
+        """
         raise NotImplementedError
 
     def observe(self, choice: Choice, seconds: float, scores: Any, ok: bool, records: Sequence[Record]) -> None:
-        """Hear, after the answer, what came of it: seconds, (n,) float64 scores or None, whether it worked, rows."""
+        """Hear, after the response, what came of it: seconds, (n,) float64 scores or None, whether it worked, rows."""
 
 # %% ../../nbs/internals/07_models.ipynb #b6111031
+_NONE_YET = "no model has been published yet"
+
+
 def change_mark(
     path: Path,  # of a file
 ) -> object:
@@ -86,14 +94,15 @@ def change_mark(
     except OSError as error:
         return type(error)
 
-# %% ../../nbs/internals/07_models.ipynb #6ff5fb9f
-class _Watching(Models):
-    """Watches the file that names the live bundle."""
+# %% ../../nbs/internals/07_models.ipynb #4edc048a
+class LiveModels:
+    """The bundle that was published last: the usual `Models`."""
 
     def __init__(self, settings: Settings, patience: float = 10.0) -> None:
-        self.settings, self.patience = settings, patience
+        self.settings = settings  # they name the use case, once one of its models has answered
         self.choice: Choice | None = None
-        self.problem, self.again = NONE_YET, 0.0
+        self.problem, self.failures, self.card = _NONE_YET, 0, ""
+        self._patience, self._retry_at = patience, 0.0  # seconds until a broken bundle is tried again
         self._seen: object = None
 
     @property
@@ -101,58 +110,70 @@ class _Watching(Models):
         """Whether there is a model."""
         return self.choice is not None
 
-    def changed(self) -> bool:
-        """Whether the file is another one than last time, or it is time to try a broken bundle again."""
-        name = served_case(self.settings)
-        mark = None if name is None else change_mark(case_folder(self.settings, name) / LIVE)
-        seen, self._seen = self._seen, mark
-        return mark != seen or (self.failures > 0 and bool(self.problem) and time.monotonic() >= self.again)
-
-# %% ../../nbs/internals/07_models.ipynb #71b2d38c
-NONE_YET = "no model has been published yet"
-
-
-class _Loading(_Watching):
-    """Loads the live bundle, beside the one that answers."""
+    def start(self, log: PredictionLog | None, metrics: Metrics | None) -> None:
+        """Nothing is added to the log."""
 
     def refresh(self) -> None:
         """Take the bundle that is live now, if it is another one and sound."""
         try:
-            if not self.changed():
-                return
-            folder = live_bundle(self.settings)
-            if folder is None:
-                self.problem = "what was published is gone" if self.choice else NONE_YET
-                return
-            predictor, card = load_predictor(folder), (folder / CARD).read_text(encoding="utf-8")
-            prove_answers(predictor)
-            self.settings = for_case(self.settings, predictor.reference)  # another use case that is published stays out
-            self.choice, self.card, self.problem = Choice(predictor), card, ""
-            gc.collect()  # the type of the old model's records refers to itself: nothing else would ever free it
-            log.info("%s answers from now on", predictor.reference)
+            if self._is_due():
+                _take_live(self)
         except Exception as error:  # whatever is wrong with the newest model, the one that is there goes on
             self.problem, self.failures = f"the newest model was refused: {error}", self.failures + 1
-            self.again = time.monotonic() + self.patience
-            log.error("%s", self.problem, exc_info=None if isinstance(error, (CourseError, OSError)) else error)
-
-# %% ../../nbs/internals/07_models.ipynb #4edc048a
-class LiveModels(_Loading):
-    """The bundle that was published last."""
+            self._retry_at = time.monotonic() + self._patience
+            _log.error("%s", self.problem, exc_info=None if isinstance(error, (CourseError, OSError)) else error)
 
     def live(self) -> Choice:
-        """The live model. Raises: Problem when there is none."""
+        """The live model.
+
+        Raises:
+            HTTPProblem: there is none.
+        """
         if self.choice is None:
             raise no_model(self.problem)
         return self.choice
 
     def choose(self, sticky: str | None) -> Choice:
-        """The live model. Raises: Problem when there is none."""
+        """The live model, for every key.
+
+        Raises:
+            HTTPProblem: there is none.
+        """
         return self.live()
 
+    def observe(self, choice: Choice, seconds: float, scores: Any, ok: bool, records: Sequence[Record]) -> None:
+        """Nothing is compared."""
+
+    def _is_due(self) -> bool:
+        """Whether `live.json` is another one than last time, or it is time to try a broken bundle again."""
+        name = served_case(self.settings)
+        mark = None if name is None else change_mark(case_folder(self.settings, name) / LIVE_FILE)
+        seen, self._seen = self._seen, mark
+        return mark != seen or (self.failures > 0 and bool(self.problem) and time.monotonic() >= self._retry_at)
+
 # %% ../../nbs/internals/07_models.ipynb #ee33d9dd
+def _take_live(models: LiveModels) -> None:
+    """Load what is live, beside the model that answers, and let it take over.
+
+    Raises:
+        CourseError: a value makes no sense.
+        OSError: the system refuses.
+    """
+    folder = live_bundle(models.settings)
+    if folder is None:
+        models.problem = "what was published is gone" if models.choice else _NONE_YET
+        return
+    predictor, card = load_predictor(folder), (folder / CARD_FILE).read_text(encoding="utf-8")
+    smoke_test(predictor)
+    models.settings = for_case(models.settings, predictor.reference)  # another use case that is published stays out
+    models.choice, models.card, models.problem = Choice(predictor), card, ""
+    gc.collect()  # the type of the old model's records refers to itself: nothing else would ever free it
+    _log.info("%s answers from now on", predictor.reference)
+
+
 def no_model(
     why: str,  # in words
-) -> Problem:
+) -> HTTPProblem:
     """What to say when there is nobody to answer."""
     later = [(b"retry-after", b"5")]
-    return Problem(503, f"there is no model: {why}", "Publish a bundle, or try again later", headers=later)
+    return HTTPProblem(503, f"there is no model: {why}", "Publish a bundle, or try again later", headers=later)

@@ -30,16 +30,16 @@ if TYPE_CHECKING:
     from mlops_course.project import UseCase
 
 # %% auto #0
-__all__ = ['SEPARATOR', 'MOMENT', 'Record', 'TABLES', 'LAYOUTS', 'FIND', 'BETWEEN', 'Months', 'STORE', 'FeatureTableError',
-           'Layout', 'LackingRowError', 'name_key', 'Store', 'FeatureTable', 'file_mark', 'FileStore', 'pick_keys',
-           'some_keys', 'RedisStore', 'features_path', 'open_feature_table', 'materialise']
+__all__ = ['FeatureRecord', 'BETWEEN', 'STORE', 'FeatureTableError', 'RowLayout', 'LackingRowError', 'name_key', 'PackedRow',
+           'Store', 'FeatureTable', 'file_mark', 'write_file', 'FileStore', 'some_keys', 'RedisStore', 'features_path',
+           'open_feature_table', 'materialise']
 
 # %% ../../nbs/internals/07_online.ipynb #7bae0503
 class FeatureTableError(CourseError):
     "The online feature table is missing, out of reach, or not what it must be."
 
 
-class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class RowLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     "How rows are kept: what names them, and which features they hold."
 
     key: tuple[tuple[str, str], ...]  # name and kind: `time`, `integer`, `text`
@@ -65,18 +65,22 @@ class LackingRowError(FeatureTableError):
         self.key = key
 
 # %% ../../nbs/internals/07_online.ipynb #320729b4
-SEPARATOR, MOMENT = "|", "%Y-%m-%dT%H:%M:%SZ"
+_SEPARATOR, _TIME_FORMAT = "|", "%Y-%m-%dT%H:%M:%SZ"
 
 
 def name_key(
     parts: Sequence[tuple[str, str]],  # name and kind of each
     given: Mapping[str, object],  # the values by name; times in ISO form
 ) -> str:  # the name of a row
-    """Name a row by its key. Raises: InputError naming the field."""
+    """Name a row by its key.
+
+    Raises:
+        InputError: a value is refused; it names the field.
+    """
     if foreign := [name for name in given if name not in dict(parts)]:
         names = ", ".join(name for name, _ in parts)
         raise InputError(f"a key has no {str(foreign[0])[:60]!r}", f"Give {names}", str(foreign[0])[:60])
-    return SEPARATOR.join([_key_part(name, kind, given.get(name)) for name, kind in parts])
+    return _SEPARATOR.join([_key_part(name, kind, given.get(name)) for name, kind in parts])
 
 # %% ../../nbs/internals/07_online.ipynb #300a4199
 def _key_part(name: str, kind: str, value: Any) -> str:
@@ -85,12 +89,12 @@ def _key_part(name: str, kind: str, value: Any) -> str:
         try:
             moment = datetime.fromisoformat(value) if isinstance(value, str) else value
             if moment.tzinfo and not moment.microsecond:
-                return moment.astimezone(UTC).strftime(MOMENT)
+                return moment.astimezone(UTC).strftime(_TIME_FORMAT)
         except (ValueError, OverflowError):
-            pass  # it is refused below, as any other text that is no time
+            pass  # it is refused below, as any other text that is not a time
     elif kind == "integer" and isinstance(value, (int, np.integer)) and not isinstance(value, bool):
         return str(int(value))
-    elif kind == "text" and isinstance(value, str) and 0 < len(value) <= 100 and SEPARATOR not in value:
+    elif kind == "text" and isinstance(value, str) and 0 < len(value) <= 100 and _SEPARATOR not in value:
         return value
     form = {"time": "a time with its zone, such as 2013-01-01T10:00:00Z", "integer": "a whole number"}.get(kind, "text")
     shown = repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:57]}…"
@@ -103,17 +107,17 @@ def _kinds(frame: pd.DataFrame, key: Sequence[str]) -> tuple[tuple[str, str], ..
     return tuple((name, kinds.get(getattr(frame[name].dtype, "kind", "O"), "text")) for name in key)
 
 
-def _keys(frame: pd.DataFrame, layout: Layout) -> list[str]:
+def _keys(frame: pd.DataFrame, layout: RowLayout) -> list[str]:
     """The keys of many rows; each different value is written once."""
     columns = []
     for name, kind in layout.key:
         places, values = frame[name].factorize()
         parts = [_key_part(name, kind, value) for value in values]
         columns.append([parts[place] for place in places])
-    return [SEPARATOR.join(values) for values in zip(*columns, strict=True)]
+    return [_SEPARATOR.join(values) for values in zip(*columns, strict=True)]
 
 # %% ../../nbs/internals/07_online.ipynb #aa3018f4
-class _Packed(msgspec.Struct, array_like=True):
+class PackedRow(msgspec.Struct, array_like=True):
     """A row as it is kept."""
 
     layout: str
@@ -121,23 +125,23 @@ class _Packed(msgspec.Struct, array_like=True):
     texts: tuple[str | None, ...]
 
 
-def _pack(frame: pd.DataFrame, layout: Layout) -> list[bytes]:
+def _pack(frame: pd.DataFrame, layout: RowLayout) -> list[bytes]:
     """Rows as bytes."""
     numbers = np.ascontiguousarray(frame[list(layout.numbers)].to_numpy(dtype="<f4"))
     texts = frame[list(layout.texts)].astype("object")
     words = texts.where(texts.notna(), None).itertuples(index=False, name=None)
     encode, name = msgspec.msgpack.Encoder().encode, layout.name
-    return [encode(_Packed(name, row.tobytes(), text)) for row, text in zip(numbers, words, strict=True)]
+    return [encode(PackedRow(name, row.tobytes(), text)) for row, text in zip(numbers, words, strict=True)]
 
 # %% ../../nbs/internals/07_online.ipynb #9f552b12
-Record = dict[str, float | str | None]
-_unpack = msgspec.msgpack.Decoder(_Packed).decode
+FeatureRecord = dict[str, float | str | None]
+_unpack = msgspec.msgpack.Decoder(PackedRow).decode
 
 
-def _record(key: str, row: _Packed, layout: Layout, wanted: Sequence[str] | None) -> Record:
+def _record(key: str, row: PackedRow, layout: RowLayout, wanted: Sequence[str] | None) -> FeatureRecord:
     """A row as a record: categories and numbers by name, None where they are missing."""
     values = np.frombuffer(row.numbers, dtype="<f4").tolist()
-    record: Record = dict(zip(layout.texts, row.texts, strict=True))
+    record: FeatureRecord = dict(zip(layout.texts, row.texts, strict=True))
     record.update(zip(layout.numbers, [None if value != value else value for value in values], strict=True))
     if wanted is None:
         return record
@@ -153,7 +157,7 @@ class Store(Protocol):
     def use_cases(self) -> list[str]:
         """Whose rows are there."""
 
-    def layouts(self, use_case: str) -> dict[str, Layout]:
+    def layouts(self, use_case: str) -> dict[str, RowLayout]:
         """By name; the newest one comes last."""
 
     def find(self, use_case: str, keys: Sequence[str]) -> Mapping[str, bytes]:
@@ -162,9 +166,9 @@ class Store(Protocol):
     def close(self) -> None:
         """Let go of it."""
 
-# %% ../../nbs/internals/07_online.ipynb #fbb60b6e
-class _Opened:
-    """A store, and whose rows are read from it."""
+# %% ../../nbs/internals/07_online.ipynb #16406180
+class FeatureTable:
+    "The online feature table of one use case, opened for reading."
 
     def __init__(self, store: Store, use_case: str | None = None) -> None:
         names = store.use_cases()
@@ -181,23 +185,27 @@ class _Opened:
         "What a key is made of."
         return list(self.layouts.values())[-1].key
 
-# %% ../../nbs/internals/07_online.ipynb #16406180
-class FeatureTable(_Opened):
-    "The online feature table of one use case, opened for reading."
-
     def key(
         self,
         given: Mapping[str, object],  # the key's values by name; times in ISO form
     ) -> str:  # the row's name
-        "Name a row. Raises: InputError naming the field."
+        """Name a row.
+
+        Raises:
+            InputError: a value is refused; it names the field.
+        """
         return name_key(self.parts, given)
 
     def get(
         self,
         keys: Sequence[str],  # from `key`
         features: Sequence[str] | None = None,  # which ones; None: all
-    ) -> list[Record | None]:  # one for each key; None: there is no such row
-        "Look rows up, all of them in the same state of the table. Raises: FeatureTableError."
+    ) -> list[FeatureRecord | None]:  # one for each key; None: there is no such row
+        """Look rows up, all of them in the same state of the table.
+
+        Raises:
+            FeatureTableError: the table can't be read.
+        """
         rows = {key: _unpack(packed) for key, packed in self.store.find(self.use_case, keys).items()}
         if any(row.layout not in self.layouts for row in rows.values()):
             self.layouts = self.store.layouts(self.use_case)
@@ -205,7 +213,7 @@ class FeatureTable(_Opened):
         return [found.get(key) for key in keys]
 
 # %% ../../nbs/internals/07_online.ipynb #e32dad90
-TABLES = """
+_TABLES = """
 CREATE TABLE IF NOT EXISTS layouts (use_case TEXT, name TEXT, layout TEXT, PRIMARY KEY (use_case, name));
 CREATE TABLE IF NOT EXISTS months (use_case TEXT, month TEXT, source TEXT, rows INT, PRIMARY KEY (use_case, month));
 CREATE TABLE IF NOT EXISTS rows (
@@ -213,17 +221,18 @@ CREATE TABLE IF NOT EXISTS rows (
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS by_month ON rows (use_case, month);
 """
-LAYOUTS = "SELECT name, layout FROM layouts WHERE use_case = ? ORDER BY rowid"
-FIND = "SELECT key, packed FROM rows WHERE use_case = ? AND key IN (SELECT value FROM json_each(?))"
+_LAYOUTS = "SELECT name, layout FROM layouts WHERE use_case = ? ORDER BY rowid"
+BETWEEN = "SELECT key FROM rows WHERE use_case = ? AND key >= ? ORDER BY key LIMIT ?"
+_FIND = "SELECT key, packed FROM rows WHERE use_case = ? AND key IN (SELECT value FROM json_each(?))"
 
 # %% ../../nbs/internals/07_online.ipynb #675e937f
 @contextmanager
-def _readable(path: Path) -> Iterator[None]:
+def _explained_file(path: Path) -> Iterator[None]:
     """What SQLite says goes wrong, with the file and a way out."""
     try:
         yield
     except (sqlite3.Error, msgspec.MsgspecError) as error:
-        problem = f"cannot read the online feature table {path}: {error}"
+        problem = f"can't read the online feature table {path}: {error}"
         raise FeatureTableError(problem, "Delete the file, and materialise the features again") from error
 
 # %% ../../nbs/internals/07_online.ipynb #ea1161be
@@ -237,6 +246,27 @@ def file_mark(
     except OSError:
         return None
 
+# %% ../../nbs/internals/07_online.ipynb #9c7c66d5
+_Months = Mapping[str, Mapping[str, bytes]]  # month -> key -> row
+
+
+def write_file(path: Path, use_case: str, layout: RowLayout, months: _Months, source: str) -> None:
+    """Replace months in one transaction."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with closing(sqlite3.connect(path, timeout=60, isolation_level=None)) as base:
+        base.execute("PRAGMA journal_mode = WAL")
+        base.executescript(_TABLES)
+        base.execute("BEGIN IMMEDIATE")
+        base.execute("DELETE FROM layouts WHERE use_case = ? AND name = ?", (use_case, layout.name))
+        text = msgspec.json.encode(layout).decode()
+        base.execute("INSERT INTO layouts VALUES (?, ?, ?)", (use_case, layout.name, text))
+        for month, rows in months.items():
+            base.execute("DELETE FROM rows WHERE use_case = ? AND month = ?", (use_case, month))
+            values = ((use_case, key, month, row) for key, row in rows.items())
+            base.executemany("INSERT OR REPLACE INTO rows VALUES (?, ?, ?, ?)", values)
+            base.execute("INSERT OR REPLACE INTO months VALUES (?, ?, ?, ?)", (use_case, month, source, len(rows)))
+        base.execute("COMMIT")
+
 # %% ../../nbs/internals/07_online.ipynb #aad85793
 class FileStore:
     "Rows in an SQLite file, which is only read."
@@ -249,31 +279,32 @@ class FileStore:
         self.base = sqlite3.connect(address, uri=True, timeout=10, check_same_thread=False)
 
     def _ask(self, sql: str, *values: str) -> list[Any]:
-        with _readable(self.path):
+        with _explained_file(self.path):
             return self.base.execute(sql, values).fetchall()
 
     def use_cases(self) -> list[str]:
         return [name for (name,) in self._ask("SELECT DISTINCT use_case FROM layouts ORDER BY 1")]
 
-    def layouts(self, use_case: str) -> dict[str, Layout]:
-        return {name: msgspec.json.decode(text, type=Layout) for name, text in self._ask(LAYOUTS, use_case)}
+    def layouts(self, use_case: str) -> dict[str, RowLayout]:
+        return {name: msgspec.json.decode(text, type=RowLayout) for name, text in self._ask(_LAYOUTS, use_case)}
 
     def find(self, use_case: str, keys: Sequence[str]) -> Mapping[str, bytes]:
-        return dict(self._ask(FIND, use_case, json.dumps(list(keys))))
+        return dict(self._ask(_FIND, use_case, json.dumps(list(keys))))
 
     def close(self) -> None:
         self.base.close()
 
 # %% ../../nbs/internals/07_online.ipynb #f4b10c28
-BETWEEN = "SELECT key FROM rows WHERE use_case = ? AND key >= ? ORDER BY key LIMIT ?"
-
-
-def pick_keys(
+def _pick_keys(
     base: sqlite3.Connection,  # of the table's file
     use_case: str,  # whose rows
     count: int,  # how many
 ) -> list[str]:
-    """Some keys from all over the table, without looking through it. Raises: sqlite3.Error."""
+    """Some keys from all over the table, without looking through it.
+
+    Raises:
+        sqlite3.Error: the file can't be read.
+    """
     ask = base.execute
     first = ask(BETWEEN, (use_case, "", 1)).fetchone()
     last = ask("SELECT key FROM rows WHERE use_case = ? ORDER BY key DESC LIMIT 1", (use_case,)).fetchone()
@@ -299,7 +330,7 @@ def some_keys(
     address = f"{table.store.path.absolute().as_uri()}?mode=ro"
     try:
         with closing(sqlite3.connect(address, uri=True)) as base:
-            keys = [key.split(SEPARATOR) for key in pick_keys(base, table.use_case, count)]
+            keys = [key.split(_SEPARATOR) for key in _pick_keys(base, table.use_case, count)]
     except sqlite3.Error:  # the file is gone, or being made anew
         return []
     return [
@@ -307,30 +338,9 @@ def some_keys(
         for key in keys
     ]
 
-# %% ../../nbs/internals/07_online.ipynb #9c7c66d5
-Months = Mapping[str, Mapping[str, bytes]]  # month -> key -> row
-
-
-def _write_file(path: Path, use_case: str, layout: Layout, months: Months, source: str) -> None:
-    """Replace months in one transaction."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with closing(sqlite3.connect(path, timeout=60, isolation_level=None)) as base:
-        base.execute("PRAGMA journal_mode = WAL")
-        base.executescript(TABLES)
-        base.execute("BEGIN IMMEDIATE")
-        base.execute("DELETE FROM layouts WHERE use_case = ? AND name = ?", (use_case, layout.name))
-        text = msgspec.json.encode(layout).decode()
-        base.execute("INSERT INTO layouts VALUES (?, ?, ?)", (use_case, layout.name, text))
-        for month, rows in months.items():
-            base.execute("DELETE FROM rows WHERE use_case = ? AND month = ?", (use_case, month))
-            values = ((use_case, key, month, row) for key, row in rows.items())
-            base.executemany("INSERT OR REPLACE INTO rows VALUES (?, ?, ?, ?)", values)
-            base.execute("INSERT OR REPLACE INTO months VALUES (?, ?, ?, ?)", (use_case, month, source, len(rows)))
-        base.execute("COMMIT")
-
 # %% ../../nbs/internals/07_online.ipynb #12108fd4
 @contextmanager
-def _redis(url: str) -> Iterator[None]:
+def _explained(url: str) -> Iterator[None]:
     """What the server says goes wrong, in one sentence without the password of the address."""
     from redis.exceptions import RedisError
 
@@ -338,7 +348,7 @@ def _redis(url: str) -> Iterator[None]:
         yield
     except (RedisError, OSError, ValueError) as error:
         place = re.sub(r"//[^/@]*@", "//…@", url)
-        problem = f"cannot use the online feature table {place}: {error}"
+        problem = f"can't use the online feature table {place}: {error}"
         raise FeatureTableError(problem, "Check MLOPS_COURSE_FEATURES_URL, and that the server runs") from error
 
 
@@ -348,7 +358,7 @@ def _connect(url: str, seconds: float = 2) -> Any:
         raise FeatureTableError("the package redis is not installed", "Run `pip install mlops_course[cluster]`")
     from redis import Redis
 
-    with _redis(url):
+    with _explained(url):
         client = Redis.from_url(url, socket_timeout=seconds, socket_connect_timeout=2)
         client.ping()
         return client
@@ -361,17 +371,17 @@ class RedisStore:
         self.url, self.client = url, _connect(url)
 
     def use_cases(self) -> list[str]:
-        with _redis(self.url):
+        with _explained(self.url):
             return sorted(name.decode() for name in self.client.smembers("features"))
 
-    def layouts(self, use_case: str) -> dict[str, Layout]:
-        with _redis(self.url):
+    def layouts(self, use_case: str) -> dict[str, RowLayout]:
+        with _explained(self.url):
             texts = self.client.lrange(f"features:{use_case}:layouts", 0, -1)
-        found = [msgspec.json.decode(text, type=Layout) for text in texts]
+        found = [msgspec.json.decode(text, type=RowLayout) for text in texts]
         return {layout.name: layout for layout in found}
 
     def find(self, use_case: str, keys: Sequence[str]) -> Mapping[str, bytes]:
-        with _redis(self.url):
+        with _explained(self.url):
             rows = self.client.mget([f"features:{use_case}:row:{key}" for key in keys]) if keys else []
         return {key: row for key, row in zip(keys, rows, strict=True) if row is not None}
 
@@ -379,10 +389,10 @@ class RedisStore:
         self.client.close()
 
 # %% ../../nbs/internals/07_online.ipynb #a8b3c883
-def _write_redis(url: str, use_case: str, layout: Layout, months: Months, source: str) -> None:
+def _write_redis(url: str, use_case: str, layout: RowLayout, months: _Months, source: str) -> None:
     """Replace months in one transaction."""
     client, home, text = _connect(url, 60), f"features:{use_case}", msgspec.json.encode(layout)
-    with _redis(url), closing(client), client.pipeline(transaction=True) as batch:
+    with _explained(url), closing(client), client.pipeline(transaction=True) as batch:
         known = {month: client.smembers(f"{home}:month:{month}") for month in months}
         batch.sadd("features", use_case)
         batch.lrem(f"{home}:layouts", 0, text)
@@ -419,7 +429,7 @@ def open_feature_table(
     """Open the online feature table.
 
     Raises:
-        FeatureTableError: there is none, or it cannot be reached.
+        FeatureTableError: there is none, or it can't be reached.
         BundleError: there are several, and none is named.
     """
     if isinstance(where, Settings):
@@ -438,7 +448,7 @@ def materialise(
     """Put the features of some months where a service finds them; what was there of these months goes.
 
     Raises:
-        FeatureTableError: there is no row of a month, or the table cannot be written.
+        FeatureTableError: there is no row of a month, or the table can't be written.
     """
     from mlops_course.data import read_table
 
@@ -452,19 +462,19 @@ def materialise(
     if settings.features_url:
         _write_redis(settings.features_url, use_case.name, layout, rows, features)
     else:
-        _write_here(settings, use_case.name, layout, rows, features)
+        _write_locally(settings, use_case.name, layout, rows, features)
     return sum(map(len, rows.values()))
 
 # %% ../../nbs/internals/07_online.ipynb #1e57215f
-def _layout(frame: pd.DataFrame, use_case: UseCase) -> Layout:
+def _layout(frame: pd.DataFrame, use_case: UseCase) -> RowLayout:
     """How the rows of a feature table are kept."""
     from mlops_course.data import feature_names
 
     numbers = [name for name in feature_names(frame, use_case) if name not in use_case.categorical]
-    return Layout(_kinds(frame, use_case.key), tuple(numbers), use_case.categorical)
+    return RowLayout(_kinds(frame, use_case.key), tuple(numbers), use_case.categorical)
 
 
-def _rows(frame: pd.DataFrame, layout: Layout) -> dict[str, bytes]:
+def _rows(frame: pd.DataFrame, layout: RowLayout) -> dict[str, bytes]:
     """Rows by key, which must name only one."""
     rows = dict(zip(_keys(frame, layout), _pack(frame, layout), strict=True))
     if len(rows) != len(frame):
@@ -473,13 +483,13 @@ def _rows(frame: pd.DataFrame, layout: Layout) -> dict[str, bytes]:
     return rows
 
 # %% ../../nbs/internals/07_online.ipynb #00587903
-def _write_here(settings: Settings, use_case: str, layout: Layout, months: Months, source: str) -> None:
+def _write_locally(settings: Settings, use_case: str, layout: RowLayout, months: _Months, source: str) -> None:
     """Replace months in the workspace's file; one process at a time."""
     from mlops_course.experiments import exclusive_lock
 
     try:
         with exclusive_lock(settings.prepare()):
-            _write_file(features_path(settings, use_case), use_case, layout, months, source)
+            write_file(features_path(settings, use_case), use_case, layout, months, source)
     except (sqlite3.Error, OSError) as error:
-        problem = f"cannot write {features_path(settings, use_case)}: {error}"
+        problem = f"can't write {features_path(settings, use_case)}: {error}"
         raise FeatureTableError(problem, "Free some space, or delete a damaged file, and run again") from error

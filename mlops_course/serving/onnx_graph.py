@@ -9,10 +9,62 @@ from typing import Any
 
 import numpy as np
 
-from mlops_course.serving.bundle import INPUT, OUTPUT, REMEDY, BundleError
+from .bundle import GRAPH_INPUT, GRAPH_OUTPUT, REMEDY, BundleError
 
 # %% auto #0
 __all__ = ['check_graph', 'open_session']
+
+# %% ../../nbs/internals/07_onnx_graph.ipynb #00ac4681
+_BRANCHES = ("treeids", "nodeids", "featureids", "truenodeids", "falsenodeids")
+_TREES = {f"nodes_{part}" for part in (*_BRANCHES, "values", "modes")}
+_TREES |= {f"class_{part}" for part in ("treeids", "nodeids", "ids", "weights")}
+
+
+def _check_numbers(table: dict[str, Any]) -> str | None:
+    """What is wrong with the numbers of a table of trees; None: nothing."""
+    for name, each in table.items():
+        bad = np.isnan if name == "nodes_values" else _not_finite  # `x <= inf` asks whether x is there at all
+        if bad(np.array([*each.floats, each.f])).any():
+            return f"its {name} are not all finite"
+        if each.HasField("t"):
+            return f"its {name} are of another kind than float32"
+    return None
+
+
+def _not_finite(numbers: np.ndarray) -> np.ndarray:
+    """Which numbers are NaN or infinite."""
+    return ~np.isfinite(numbers)
+
+
+def _ints(table: dict[str, Any]) -> dict[str, np.ndarray]:
+    """The whole numbers of a table of trees."""
+    return {name: np.array(each.ints, np.int64) for name, each in table.items()}
+
+# %% ../../nbs/internals/07_onnx_graph.ipynb #ff4d246b
+def _check_trees(ints: dict[str, np.ndarray], table: dict[str, Any], width: int) -> str | None:
+    """What is wrong with a table of trees; None: nothing. A branch leads to a later node of the same tree."""
+    if not _TREES.issubset(table):
+        return "its trees are incomplete"
+    tree, node, feature, yes, no = (ints[f"nodes_{part}"] for part in _BRANCHES)
+    leaves = [*zip(ints["class_treeids"].tolist(), ints["class_nodeids"].tolist(), strict=False)]
+    modes = np.array([mode.decode("ascii", "replace") for mode in table["nodes_modes"].strings])
+    if {len(tree), len(node), len(feature), len(yes), len(no), len(table["nodes_values"].floats)} != {len(modes)}:
+        return "its trees are incomplete"
+    weights, classes = table["class_weights"].floats, ints["class_ids"]
+    if not len(leaves) == len(classes) == len(weights) or classes.any():
+        return "its leaves are incomplete"
+    if not set(modes) <= {"BRANCH_LEQ", "LEAF"}:
+        return "its trees have branches of an unknown kind"
+    branch = modes == "BRANCH_LEQ"
+    there = set(zip(tree.tolist(), node.tolist(), strict=True))
+    inner = tree[branch].tolist()
+    ends = [*zip(inner, yes[branch].tolist(), strict=True), *zip(inner, no[branch].tolist(), strict=True)]
+    backwards = np.minimum(yes, no)[branch] <= node[branch]
+    if len(there) != len(modes) or not there.issuperset(ends + leaves) or backwards.any():
+        return "its trees have circles, or branches that lead nowhere"
+    if ((feature < 0) | (feature >= width)).any():
+        return f"its trees look at features beyond the {width} of the manifest"
+    return None
 
 # %% ../../nbs/internals/07_onnx_graph.ipynb #6251fd08
 _OPERATION = ("ai.onnx.ml", "TreeEnsembleClassifier")
@@ -41,58 +93,6 @@ def check_graph(
         return "its scores are not probabilities"
     return _check_numbers(table) or _check_trees(_ints(table), table, width)
 
-# %% ../../nbs/internals/07_onnx_graph.ipynb #00ac4681
-def _check_numbers(table: dict[str, Any]) -> str | None:
-    """What is wrong with the numbers of a table of trees; None: nothing."""
-    for name, each in table.items():
-        bad = np.isnan if name == "nodes_values" else _not_finite  # `x <= inf` asks whether x is there at all
-        if bad(np.array([*each.floats, each.f])).any():
-            return f"its {name} are not all finite"
-        if each.HasField("t"):
-            return f"its {name} are of another kind than float32"
-    return None
-
-
-def _not_finite(numbers: np.ndarray) -> np.ndarray:
-    """Which numbers are NaN or infinite."""
-    return ~np.isfinite(numbers)
-
-
-def _ints(table: dict[str, Any]) -> dict[str, np.ndarray]:
-    """The whole numbers of a table of trees."""
-    return {name: np.array(each.ints, np.int64) for name, each in table.items()}
-
-# %% ../../nbs/internals/07_onnx_graph.ipynb #29a2a8e0
-_BRANCHES = ("treeids", "nodeids", "featureids", "truenodeids", "falsenodeids")
-_TREES = {f"nodes_{part}" for part in (*_BRANCHES, "values", "modes")}
-_TREES |= {f"class_{part}" for part in ("treeids", "nodeids", "ids", "weights")}
-
-# %% ../../nbs/internals/07_onnx_graph.ipynb #ff4d246b
-def _check_trees(ints: dict[str, np.ndarray], table: dict[str, Any], width: int) -> str | None:
-    """What is wrong with a table of trees; None: nothing. A branch leads to a later node of the same tree."""
-    if not _TREES.issubset(table):
-        return "its trees are incomplete"
-    tree, node, feature, yes, no = (ints[f"nodes_{part}"] for part in _BRANCHES)
-    leaves = [*zip(ints["class_treeids"].tolist(), ints["class_nodeids"].tolist(), strict=False)]
-    modes = np.array([mode.decode("ascii", "replace") for mode in table["nodes_modes"].strings])
-    if {len(tree), len(node), len(feature), len(yes), len(no), len(table["nodes_values"].floats)} != {len(modes)}:
-        return "its trees are incomplete"
-    weights, classes = table["class_weights"].floats, ints["class_ids"]
-    if not len(leaves) == len(classes) == len(weights) or classes.any():
-        return "its leaves are incomplete"
-    if not set(modes) <= {"BRANCH_LEQ", "LEAF"}:
-        return "its trees have branches of an unknown kind"
-    branch = modes == "BRANCH_LEQ"
-    there = set(zip(tree.tolist(), node.tolist(), strict=True))
-    inner = tree[branch].tolist()
-    ends = [*zip(inner, yes[branch].tolist(), strict=True), *zip(inner, no[branch].tolist(), strict=True)]
-    backwards = np.minimum(yes, no)[branch] <= node[branch]
-    if len(there) != len(modes) or not there.issuperset(ends + leaves) or backwards.any():
-        return "its trees have circles, or branches that lead nowhere"
-    if ((feature < 0) | (feature >= width)).any():
-        return f"its trees look at features beyond the {width} of the manifest"
-    return None
-
 # %% ../../nbs/internals/07_onnx_graph.ipynb #ca5ebffd
 def open_session(graph: bytes, name: str, width: int) -> Any:
     """An onnxruntime session of one thread whose graph takes and gives what it must."""
@@ -107,10 +107,10 @@ def open_session(graph: bytes, name: str, width: int) -> Any:
         session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime has no base class of its own for what it raises
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise BundleError(f"the graph of {name} cannot be loaded: {reason}", REMEDY) from error
+        raise BundleError(f"the graph of {name} can't be loaded: {reason}", REMEDY) from error
     inputs = [(each.name, each.type, each.shape[1:]) for each in session.get_inputs()]
-    outputs = [(each.type, each.shape[1:]) for each in session.get_outputs() if each.name == OUTPUT]
-    if inputs != [(INPUT, "tensor(float)", [width])] or outputs != [("tensor(float)", [2])]:
+    outputs = [(each.type, each.shape[1:]) for each in session.get_outputs() if each.name == GRAPH_OUTPUT]
+    if inputs != [(GRAPH_INPUT, "tensor(float)", [width])] or outputs != [("tensor(float)", [2])]:
         found = f"{inputs} -> {outputs}"[:200]
         raise BundleError(f"the graph of {name} must take (n, {width}) float32 and give (n, 2): {found}", REMEDY)
     return session

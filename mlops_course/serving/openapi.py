@@ -10,18 +10,18 @@ from typing import Any
 
 import msgspec
 
-from mlops_course.serving.encoding import LARGEST
-from mlops_course.serving.inference import Predictor, typical_record
-from mlops_course.serving.messages import BatchResponse, PredictResponse
-from mlops_course.serving.online import FeatureTable, some_keys
-from mlops_course.serving.predict import Service
-from mlops_course.serving.problems import PROBLEM, Document
+from .encoding import LARGEST
+from .inference import Predictor, typical_record
+from .messages import BatchResponse, PredictResponse
+from .online import FeatureTable, some_keys
+from .predict import Service
+from .problems import PROBLEM, ProblemDetails
 
 # %% auto #0
-__all__ = ['REFUSALS', 'REASONS', 'record_schema', 'key_schema', 'operation', 'schemas', 'describe_service']
+__all__ = ['REFUSALS', 'describe_service']
 
 # %% ../../nbs/internals/07_openapi.ipynb #6a06493a
-def record_schema(
+def _record_schema(
     predictor: Predictor | None,  # None: there is no model yet
 ) -> dict[str, Any]:  # JSON schema
     """Describe a record of a model."""
@@ -37,7 +37,7 @@ def record_schema(
     }  # fmt: skip
 
 # %% ../../nbs/internals/07_openapi.ipynb #0f9c0bbd
-def key_schema(
+def _key_schema(
     table: FeatureTable | None,  # that knows the kinds; None: there is none yet
 ) -> dict[str, Any]:  # JSON schema
     """Describe a key."""
@@ -63,15 +63,15 @@ def _refusal(
 
 
 REFUSALS: dict[int | str, dict[str, Any]] = {
-    400: _refusal("The body is no JSON."), 404: _refusal("There is no such row."),
+    400: _refusal("The body is not valid JSON."), 404: _refusal("There is no such row."),
     408: _refusal("The body came too slowly."), 413: _refusal("The body or the batch is too large."),
-    415: _refusal("The body is no JSON by its headers."),
+    415: _refusal("The body is not JSON by its headers."),
     422: _refusal("A field is missing, unknown, or has a wrong value."), 429: _refusal("Too many requests."),
     503: _refusal("There is no model, too much to do, or the log can't be written."),
 }  # fmt: skip
 
 # %% ../../nbs/internals/07_openapi.ipynb #4f9eb915
-def operation(
+def _operation(
     name: str,  # of the operation
     request: str,  # of the schema of the body
     response: str,  # of the schema of what comes back
@@ -89,18 +89,18 @@ def operation(
     }  # fmt: skip
 
 
-REASONS = {
+_REASONS = {
     "name": "reasons", "in": "query", "required": False, "description": "How many reasons of the score are wanted.",
     "schema": {"anyOf": [{"type": "boolean"}, {"type": "integer", "minimum": 0, "maximum": 20}], "default": False},
 }  # fmt: skip
 
 # %% ../../nbs/internals/07_openapi.ipynb #4b54176f
-def schemas(
+def _schemas(
     service: Service,  # whose model and table say what comes in
 ) -> dict[str, Any]:  # the named parts of the description
     """Describe requests and responses."""
     predictor = service.models.live().predictor if service.models.ready else None
-    responses = [PredictResponse, BatchResponse, Document]
+    responses = [PredictResponse, BatchResponse, ProblemDetails]
     _, own = msgspec.json.schema_components(responses, ref_template="#/components/schemas/{name}")
     record, key, request = ({"$ref": f"#/components/schemas/{name}"} for name in ("Record", "Key", "PredictRequest"))
     one = {
@@ -110,7 +110,7 @@ def schemas(
     rows = {"type": "array", "items": request, "maxItems": service.limits.rows}
     many = {"type": "object", "additionalProperties": False, "required": ["rows"], "properties": {"rows": rows}}
     return {
-        **own, "Record": record_schema(predictor), "Key": key_schema(service.online.table),
+        **own, "Record": _record_schema(predictor), "Key": _key_schema(service.online.table),
         "PredictRequest": one, "BatchRequest": many,
     }  # fmt: skip
 
@@ -120,11 +120,11 @@ def describe_service(
     own: dict[str, Any],  # what FastAPI writes
 ) -> dict[str, Any]:  # an OpenAPI document
     """Describe the whole service."""
-    one = operation("predict", "PredictRequest", "PredictResponse", "Score one row", [REASONS])
-    many = operation("predict_batch", "BatchRequest", "BatchResponse", "Score many rows")
+    one = _operation("predict", "PredictRequest", "PredictResponse", "Score one row", [_REASONS])
+    many = _operation("predict_batch", "BatchRequest", "BatchResponse", "Score many rows")
     paths = {**own["paths"], "/predict": {"post": one}, "/predict/batch": {"post": many}}
     parts = own.get("components", {})
-    components = {**parts, "schemas": {**parts.get("schemas", {}), **schemas(service)}}
+    components = {**parts, "schemas": {**parts.get("schemas", {}), **_schemas(service)}}
     return {**own, "info": {**own["info"], **_about(service)}, "paths": paths, "components": components}
 
 

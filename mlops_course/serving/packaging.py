@@ -16,7 +16,7 @@ import numpy as np
 
 from mlops_course.environment import Settings, fingerprint
 from mlops_course.serving.bundle import (
-    CARD, INPUT, MODEL, BundleError, Feature, Manifest, bundles_folder, place_bundle,
+    CARD_FILE, GRAPH_INPUT, MODEL_FILE, BundleError, Feature, Manifest, bundles_folder, place_bundle,
 )
 from mlops_course.serving.inference import Predictor
 
@@ -27,8 +27,7 @@ if TYPE_CHECKING:
     from mlops_course.project import UseCase
 
 # %% auto #0
-__all__ = ['OPSETS', 'UNTESTED', 'CARD_TEXT', 'TOLERANCE', 'Origin', 'convert', 'describe_features', 'model_card', 'write_bundle',
-           'group_features', 'prove_equal']
+__all__ = ['Origin', 'convert_to_onnx', 'describe_features', 'model_card', 'write_bundle', 'group_features', 'check_parity']
 
 # %% ../../nbs/internals/07_packaging.ipynb #be4f7a8f
 class Origin(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,10 +48,10 @@ def _round_down(thresholds: np.ndarray) -> np.ndarray:
         return np.where(nearest > thresholds, np.nextafter(nearest, np.float32(-np.inf)), nearest)
 
 # %% ../../nbs/internals/07_packaging.ipynb #98dc6825
-OPSETS = {"": 18, "ai.onnx.ml": 3}
+_OPSETS = {"": 18, "ai.onnx.ml": 3}
 
 
-def convert(
+def convert_to_onnx(
     model: Pipeline,  # from `experiments.train`
 ) -> bytes:  # an ONNX graph: (n, k) float32 `features` to (n, 2) float32 `probabilities`
     "Write the classifier of a model as an ONNX graph; the same model gives the same bytes."
@@ -63,8 +62,8 @@ def convert(
     for trees in classifier._predictors:
         for tree in trees:
             tree.nodes["num_threshold"] = _round_down(tree.nodes["num_threshold"])
-    inputs = [(INPUT, FloatTensorType([None, classifier.n_features_in_]))]
-    graph = convert_sklearn(classifier, "classifier", inputs, options={"zipmap": False}, target_opset=OPSETS)
+    inputs = [(GRAPH_INPUT, FloatTensorType([None, classifier.n_features_in_]))]
+    graph = convert_sklearn(classifier, "classifier", inputs, options={"zipmap": False}, target_opset=_OPSETS)
     return graph.SerializeToString(deterministic=True)
 
 # %% ../../nbs/internals/07_packaging.ipynb #f16794da
@@ -104,16 +103,16 @@ def model_card(
     table = "\n".join(["| figure | measured | bar |", "|---|---|---|", *lines])
     tables = ", ".join(f"{name} `{reference}`" for name, reference in sorted(origin.data.items()))
     texts = sum(feature.kind == "category" for feature in manifest.features)
-    return CARD_TEXT.format(
+    return _CARD_TEMPLATE.format(
         manifest=manifest, origin=origin, tables=tables, numbers=len(manifest.features) - texts, texts=texts,
-        results=f"Tested on {origin.tested}, which the training has not seen.\n\n{table}" if figures else UNTESTED,
-        limits="\n".join(f"- {line}" for line in _limits(use_case, figures)), hours=manifest.horizon_minutes / 60,
+        results=f"Tested on {origin.tested}, which the training has not seen.\n\n{table}" if figures else _UNTESTED,
+        limits="\n".join(f"- {line}" for line in _card_limits(use_case, figures)), hours=manifest.horizon_minutes / 60,
         costs=use_case.costs,
     )
 
 # %% ../../nbs/internals/07_packaging.ipynb #6a79c1a8
-UNTESTED = "It was never tested on later months. Do not use it for decisions."
-CARD_TEXT = """# Model card: {manifest.model}
+_UNTESTED = "It was never tested on later months. Do not use it for decisions."
+_CARD_TEMPLATE = """# Model card: {manifest.model}
 
 ## Question
 {manifest.question}
@@ -136,7 +135,7 @@ Run `{manifest.run_id}` holds the settings, and can be repeated.
 """
 
 # %% ../../nbs/internals/07_packaging.ipynb #d4b1e926
-def _limits(use_case: UseCase, figures: Mapping[str, float]) -> list[str]:
+def _card_limits(use_case: UseCase, figures: Mapping[str, float]) -> list[str]:
     """Where the model may fail, as far as its figures and its making tell."""
     known = {"pr_auc", "roc_auc", "log_loss"} <= set(figures)
     misses = use_case.success.shortfalls(dict(figures)) if known else []
@@ -149,7 +148,7 @@ def _limits(use_case: UseCase, figures: Mapping[str, float]) -> list[str]:
     ]
 
 # %% ../../nbs/internals/07_packaging.ipynb #f6146fb0
-TOLERANCE = 1e-5  # largest difference of a score that is accepted
+_TOLERANCE = 1e-5  # largest difference of a score that is accepted
 
 # %% ../../nbs/internals/07_packaging.ipynb #19a602b8
 def write_bundle(
@@ -165,12 +164,13 @@ def write_bundle(
     Raises:
         BundleError: the graph does not score as scikit-learn does.
     """
-    graph, groups = convert(model), group_features(map(str, rows.columns), use_case.groups)
+    graph, groups = convert_to_onnx(model), group_features(map(str, rows.columns), use_case.groups)
     features = describe_features(model, rows, groups)
     manifest = _manifest(use_case, features, reference, origin)
-    prove_equal(model, manifest, graph, rows)
+    check_parity(model, manifest, graph, rows)
     card = model_card(use_case, manifest, origin)
-    return place_bundle(bundles_folder(settings) / reference, manifest, {MODEL: graph, CARD: card.encode()})
+    files = {MODEL_FILE: graph, CARD_FILE: card.encode()}
+    return place_bundle(bundles_folder(settings) / reference, manifest, files)
 
 # %% ../../nbs/internals/07_packaging.ipynb #583a0959
 def group_features(
@@ -196,7 +196,7 @@ def _manifest(use_case: UseCase, features: tuple[Feature, ...], reference: str, 
     )
 
 # %% ../../nbs/internals/07_packaging.ipynb #35c28259
-def prove_equal(
+def check_parity(
     model: Pipeline,  # of scikit-learn
     manifest: Manifest,  # what its graph takes
     graph: bytes,  # from `convert`
@@ -213,7 +213,7 @@ def prove_equal(
     found, wanted = predictor.scores(predictor.encode_frame(rows)), scores(model, rows)
     difference = float(np.abs(found - wanted).max(initial=0.0))
     flips = int(((found >= manifest.threshold) != (wanted >= manifest.threshold)).sum())
-    if not difference <= TOLERANCE or flips:
+    if not difference <= _TOLERANCE or flips:
         problem = f"the graph of {manifest.model} differs from scikit-learn by up to {difference:.2g}"
         problem += f", and in {flips} of {len(rows)} decisions"
         raise BundleError(problem, "Train on float32 features and ordinal codes, as `experiments.train` does")

@@ -11,10 +11,10 @@ from collections.abc import Awaitable, Callable
 from fastapi import FastAPI, Request, Response
 
 # %% auto #0
-__all__ = ['MARKUP', 'STYLE', 'SCRIPT', 'POLICY', 'SAFE', 'FILES', 'add_page']
+__all__ = ['FILES', 'add_page']
 
 # %% ../../nbs/internals/07_page.ipynb #3a19c0d0
-MARKUP = """<!doctype html>
+_MARKUP = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -38,7 +38,7 @@ MARKUP = """<!doctype html>
 """
 
 # %% ../../nbs/internals/07_page.ipynb #b202ae13
-MARKUP += """  <section class="card" aria-labelledby="score-title" aria-live="polite">
+_MARKUP += """  <section class="card" aria-labelledby="score-title" aria-live="polite">
     <h2 id="score-title">Score</h2>
     <p class="verdict"><output id="score">–</output> <span id="verdict"></span></p>
     <div class="scale"><div id="bar"></div><div id="mark"></div></div>
@@ -54,7 +54,7 @@ MARKUP += """  <section class="card" aria-labelledby="score-title" aria-live="po
 """
 
 # %% ../../nbs/internals/07_page.ipynb #6760d195
-STYLE = """
+_STYLE = """
 :root { color-scheme: light dark;
   --back: light-dark(#f4f5f7, #14171c); --card: light-dark(#fff, #1d2128); --line: light-dark(#dde1e7, #343a45);
   --text: light-dark(#1b2330, #e6e9ee); --soft: light-dark(#5a6575, #9aa5b4); --blue: light-dark(#2563c9, #6ea8fe);
@@ -76,7 +76,7 @@ input, select, button { font: inherit; color: var(--text); background: var(--bac
 """
 
 # %% ../../nbs/internals/07_page.ipynb #fa90e5c7
-STYLE += """
+_STYLE += """
 #fields { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: .7rem; margin-top: .9rem;
   align-items: end; } #fields label { overflow-wrap: anywhere; line-height: 1.3; } #fields input { margin-top: .2rem; }
 .verdict { margin: 0; display: flex; align-items: baseline; gap: .7rem; }
@@ -101,7 +101,7 @@ footer a { color: inherit; margin-left: .8rem; }
 """
 
 # %% ../../nbs/internals/07_page.ipynb #270cb8e4
-SCRIPT = """'use strict';
+_SCRIPT = """'use strict';
 const $ = (id) => document.getElementById(id);
 const percent = (value) => `${(100 * value).toFixed(1)} %`;
 const words = (name) => name.replaceAll('_', ' ');
@@ -126,7 +126,7 @@ async function safely(work) {
 """
 
 # %% ../../nbs/internals/07_page.ipynb #bc3d2504
-SCRIPT += """
+_SCRIPT += """
 async function score() {
   const mine = ++latest;
   const answer = await ask('/predict?reasons=6', { record });
@@ -144,7 +144,7 @@ async function score() {
 """
 
 # %% ../../nbs/internals/07_page.ipynb #45ce04b1
-SCRIPT += """
+_SCRIPT += """
 function make(tag, className, text) {
   return Object.assign(document.createElement(tag), { className: className || '', textContent: text ?? '' });
 }
@@ -164,7 +164,7 @@ function bar(reason, largest) {
 """
 
 # %% ../../nbs/internals/07_page.ipynb #f38fdd14
-SCRIPT += """
+_SCRIPT += """
 const rounded = (value) => typeof value === 'number' ? String(Math.round(value * 100) / 100) : value;
 const show = (value) => value === null ? 'missing' : rounded(value);
 
@@ -185,7 +185,7 @@ function fields(names) {
 """
 
 # %% ../../nbs/internals/07_page.ipynb #2ebe1cfd
-SCRIPT += """
+_SCRIPT += """
 const texts = new Set();
 
 async function choose() {
@@ -197,7 +197,7 @@ async function choose() {
 """
 
 # %% ../../nbs/internals/07_page.ipynb #e0f3391d
-SCRIPT += """
+_SCRIPT += """
 const clock = (value, minutes) => {
   const time = new Date(value);
   return new Date(time.getTime() + 60000 * (minutes || 0)).toISOString().slice(0, 16).replace('T', ' ');
@@ -213,7 +213,7 @@ function title(row) {
 """
 
 # %% ../../nbs/internals/07_page.ipynb #b2283654
-SCRIPT += """
+_SCRIPT += """
 async function begin() {
   const [model, found] = await Promise.all([ask('/model'), ask('/examples?count=12')]);
   document.title = $('title').textContent = model.title || model.reference;
@@ -230,7 +230,7 @@ async function begin() {
 """
 
 # %% ../../nbs/internals/07_page.ipynb #b726926e
-SCRIPT += """
+_SCRIPT += """
 $('choice').addEventListener('change', () => safely(choose));
 $('others').addEventListener('click', () => safely(begin));
 $('key-form').addEventListener('submit', (event) => {
@@ -243,18 +243,18 @@ safely(begin);
 """
 
 # %% ../../nbs/internals/07_page.ipynb #6ce2a9e7
-POLICY = (
+_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; base-uri 'none'; "
     "form-action 'none'; frame-ancestors 'none'"
 )
-SAFE = {
-    "Content-Security-Policy": POLICY, "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
+_HEADERS = {
+    "Content-Security-Policy": _POLICY, "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
     "Cross-Origin-Opener-Policy": "same-origin", "Cache-Control": "no-cache",
 }  # fmt: skip
 FILES = {
-    "/": (MARKUP, "text/html; charset=utf-8"),
-    "/page.css": (STYLE, "text/css; charset=utf-8"),
-    "/page.js": (SCRIPT, "text/javascript; charset=utf-8"),
+    "/": (_MARKUP, "text/html; charset=utf-8"),
+    "/page.css": (_STYLE, "text/css; charset=utf-8"),
+    "/page.js": (_SCRIPT, "text/javascript; charset=utf-8"),
 }  # fmt: skip
 
 # %% ../../nbs/internals/07_page.ipynb #ed8b905a
@@ -273,6 +273,6 @@ def _file(content: bytes, kind: str) -> Callable[[Request], Awaitable[Response]]
     async def give(request: Request) -> Response:
         if request.headers.get("if-none-match") == mark:
             return Response(status_code=304, headers={"ETag": mark})
-        return Response(content, media_type=kind, headers={**SAFE, "ETag": mark})
+        return Response(content, media_type=kind, headers={**_HEADERS, "ETag": mark})
 
     return give

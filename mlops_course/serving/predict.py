@@ -21,19 +21,19 @@ __all__ = ['Service', 'PredictJob', 'name_keys', 'read_records', 'find_records',
            'PredictOne', 'PredictMany']
 
 # %% ../../nbs/internals/07_predict.ipynb #ca72b0f4
-from mlops_course.serving.encoding import InputError
-from mlops_course.serving.inference import Predictor
-from mlops_course.serving.limits import Limits, Scope
-from mlops_course.serving.lookup import OnlineTable
+from .encoding import InputError
+from .inference import Predictor
+from .limits import Limits
+from .lookup import OnlineTable
 from mlops_course.serving.messages import (
     ABSENT, UNREADABLE, BatchResponse, BatchRow, PredictRequest, PredictResponse, check_headers, check_objects,
     decode_batch, decode_one, read_body, refuse_repeated, request_id_of, unreadable, wanted_reasons,
 )
-from mlops_course.serving.metrics import Metrics
-from mlops_course.serving.models import Choice, Models
-from mlops_course.serving.online import LackingRowError, name_key
-from mlops_course.serving.predictions import Entry, PredictionLog
-from mlops_course.serving.problems import Problem, Receive, Send, encode, respond
+from .metrics import Metrics
+from .models import Choice, Models
+from .online import LackingRowError, name_key
+from .predictions import LoggedPrediction, PredictionLog
+from .problems import HTTPProblem, Receive, Scope, Send, encode_json, respond
 
 _log = logging.getLogger("mlops_course.serving")
 
@@ -78,7 +78,11 @@ def name_keys(
     service: Service,  # with the table
     job: PredictJob,  # whose keys get names
 ) -> None:
-    """Check the keys that came along. Raises: Problem."""
+    """Check the keys that came along.
+
+    Raises:
+        HTTPProblem: the request is refused.
+    """
     key_parts = service.online.key_parts
     names: list[str | None] = [None] * len(job.requests)
     for number, request in enumerate(job.requests):
@@ -86,28 +90,36 @@ def name_keys(
             if request.record is ABSENT:
                 problem = "there is neither a record nor a key"
                 where = job.path(number, "record")
-                raise Problem(422, problem, "Give a record, or the key of a row", where, job.row(number))
+                raise HTTPProblem(422, problem, "Give a record, or the key of a row", where, job.row(number))
         elif key_parts is not None:
             names[number] = _name_key(key_parts, request.key, job, number)
     job.key_names = names
     if job.sticky_key is None and len(names) == 1:
         job.sticky_key = names[0]
 
-
+# %% ../../nbs/internals/07_predict.ipynb #b2769dbb
 def _name_key(parts: Sequence[tuple[str, str]], key: dict[str, Any], job: PredictJob, number: int) -> str:
-    """Name one row by its key. Raises: Problem."""
+    """Name one row by its key.
+
+    Raises:
+        HTTPProblem: the request is refused.
+    """
     try:
         return name_key(parts, key)
     except InputError as error:
         field = job.path(number, f"key.{error.field}")
-        raise Problem(422, error.problem, error.remedy, field, job.row(number)) from error
+        raise HTTPProblem(422, error.problem, error.remedy, field, job.row(number)) from error
 
 # %% ../../nbs/internals/07_predict.ipynb #6757660c
 def read_records(
     predictor: Predictor,  # that was chosen
     job: PredictJob,  # whose rows all have a record
 ) -> tuple[list[Any], np.ndarray]:  # the records, and (n, k) float32
-    """Read records as the model wants them. Raises: Problem."""
+    """Read records as the model wants them.
+
+    Raises:
+        HTTPProblem: the request is refused.
+    """
     decode, records = predictor.decode_record, []
     for number, request in enumerate(job.requests):
         try:
@@ -119,7 +131,7 @@ def read_records(
     except InputError as error:
         row = error.row or 0
         field = job.path(row, f"record.{error.field}")
-        raise Problem(422, error.problem, error.remedy, field, job.row(row)) from error
+        raise HTTPProblem(422, error.problem, error.remedy, field, job.row(row)) from error
 
 # %% ../../nbs/internals/07_predict.ipynb #77308b65
 async def find_records(
@@ -127,7 +139,11 @@ async def find_records(
     predictor: Predictor,  # that was chosen
     job: PredictJob,  # of whose rows some have a key only
 ) -> tuple[list[Any], np.ndarray]:  # the records, and (n, k) float32
-    """Look up what is asked for by key, read the rest. Raises: Problem."""
+    """Look up what is asked for by key, read the rest.
+
+    Raises:
+        HTTPProblem: the request is refused.
+    """
     found = iter(await _look_up(service, predictor, job))
     rest = [request for request in job.requests if request.record is not ABSENT]
     given, _ = read_records(predictor, PredictJob(rest, job.request_id, within=job.within)) if rest else ([], None)
@@ -137,20 +153,24 @@ async def find_records(
     ]
     return records, predictor.encode(records)
 
-
+# %% ../../nbs/internals/07_predict.ipynb #427a76b6
 async def _look_up(service: Service, predictor: Predictor, job: PredictJob) -> list[Any]:
-    """The records of the rows that have a key only. Raises: Problem."""
+    """The records of the rows that have a key only.
+
+    Raises:
+        HTTPProblem: the request is refused.
+    """
     places = [number for number, request in enumerate(job.requests) if request.record is ABSENT]
     names = [str((job.key_names or [])[number]) for number in places]
     try:
         found = await service.online.find(names, predictor.features)
     except LackingRowError as error:
         number = places[names.index(error.key)]
-        raise Problem(422, error.problem, error.remedy, job.path(number, "key"), job.row(number)) from error
+        raise HTTPProblem(422, error.problem, error.remedy, job.path(number, "key"), job.row(number)) from error
     for number, name, record in zip(places, names, found, strict=True):
         if record is None:
             what, field = f"there is no {name} in the online feature table", job.path(number, "key")
-            raise Problem(404, what, "Ask for another row, or send a record", field, job.row(number))
+            raise HTTPProblem(404, what, "Ask for another row, or send a record", field, job.row(number))
     return found
 
 # %% ../../nbs/internals/07_predict.ipynb #18be9703
@@ -166,19 +186,27 @@ class ScoredRows:
 
 
 def _check_scores(scores: np.ndarray) -> None:
-    """Make sure that a model has said something. Raises: ArithmeticError."""
+    """Make sure that a model has said something.
+
+    Raises:
+        ArithmeticError: a score is not a number.
+    """
     if not np.isfinite(scores).all():
-        raise ArithmeticError(f"{np.count_nonzero(~np.isfinite(scores))} of {len(scores)} scores are no numbers")
+        raise ArithmeticError(f"{np.count_nonzero(~np.isfinite(scores))} of {len(scores)} scores are not numbers")
 
 # %% ../../nbs/internals/07_predict.ipynb #94e301b8
 _ON_THE_SPOT = 16  # rows that are scored in the event loop's thread
 
-
+# %% ../../nbs/internals/07_predict.ipynb #441d91bb
 async def score_rows(
     service: Service,  # with the models
     job: PredictJob,  # the rows
 ) -> ScoredRows:
-    """Score rows with the model whose turn it is. Raises: Problem."""
+    """Score rows with the model whose turn it is.
+
+    Raises:
+        HTTPProblem: the request is refused.
+    """
     choice: Choice | None = service.models.choose(job.sticky_key or job.request_id)
     whole = ABSENT not in [request.record for request in job.requests]
     while choice is not None:
@@ -193,7 +221,7 @@ async def score_rows(
             _log.error("%s failed on request %s", predictor.reference, job.request_id, exc_info=error)
             service.models.observe(choice, time.perf_counter() - begin, None, False, records)
             choice = choice.fallback
-    raise Problem(503, "the model failed on this request", "Try again", headers=[(b"retry-after", b"1")])
+    raise HTTPProblem(503, "the model failed on this request", "Try again", headers=[(b"retry-after", b"1")])
 
 # %% ../../nbs/internals/07_predict.ipynb #cae8cf8d
 def record_predictions(
@@ -202,11 +230,15 @@ def record_predictions(
     scored: ScoredRows,  # what a model made of them
     values: list[float],  # the scores
 ) -> None:
-    """Record predictions before they are given away. Raises: Problem with status 503."""
+    """Record predictions before they are given away.
+
+    Raises:
+        HTTPProblem: with status 503.
+    """
     if service.log is not None:
         try:
             service.log.append(_entries(job, scored, values))
-        except Problem:
+        except HTTPProblem:
             if service.metrics is not None:
                 service.metrics.unlogged.inc()
             raise
@@ -214,13 +246,15 @@ def record_predictions(
         predictor = scored.choice.predictor
         service.metrics.scored(predictor.reference, scored.choice.role, values, predictor.threshold)
 
-
-def _entries(job: PredictJob, scored: ScoredRows, values: list[float]) -> list[Entry]:
+# %% ../../nbs/internals/07_predict.ipynb #877b7904
+def _entries(job: PredictJob, scored: ScoredRows, values: list[float]) -> list[LoggedPrediction]:
     """What the log keeps of each row."""
     now, role, predictor = time.time(), scored.choice.role, scored.choice.predictor
     reference, threshold, request_id = predictor.reference, predictor.threshold, job.request_id
     return [
-        Entry(request_id, now, reference, value, value >= threshold, row.tobytes(), number, role, each.key or None)
+        LoggedPrediction(
+            request_id, now, reference, value, value >= threshold, row.tobytes(), number, role, each.key or None
+        )
         for number, (value, row, each) in enumerate(zip(values, scored.matrix, job.requests, strict=True))
     ]
 
@@ -236,7 +270,11 @@ async def _body_of(receive: Receive) -> bytes:
 
 
 def _refuse_repeated(body: bytes, job: PredictJob, predictor: Predictor) -> None:
-    """Refuse names that are given twice; the model says how many names a record has. Raises: Problem."""
+    """Refuse names that are given twice; the model says how many names a record has.
+
+    Raises:
+        HTTPProblem: the request is refused.
+    """
     names, colons = int(bool(job.within)), 0
     for request in job.requests:
         names += 0 if request.record is ABSENT else 1 + len(predictor.features)
@@ -269,7 +307,7 @@ class PredictOne:
         response = PredictResponse(value, value >= threshold, threshold, predictor.reference, job.request_id)
         if reasons:
             response.reasons = predictor.reasons(scored.matrix[0], reasons)
-        await respond(send, 200, encode(response))
+        await respond(send, 200, encode_json(response))
         service.models.observe(scored.choice, scored.seconds, scored.scores, True, scored.records)
 
 # %% ../../nbs/internals/07_predict.ipynb #71d1438c
@@ -287,7 +325,7 @@ class PredictMany:
         check_objects(body, most)
         job.requests = read_body(decode_batch, body).rows
         if len(job.requests) > most:
-            raise Problem(413, f"the batch has {len(job.requests)} rows", f"Send at most {most} at a time", "rows")
+            raise HTTPProblem(413, f"the batch has {len(job.requests)} rows", f"Send at most {most} at a time", "rows")
         name_keys(service, job)
         scored = await score_rows(service, job)
         predictor = scored.choice.predictor
@@ -295,5 +333,5 @@ class PredictMany:
         values, threshold = scored.scores.tolist(), predictor.threshold
         record_predictions(service, job, scored, values)
         rows = [BatchRow(value, value >= threshold) for value in values]
-        await respond(send, 200, encode(BatchResponse(rows, threshold, predictor.reference, job.request_id)))
+        await respond(send, 200, encode_json(BatchResponse(rows, threshold, predictor.reference, job.request_id)))
         service.models.observe(scored.choice, scored.seconds, scored.scores, True, scored.records)

@@ -19,16 +19,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 # %% auto #0
-__all__ = ['log', 'decode', 'DEAD', 'TABLE', 'Entry', 'LogLimits', 'log_folder', 'host_name', 'open_segment', 'write_all',
-           'settle', 'PredictionLog', 'unwritten', 'segments_size', 'room_problem', 'tend', 'Collected', 'read_segment',
-           'close_orphans', 'as_frame', 'collect_predictions', 'others_waiting']
+__all__ = ['LoggedPrediction', 'LogLimits', 'log_folder', 'host_name', 'Segment', 'PredictionLog', 'maintain',
+           'CollectedPredictions', 'read_segment', 'as_frame', 'collect_predictions', 'others_waiting']
 
 # %% ../../nbs/internals/07_predictions.ipynb #dfdcbfa1
 import msgspec
 
-from mlops_course.environment import Settings, workspace_error
-from mlops_course.serving.bundle import case_folder
-from mlops_course.serving.problems import Problem, encode
+from ..environment import Settings, workspace_error
+from .bundle import case_folder
+from .problems import HTTPProblem, encode_json
 
 if sys.platform != "win32":
     import fcntl
@@ -38,10 +37,10 @@ if TYPE_CHECKING:
 
     from mlops_course.project import UseCase
 
-log = logging.getLogger("mlops_course.serving")
+_log = logging.getLogger("mlops_course.serving")
 
 # %% ../../nbs/internals/07_predictions.ipynb #51b68f17
-class Entry(msgspec.Struct, omit_defaults=True):
+class LoggedPrediction(msgspec.Struct, omit_defaults=True):
     """One row that was scored."""
 
     id: str  # of the request
@@ -55,7 +54,7 @@ class Entry(msgspec.Struct, omit_defaults=True):
     key: dict[str, Any] | None = None  # which row
 
 
-decode = msgspec.json.Decoder(Entry).decode
+_decode = msgspec.json.Decoder(LoggedPrediction).decode
 
 # %% ../../nbs/internals/07_predictions.ipynb #d993a880
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ def log_folder(
     return case_folder(settings, use_case) / "predictions"
 
 # %% ../../nbs/internals/07_predictions.ipynb #c0244302
-DEAD = 24 * 3600.0  # seconds; a worker that lives closes its segment within the hour
+_DEAD_AFTER_S = 24 * 3600.0  # seconds; a worker that lives closes its segment within the hour
 
 
 def host_name() -> str:
@@ -84,10 +83,14 @@ def host_name() -> str:
     return re.sub(r"[^A-Za-z0-9.]", "_", socket.gethostname())[:60] or "host"
 
 # %% ../../nbs/internals/07_predictions.ipynb #a65d7743
-def open_segment(
+def _open_segment(
     folder: Path,  # of the log
 ) -> tuple[Path, int]:  # the file, and a descriptor that appends to it
-    """Begin a segment. Raises: OSError."""
+    """Begin a segment.
+
+    Raises:
+        OSError: the system refuses.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     name = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{host_name()}-{os.getpid()}-{secrets.token_hex(4)}"
     hidden, path = folder / f".{name}.tmp", folder / f"{name}.open"
@@ -102,12 +105,16 @@ def open_segment(
     return path, descriptor
 
 # %% ../../nbs/internals/07_predictions.ipynb #223b39d6
-def write_all(
+def _write_all(
     descriptor: int,  # appends to a file
     data: bytes,  # whole lines
     before: int,  # bytes that are in it
 ) -> None:
-    """Write everything or nothing. Raises: OSError."""
+    """Write everything or nothing.
+
+    Raises:
+        OSError: the system refuses.
+    """
     try:
         written = os.write(descriptor, data)
         while written < len(data):  # the disk is nearly full, or a signal came
@@ -120,76 +127,112 @@ def write_all(
         raise
 
 # %% ../../nbs/internals/07_predictions.ipynb #3eb411f0
-class _Segment:
-    """The file that a worker writes to, and how much it has written."""
+class Segment:
+    """A file that a worker appends to, until it is closed."""
 
-    def __init__(self, folder: Path | Callable[[str], Path], limits: LogLimits | None = None) -> None:
-        self.folder, self.limits = folder if isinstance(folder, Path) else Path(), limits or LogLimits()
-        self.find = None if isinstance(folder, Path) else folder  # None: the folder is known
-        self.path: Path | None = None
-        self.descriptor, self.size, self.began, self.dirty = -1, 0, 0.0, False
-        self.problem, self.total = "", 0  # why nothing can be written; bytes of all segments
+    def __init__(self, folder: Path) -> None:
+        self.path, self.descriptor = _open_segment(folder)
+        self.size = 0  # bytes
+        self.began = time.monotonic()
+        self._dirty = False  # whether something is not on the disk yet
 
-    def open(self) -> None:
-        """Begin a segment, unless there is one. Raises: OSError."""
-        if self.path is None:
-            self.path, self.descriptor = open_segment(self.folder)
-            self.size, self.began = 0, time.monotonic()
+    def write(self, data: bytes) -> None:
+        """Append everything or nothing.
+
+        Raises:
+            OSError: the system refuses.
+        """
+        _write_all(self.descriptor, data, self.size)
+        self.size += len(data)
+        self._dirty = True
+
+    def sync(self) -> None:
+        """Bring to the disk what was written.
+
+        Raises:
+            OSError: the system refuses.
+        """
+        if self._dirty:
+            self._dirty = False
+            os.fsync(self.descriptor)
 
     def close(self) -> None:
-        """End the segment: it is whole, on the disk, and may be collected."""
-        path, descriptor, self.path = self.path, self.descriptor, None
-        if path is not None:
-            os.fsync(descriptor)
-            path.rename(path.with_suffix(".jsonl")) if self.size else path.unlink()
-            os.close(descriptor)
+        """End it: it is whole, on the disk, and may be collected.
 
-# %% ../../nbs/internals/07_predictions.ipynb #e36d60e7
-def settle(
-    writer: _Segment,  # that may not know yet where to write
-    entries: Sequence[Entry],  # of the first model that answers
-) -> None:
-    """Write beside what is served of the model's use case, from now on."""
-    if writer.find is not None and entries:
-        writer.folder, writer.find = writer.find(entries[0].model), None
+        Raises:
+            OSError: the system refuses.
+        """
+        os.fsync(self.descriptor)
+        self.path.rename(self.path.with_suffix(".jsonl")) if self.size else self.path.unlink()
+        os.close(self.descriptor)
 
 # %% ../../nbs/internals/07_predictions.ipynb #54ee957a
-class PredictionLog(_Segment):
+class PredictionLog:
     """The log of one worker."""
 
-    def append(self, entries: Sequence[Entry]) -> None:
-        """Write down what is going to be answered. Raises: Problem with status 503, and then nothing is written."""
+    def __init__(self, folder: Path | Callable[[str], Path], limits: LogLimits | None = None) -> None:
+        self.folder = folder if isinstance(folder, Path) else Path()
+        self.locate = None if isinstance(folder, Path) else folder  # from a model to the folder; None: it is known
+        self.limits = limits or LogLimits()
+        self.segment: Segment | None = None
+        self.problem = ""  # why nothing can be written; empty: all is well
+        self.total = 0  # bytes of all segments
+
+    def settle(self, model: str) -> None:  # reference to the first model that answers
+        """Write beside what is served of the model's use case, from now on."""
+        if self.locate is not None:
+            self.folder, self.locate = self.locate(model), None
+
+    def open(self) -> Segment:
+        """The segment; it is begun if there is none.
+
+        Raises:
+            OSError: the system refuses.
+        """
+        if self.segment is None:
+            self.segment = Segment(self.folder)
+        return self.segment
+
+    def append(self, entries: Sequence[LoggedPrediction]) -> None:
+        """Write down what is going to be answered.
+
+        Raises:
+            HTTPProblem: with status 503, and then nothing is written.
+        """
         if self.problem:
-            raise unwritten(self.problem)
-        data = b"".join([encode(entry) + b"\n" for entry in entries])
-        settle(self, entries)
+            raise _unwritten(self.problem)
+        data = b"".join([encode_json(entry) + b"\n" for entry in entries])
+        if self.locate is not None and entries:
+            self.settle(entries[0].model)
         try:
-            self.open()
-            write_all(self.descriptor, data, self.size)
+            self.open().write(data)
         except OSError as error:
             self.problem = workspace_error(error, self.folder).problem
-            log.error("%s", self.problem)
-            raise unwritten(self.problem) from error
-        self.size += len(data)
-        self.dirty = True
+            _log.error("%s", self.problem)
+            raise _unwritten(self.problem) from error
 
     def sync(self) -> None:
         """Bring to the disk what was written, and see how much room is left; from another thread, if you like."""
-        if self.dirty and self.path is not None:
-            self.dirty = False
-            os.fsync(self.descriptor)
-        self.total = segments_size(self.folder)
+        if self.segment is not None:
+            self.segment.sync()
+        self.total = _segments_size(self.folder)
+
+    def close(self) -> None:
+        """End the segment."""
+        segment, self.segment = self.segment, None
+        if segment is not None:
+            segment.close()
 
 # %% ../../nbs/internals/07_predictions.ipynb #6acb702c
-def unwritten(
+def _unwritten(
     problem: str,  # why
-) -> Problem:
+) -> HTTPProblem:
     """What to say about a prediction that can't be written down."""
     later = [(b"retry-after", b"5")]
-    return Problem(503, f"the prediction can't be recorded: {problem}", "Try again later", headers=later)
+    return HTTPProblem(503, f"the prediction can't be recorded: {problem}", "Try again later", headers=later)
 
 
-def segments_size(
+def _segments_size(
     folder: Path,  # of the log
 ) -> int:  # bytes
     """How much is waiting to be collected."""
@@ -203,39 +246,38 @@ def segments_size(
     return size
 
 # %% ../../nbs/internals/07_predictions.ipynb #5f459f3f
-def room_problem(
-    writer: PredictionLog,  # that has just looked
+def _room_problem(
+    log: PredictionLog,  # that has just looked
 ) -> str:  # empty: there is room
     """Say whether more may be written."""
-    status = os.statvfs(writer.folder) if hasattr(os, "statvfs") else None
-    if writer.total > writer.limits.total:
-        return f"{writer.total:,} bytes wait in {writer.folder}, and the limit is {writer.limits.total:,}"
-    if status is not None and status.f_bavail * status.f_frsize < writer.limits.spare:
-        return f"the disk of {writer.folder} is full"
+    status = os.statvfs(log.folder) if hasattr(os, "statvfs") else None
+    if log.total > log.limits.total:
+        return f"{log.total:,} bytes wait in {log.folder}, and the limit is {log.limits.total:,}"
+    if status is not None and status.f_bavail * status.f_frsize < log.limits.spare:
+        return f"the disk of {log.folder} is full"
     return ""
 
 # %% ../../nbs/internals/07_predictions.ipynb #08571e85
-def tend(
-    writer: PredictionLog,  # whose worker has a moment
+def maintain(
+    log: PredictionLog,  # whose worker has a moment
 ) -> None:
     """Begin a new segment when it is time, and see whether what was wrong is still wrong."""
     try:
-        writer.open()
-        full = writer.size >= writer.limits.segment
-        if full or (writer.size and time.monotonic() - writer.began >= writer.limits.seconds):
-            writer.close()
-            writer.open()
-        problem = room_problem(writer)
-        if not problem and writer.problem:
-            write_all(writer.descriptor, b"\n", writer.size)  # an empty line, which readers skip
-            writer.size += 1
-        writer.problem = problem
+        segment = log.open()
+        full = segment.size >= log.limits.segment
+        if full or (segment.size and time.monotonic() - segment.began >= log.limits.seconds):
+            log.close()
+            segment = log.open()
+        problem = _room_problem(log)
+        if not problem and log.problem:
+            segment.write(b"\n")  # an empty line, which readers skip
+        log.problem = problem
     except OSError as error:
-        writer.problem = workspace_error(error, writer.folder).problem
+        log.problem = workspace_error(error, log.folder).problem
 
 # %% ../../nbs/internals/07_predictions.ipynb #1fe83765
 @dataclass(frozen=True)
-class Collected:
+class CollectedPredictions:
     """What a collection did."""
 
     table: str | None  # reference to the table; None: there was nothing to collect
@@ -245,17 +287,17 @@ class Collected:
     set_aside: int = 0  # segments that can't be collected; they are still there, as `….bad`
 
 
-TABLE = "predictions_online"
+_TABLE = "predictions_online"
 
 
 def read_segment(
     path: Path,  # a closed segment
-) -> tuple[list[Entry], int]:  # its entries, and how many lines can't be read
+) -> tuple[list[LoggedPrediction], int]:  # its entries, and how many lines can't be read
     """Read what a worker has written down."""
     entries, torn = [], 0
     for line in path.read_bytes().splitlines():
         try:
-            entries += [decode(line)] if line.strip() else []
+            entries += [_decode(line)] if line.strip() else []
         except (msgspec.MsgspecError, UnicodeDecodeError):
             torn += 1
     return entries, torn
@@ -265,12 +307,12 @@ def _silent(path: Path) -> bool:
     """Whether a segment was written to so long ago that its worker must be dead."""
     try:
         state = path.stat()
-        return state.st_size > 0 and time.time() - state.st_mtime > DEAD
+        return state.st_size > 0 and time.time() - state.st_mtime > _DEAD_AFTER_S
     except FileNotFoundError:  # just closed
         return False
 
 # %% ../../nbs/internals/07_predictions.ipynb #fc8b4f69
-def close_orphans(
+def _close_orphans(
     folder: Path,  # of the log
 ) -> None:
     """Close the segments of workers that have died: nobody holds a lock on them. Locks don't reach other machines."""
@@ -296,7 +338,7 @@ def close_orphans(
 
 # %% ../../nbs/internals/07_predictions.ipynb #ca180c37
 def as_frame(
-    entries: Sequence[Entry],  # of one segment
+    entries: Sequence[LoggedPrediction],  # of one segment
     use_case: UseCase,  # which columns name a row
     segment: str,  # where they come from
 ) -> pd.DataFrame:
@@ -339,9 +381,9 @@ def _collect(settings: Settings, use_case: UseCase, path: Path) -> tuple[int, in
     try:
         if entries:
             frame = as_frame(entries, use_case, path.stem)
-            replace_months(settings, table_name(use_case, TABLE), frame, by="segment")
+            replace_months(settings, table_name(use_case, _TABLE), frame, by="segment")
     except (ValueError, TypeError, ArithmeticError):  # values that no table takes; the others must not wait for it
-        log.exception("the segment %s can't be collected, and is set aside", path.name)
+        _log.exception("the segment %s can't be collected, and is set aside", path.name)
         path.rename(path.with_suffix(".bad"))
         return None
     path.unlink(missing_ok=True)
@@ -351,19 +393,19 @@ def _collect(settings: Settings, use_case: UseCase, path: Path) -> tuple[int, in
 def collect_predictions(
     settings: Settings,  # where the workspace is
     use_case: UseCase,  # which columns name a row
-) -> Collected:
+) -> CollectedPredictions:
     """Move closed segments into the use case's table `predictions_online`; doing it again changes nothing."""
     from mlops_course.data import newest_reference, table_name, table_version
 
-    folder, name = log_folder(settings, use_case.name), table_name(use_case, TABLE)
+    folder, name = log_folder(settings, use_case.name), table_name(use_case, _TABLE)
     if not folder.is_dir():
-        return Collected(None, 0, 0, 0)
-    close_orphans(folder)
+        return CollectedPredictions(None, 0, 0, 0)
+    _close_orphans(folder)
     found = [_collect(settings, use_case, path) for path in sorted(folder.glob("*.jsonl"))]
     good = [counts for counts in found if counts is not None]
     table = newest_reference(settings, name) if table_version(settings, name) is not None else None
     rows, torn = sum(rows for rows, _ in good), sum(torn for _, torn in good)
-    return Collected(table, len(good), rows, torn, len(found) - len(good))
+    return CollectedPredictions(table, len(good), rows, torn, len(found) - len(good))
 
 # %% ../../nbs/internals/07_predictions.ipynb #630cc732
 def others_waiting(

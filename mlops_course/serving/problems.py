@@ -14,10 +14,11 @@ import msgspec
 from mlops_course.environment import CourseError
 
 # %% auto #0
-__all__ = ['Message', 'Send', 'Receive', 'Headers', 'JSON', 'PROBLEM', 'encode', 'Problem', 'Document', 'document', 'respond',
-           'refuse']
+__all__ = ['Scope', 'Message', 'Send', 'Receive', 'Headers', 'JSON', 'PROBLEM', 'encode_json', 'HTTPProblem', 'ProblemDetails',
+           'problem_document', 'respond', 'send_problem']
 
 # %% ../../nbs/internals/07_problems.ipynb #642ba329
+Scope = MutableMapping[str, Any]  # what a server says about a request: path, method, headers
 Message = MutableMapping[str, Any]  # what ASGI servers and apps say to each other
 Send = Callable[[Message], Awaitable[None]]
 Receive = Callable[[], Awaitable[Message]]
@@ -26,7 +27,7 @@ Headers = Iterable[tuple[bytes, bytes]]
 JSON, PROBLEM = b"application/json", b"application/problem+json"
 
 # %% ../../nbs/internals/07_problems.ipynb #b933f567
-class Problem(CourseError):
+class HTTPProblem(CourseError):
     """A request that is refused, and how."""
 
     def __init__(
@@ -42,7 +43,7 @@ class Problem(CourseError):
         self.status, self.field, self.row, self.headers = status, field, row, tuple(headers)
 
 # %% ../../nbs/internals/07_problems.ipynb #496ee588
-class Document(msgspec.Struct, omit_defaults=True):
+class ProblemDetails(msgspec.Struct, omit_defaults=True):
     """The body of a refusal, as RFC 9457 has it, with what this service adds."""
 
     title: str
@@ -55,18 +56,18 @@ class Document(msgspec.Struct, omit_defaults=True):
     request_id: str | None = None
 
 # %% ../../nbs/internals/07_problems.ipynb #8da3e2a8
-encode = msgspec.json.Encoder().encode
+encode_json = msgspec.json.Encoder().encode
 
 
-def document(
-    problem: Problem,  # that ends a request
+def problem_document(
+    problem: HTTPProblem,  # that ends a request
     request_id: str | None = None,  # of the request
 ) -> bytes:  # JSON
     """Write a refusal's body."""
     detail, remedy = ("".join(text.split("\n")) for text in (problem.problem, problem.remedy))
-    made = Document(HTTPStatus(problem.status).phrase, problem.status, detail)
+    made = ProblemDetails(HTTPStatus(problem.status).phrase, problem.status, detail)
     made.field, made.row, made.remedy, made.request_id = problem.field, problem.row, remedy or None, request_id
-    return encode(made)
+    return encode_json(made)
 
 # %% ../../nbs/internals/07_problems.ipynb #9743ac5c
 async def respond(
@@ -83,10 +84,10 @@ async def respond(
     await send({"type": "http.response.body", "body": body})
 
 
-async def refuse(
+async def send_problem(
     send: Send,  # of the request
-    problem: Problem,  # that ends it
+    problem: HTTPProblem,  # that ends it
     request_id: str | None = None,  # of the request
 ) -> None:
     """Send a refusal."""
-    await respond(send, problem.status, document(problem, request_id), PROBLEM, problem.headers)
+    await respond(send, problem.status, problem_document(problem, request_id), PROBLEM, problem.headers)

@@ -9,23 +9,23 @@ from pathlib import Path
 
 import msgspec
 
-from mlops_course.environment import Settings, write_atomic
+from ..environment import Settings, write_atomic
 from mlops_course.serving.bundle import (
-    MODEL, REFERENCE, BundleError, bundles_folder, case_folder, case_of, find_bundle, manifest_sha256, open_bundle,
-    place_bundle,
+    BUNDLE_REFERENCE, MODEL_FILE, BundleError, bundles_folder, case_folder, case_of, find_bundle, manifest_sha256,
+    open_bundle, place_bundle,
 )
-from mlops_course.serving.inference import Predictor, prove_answers
+from .inference import Predictor, smoke_test
 
 # %% auto #0
-__all__ = ['LIVE', 'served_case', 'live_file', 'for_case', 'pinned', 'publish', 'live_bundle']
+__all__ = ['LIVE_FILE', 'served_case', 'live_file', 'for_case', 'pinned', 'live_bundle', 'publish']
 
 # %% ../../nbs/internals/07_publishing.ipynb #d039f425
-LIVE = "live.json"
+LIVE_FILE = "live.json"
 
 
 def served_case(
     settings: Settings,  # whose workspace; they may name a use case
-    file: str = LIVE,  # what a use case that is served has
+    file: str = LIVE_FILE,  # what a use case that is served has
 ) -> str | None:  # its name; None: nothing is served yet
     """Name the use case that is meant: the one that the settings name, or the only one that has that file.
 
@@ -38,20 +38,13 @@ def served_case(
         raise BundleError(problem, "Name one with --use-case or MLOPS_COURSE_USE_CASE")
     return settings.use_case or next(iter(names), None)
 
-# %% ../../nbs/internals/07_publishing.ipynb #4e9cead2
-class _Live(msgspec.Struct, forbid_unknown_fields=True):
-    """The content of `live.json`."""
-
-    bundle: str  # its reference
-    manifest: str  # SHA-256 of its manifest
-
 # %% ../../nbs/internals/07_publishing.ipynb #fe3d8d9b
 def live_file(
     settings: Settings,  # whose workspace
     reference: str,  # any version of the use case's model
 ) -> Path:
     "Name the file that says which bundle is live."
-    return case_folder(settings, case_of(reference)) / LIVE
+    return case_folder(settings, case_of(reference)) / LIVE_FILE
 
 
 def for_case(
@@ -65,30 +58,19 @@ def for_case(
 def pinned(
     settings: Settings,  # whose workspace
 ) -> Settings:  # that name the use case that is served now, if there is one
-    "Mean what is served now from here on. Raises: BundleError when several use cases are served."
-    return settings.model_copy(update={"use_case": served_case(settings)})
-
-# %% ../../nbs/internals/07_publishing.ipynb #bb204adc
-def publish(
-    settings: Settings,  # whose workspace
-    bundle: str | Path,  # a reference such as `flight-delay@3`, or a folder; one from elsewhere is copied in
-) -> Path:  # the folder that is live now
-    """Make a bundle the one of its use case that is served.
+    """Mean what is served now from here on.
 
     Raises:
-        BundleError: it is not there, damaged, or it can't answer.
+        BundleError: when several use cases are served.
     """
-    folder = find_bundle(settings, bundle)
-    manifest, files = open_bundle(folder)
-    prove_answers(Predictor(manifest, files[MODEL]))
-    home = bundles_folder(settings) / manifest.model
-    if folder.resolve() != home.resolve():
-        place_bundle(home, manifest, files)
-    path = live_file(settings, manifest.model)
-    content = msgspec.json.encode(_Live(manifest.model, manifest_sha256(home)))
-    if not path.is_file() or path.read_bytes() != content:
-        write_atomic(path, content)
-    return home
+    return settings.model_copy(update={"use_case": served_case(settings)})
+
+# %% ../../nbs/internals/07_publishing.ipynb #4e9cead2
+class _Live(msgspec.Struct, forbid_unknown_fields=True):
+    """The content of `live.json`."""
+
+    bundle: str  # its reference
+    manifest: str  # SHA-256 of its manifest
 
 # %% ../../nbs/internals/07_publishing.ipynb #44748544
 def live_bundle(
@@ -102,16 +84,38 @@ def live_bundle(
     name = served_case(settings)
     if name is None:
         return None
-    path = case_folder(settings, name) / LIVE
+    path = case_folder(settings, name) / LIVE_FILE
     try:
         live = msgspec.json.decode(path.read_bytes(), type=_Live)
     except FileNotFoundError:
         return None
     except (msgspec.MsgspecError, UnicodeDecodeError, OSError) as error:
         raise BundleError(f"{path} does not name a bundle: {error}", "Publish a bundle again") from error
-    if not REFERENCE.fullmatch(live.bundle) or case_of(live.bundle) != name:
-        raise BundleError(f"{path} names {live.bundle!r}, which is no version of {name}", "Publish a bundle again")
+    if not BUNDLE_REFERENCE.fullmatch(live.bundle) or case_of(live.bundle) != name:
+        raise BundleError(f"{path} names {live.bundle!r}, which is not a version of {name}", "Publish a bundle again")
     folder = bundles_folder(settings) / live.bundle
     if manifest_sha256(folder) != live.manifest:
         raise BundleError(f"{folder} is not the bundle that was published", "Publish it again, after a look at it")
     return folder
+
+# %% ../../nbs/internals/07_publishing.ipynb #bb204adc
+def publish(
+    settings: Settings,  # whose workspace
+    bundle: str | Path,  # a reference such as `flight-delay@3`, or a folder; one from elsewhere is copied in
+) -> Path:  # the folder that is live now
+    """Make a bundle the one of its use case that is served.
+
+    Raises:
+        BundleError: it is not there, damaged, or it can't answer.
+    """
+    folder = find_bundle(settings, bundle)
+    manifest, files = open_bundle(folder)
+    smoke_test(Predictor(manifest, files[MODEL_FILE]))
+    home = bundles_folder(settings) / manifest.model
+    if folder.resolve() != home.resolve():
+        place_bundle(home, manifest, files)
+    path = live_file(settings, manifest.model)
+    content = msgspec.json.encode(_Live(manifest.model, manifest_sha256(home)))
+    if not path.is_file() or path.read_bytes() != content:
+        write_atomic(path, content)
+    return home

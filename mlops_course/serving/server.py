@@ -24,112 +24,108 @@ from time import monotonic
 from typing import Any
 
 # %% auto #0
-__all__ = ['log', 'APP', 'Connection', 'watch', 'ServeError', 'bind', 'Launch', 'end_with_supervisor', 'JsonLines', 'log_config',
-           'configure', 'serve', 'run_one', 'run_many']
+__all__ = ['APP', 'Connection', 'end_if_overdue', 'watch_connections', 'ServeError', 'bind', 'Launch', 'JsonLines', 'serve']
 
 # %% ../../nbs/internals/07_server.ipynb #0c21a6c5
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.supervisors import Multiprocess
 
-from mlops_course.environment import CourseError, Settings
-from mlops_course.serving.limits import Limits
-from mlops_course.serving.problems import PROBLEM, Problem, document
+from ..environment import CourseError, Settings
+from .limits import Limits
+from .problems import PROBLEM, HTTPProblem, problem_document
 
-log = logging.getLogger("mlops_course.serving")
+_log = logging.getLogger("mlops_course.serving")
 
 # %% ../../nbs/internals/07_server.ipynb #b6477d43
-class _Refusing(HttpToolsProtocol):
-    """A connection that can be refused before there is a request."""
+def _refuse(connection: Connection, problem: HTTPProblem) -> None:
+    """Answer where there is no request yet, and close."""
+    if not connection.transport.is_closing():
+        body, title = problem_document(problem), HTTPStatus(problem.status).phrase
+        head = f"HTTP/1.1 {problem.status} {title}\r\ncontent-type: {PROBLEM.decode()}\r\n"
+        ends = f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+        connection.transport.write((head + ends).encode() + body)
+        connection.transport.close()
 
-    since = float("inf")  # when the part that is being waited for was begun
-    head = 0  # bytes of the headers so far; after them, bytes since the body last grew
-    heading = True  # whether headers are being read
+# %% ../../nbs/internals/07_server.ipynb #ef0cd55b
+class Connection(HttpToolsProtocol):
+    """A connection with limits: on how many there are, on its headers, and on its time."""
 
-    def end_with(self, problem: Problem) -> None:
-        """Answer without a request, and close."""
-        if not self.transport.is_closing():
-            body, title = document(problem), HTTPStatus(problem.status).phrase
-            head = f"HTTP/1.1 {problem.status} {title}\r\ncontent-type: {PROBLEM.decode()}\r\n"
-            ends = f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
-            self.transport.write((head + ends).encode() + body)
-            self.transport.close()
+    waiting_since = float("inf")  # when the part that is being waited for was begun
+    pending = 0  # bytes of the headers so far; after them, bytes since the body last grew
+    in_headers = True  # whether headers are being read
 
     def send_400_response(self, msg: str) -> None:
-        """Say in our form that this is no HTTP."""
-        self.end_with(Problem(400, "this is no valid HTTP request", "Send HTTP/1.1"))
-
-# %% ../../nbs/internals/07_server.ipynb #dd312ec5
-class _Counting(_Refusing):
-    """A connection that knows what it waits for, and since when."""
+        """Say in our form that this is not HTTP."""
+        _refuse(self, HTTPProblem(400, "this is not a valid HTTP request", "Send HTTP/1.1"))
 
     def connection_made(self, transport: Any) -> None:
         """Begin, unless there are too many."""
         super().connection_made(transport)
-        self.since = monotonic()
-        watch(self)
+        self.waiting_since = monotonic()
+        watch_connections(self)
         if len(self.connections) > self.app.limits.connections:
-            self.end_with(Problem(503, f"{len(self.connections)} connections are open", "Try again later"))
+            _refuse(self, HTTPProblem(503, f"{len(self.connections)} connections are open", "Try again later"))
 
     def on_message_begin(self) -> None:
         """A request's first byte."""
         super().on_message_begin()
-        self.since, self.heading = monotonic(), True
+        self.waiting_since, self.in_headers = monotonic(), True
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Take a header; one that comes after the body is dropped: nobody has checked it."""
+        if self.in_headers:
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         """From here on, the layer around the app watches."""
-        self.head, self.heading = 0, False
+        self.pending, self.in_headers = 0, False
         super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """The body grows: the layer around the app counts it."""
+        self.pending = 0
+        super().on_body(body)
 
     def on_message_complete(self) -> None:
         """Nothing more is waited for."""
         super().on_message_complete()
-        self.since, self.head = float("inf"), 0
-
-# %% ../../nbs/internals/07_server.ipynb #b6a473ef
-class _Bounded(_Counting):
-    """A connection that bounds all that is no body."""
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        """Take a header; one that comes after the body is dropped: nobody has checked it."""
-        if self.heading:
-            super().on_header(name, value)
-
-    def on_body(self, body: bytes) -> None:
-        """The body grows: the layer around the app counts it."""
-        self.head = 0
-        super().on_body(body)
+        self.waiting_since, self.pending = float("inf"), 0
 
     def data_received(self, data: bytes) -> None:
         """Read on, unless the headers have no end, before the body or after it."""
-        self.head += len(data)
+        self.pending += len(data)
         super().data_received(data)
-        if self.head <= self.app.limits.head or self.transport.is_closing():
-            return
-        if not self.heading and self.cycle.response_started:
-            self.transport.abort()  # it has its answer already
-        else:
-            much = f"the headers have more than {self.app.limits.head} bytes"
-            self.end_with(Problem(431, much, "Send fewer or shorter headers"))
+        if self.pending > self.app.limits.head and not self.transport.is_closing():
+            _end_headers(self)
 
-# %% ../../nbs/internals/07_server.ipynb #ef0cd55b
-class Connection(_Bounded):
-    """A connection with limits."""
+# %% ../../nbs/internals/07_server.ipynb #4313889e
+def _end_headers(connection: Connection) -> None:
+    """End a connection whose headers are too long."""
+    if not connection.in_headers and connection.cycle.response_started:
+        connection.transport.abort()  # it has its response already
+    else:
+        much = f"the headers have more than {connection.app.limits.head} bytes"
+        _refuse(connection, HTTPProblem(431, much, "Send fewer or shorter headers"))
 
-    def overdue(self, now: float) -> None:
-        """End what has waited too long; called once a second."""
-        limits = self.app.limits
-        if now - self.since < limits.seconds + (0 if self.heading else 1):
-            return
-        if self.head and self.heading:
-            late = f"the headers were not complete after {limits.seconds:g} seconds"
-            self.end_with(Problem(408, late, "Send them at once"))
-        else:  # nothing came at all, or a body that was refused goes on and on
-            self.transport.close()
+
+def end_if_overdue(
+    connection: Connection,  # any
+    now: float,  # seconds of the monotonic clock
+) -> None:
+    """End what has waited too long; called once a second."""
+    limits = connection.app.limits
+    if now - connection.waiting_since < limits.seconds + (0 if connection.in_headers else 1):
+        return
+    if connection.pending and connection.in_headers:
+        late = f"the headers were not complete after {limits.seconds:g} seconds"
+        _refuse(connection, HTTPProblem(408, late, "Send them at once"))
+    else:  # nothing came at all, or a body that was refused goes on and on
+        connection.transport.close()
 
 # %% ../../nbs/internals/07_server.ipynb #4c3619ac
-def watch(
-    connection: Connection | _Counting,  # the first one of its server starts the watch
+def watch_connections(
+    connection: Connection,  # the first one of its server starts the watch
 ) -> None:
     """Look at all connections once a second."""
     state: Any = connection.server_state
@@ -141,9 +137,9 @@ def watch(
         try:
             for each in list(connection.connections):
                 if isinstance(each, Connection):
-                    each.overdue(monotonic())
-        except Exception:  # a mistake with one connection must not end the watch over all
-            log.exception("the watch over connections failed")
+                    end_if_overdue(each, monotonic())
+        except Exception:  # a bug with one connection must not end the watch over all
+            _log.exception("the watch over connections failed")
         finally:
             connection.loop.call_later(1, look)
 
@@ -153,12 +149,16 @@ def watch(
 class ServeError(CourseError):
     """The service can't be started."""
 
-
+# %% ../../nbs/internals/07_server.ipynb #c3e36db8
 def bind(
     host: str,  # a name or an address of this machine
     port: int,  # 0: any that is free
 ) -> socket.socket:  # listening
-    """Take an address. Raises: ServeError."""
+    """Take an address.
+
+    Raises:
+        ServeError: it can't be done.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     taken = socket.socket(family, socket.SOCK_STREAM)
     try:
@@ -178,7 +178,7 @@ def bind(
 # %% ../../nbs/internals/07_server.ipynb #03ac27a7
 APP = "mlops_course.serving.app:create_app"
 
-
+# %% ../../nbs/internals/07_server.ipynb #56a4ccd7
 @dataclass(frozen=True)
 class Launch:
     """How a worker makes its app."""
@@ -189,9 +189,13 @@ class Launch:
     supervisor: int | None = None  # the process that looks after the workers, if there are several
 
     def __call__(self) -> Any:
-        """Make the app. Raises: ServeError."""
+        """Make the app.
+
+        Raises:
+            ServeError: it can't be done.
+        """
         if self.supervisor not in (None, os.getpid()):
-            threading.Thread(target=end_with_supervisor, daemon=True).start()
+            threading.Thread(target=_end_with_supervisor, daemon=True).start()
         try:
             if self.app != APP and str(Path.cwd()) not in sys.path:
                 sys.path.append(str(Path.cwd()))  # so that the module may lie where the service is started
@@ -199,16 +203,16 @@ class Launch:
         except (ImportError, AttributeError, ValueError, FileNotFoundError, SyntaxError) as error:
             raise ServeError(f"there is no app {self.app!r}: {error}", "Write module:function") from error
         if not callable(make):
-            raise ServeError(f"{self.app!r} is no function", "Write module:function")
+            raise ServeError(f"{self.app!r} is not a function", "Write module:function")
         return make(self.settings, self.limits)
 
 # %% ../../nbs/internals/07_server.ipynb #7be97a2e
-def end_with_supervisor() -> None:
+def _end_with_supervisor() -> None:
     """Wait until the parent has ended, and end this process in good order."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
-        log.error("the process %s, which looks after this one, is gone", parent.pid)
+        _log.error("the process %s, which looks after this one, is gone", parent.pid)
         signal.raise_signal(signal.SIGTERM) if os.name == "nt" else os.kill(os.getpid(), signal.SIGTERM)
 
 # %% ../../nbs/internals/07_server.ipynb #62f5475b
@@ -224,7 +228,7 @@ class JsonLines(logging.Formatter):
         return json.dumps(line, ensure_ascii=False)
 
 
-def log_config(
+def _log_config(
     as_json: bool,  # for programs, or for people
 ) -> dict[str, Any]:  # for logging.config
     """Where the service's messages go: to standard error."""
@@ -239,7 +243,7 @@ def log_config(
     }  # fmt: skip
 
 # %% ../../nbs/internals/07_server.ipynb #f99af198
-def configure(
+def _server_config(
     launch: Launch,  # how the app is made
     workers: int,  # processes
     as_json: bool,  # whether the log is for programs
@@ -247,7 +251,7 @@ def configure(
     """All settings of the server."""
     return uvicorn.Config(
         launch, factory=True, workers=workers, http=Connection, ws="none", interface="asgi3", lifespan="on",
-        log_config=log_config(as_json), access_log=False, server_header=False, proxy_headers=False,
+        log_config=_log_config(as_json), access_log=False, server_header=False, proxy_headers=False,
         timeout_keep_alive=30, timeout_graceful_shutdown=max(1, int(launch.limits.seconds)), backlog=2048,
     )  # fmt: skip
 
@@ -262,23 +266,35 @@ def serve(
     announce: Callable[[str], None] | None = None,  # is told the address
     app: str = APP,  # `module:function` that makes the app
 ) -> None:
-    """Serve until told to end. Raises: ServeError."""
+    """Serve until told to end.
+
+    Raises:
+        ServeError: it can't be done.
+    """
     if workers < 1:
         raise ServeError(f"{workers} workers can't serve", "Ask for 1 or more")
-    limits = limits or Limits()
-    supervisor = os.getpid() if workers > 1 else None
-    launch = Launch(settings.prepare(), replace(limits, rate=limits.rate / workers), app, supervisor)
+    launch = _launch(settings.prepare(), limits or Limits(), workers, app)
     if app != APP:
         launch()  # what can't be made is said once, here, and not by each worker again and again
     taken = bind(host, port)
     if announce is not None:
-        named = f"[{host}]" if ":" in host else host
-        announce(f"http://{named}:{taken.getsockname()[1]}")
-    config = configure(launch, workers, as_json)
-    (run_one if workers == 1 else run_many)(config, taken)
+        announce(_address(host, taken))
+    config = _server_config(launch, workers, as_json)
+    (_run_one if workers == 1 else _run_many)(config, taken)
 
 # %% ../../nbs/internals/07_server.ipynb #cf2cd10c
-def run_one(
+def _launch(settings: Settings, limits: Limits, workers: int, app: str) -> Launch:
+    """How each worker makes its app, with its share of the rate."""
+    own = replace(limits, rate=limits.rate / workers)
+    return Launch(settings, own, app, os.getpid() if workers > 1 else None)
+
+
+def _address(host: str, taken: socket.socket) -> str:
+    """Where a browser finds the service."""
+    return f"http://{f'[{host}]' if ':' in host else host}:{taken.getsockname()[1]}"
+
+
+def _run_one(
     config: uvicorn.Config,  # of the server
     taken: socket.socket,  # where it listens
 ) -> None:
@@ -288,8 +304,8 @@ def run_one(
         signal.signal(each, server.handle_exit)  # the server raises it once more when it has ended
     server.run([taken])
 
-
-def run_many(
+# %% ../../nbs/internals/07_server.ipynb #979aef2a
+def _run_many(
     config: uvicorn.Config,  # of the server
     taken: socket.socket,  # where all of them listen
 ) -> None:

@@ -70,8 +70,8 @@ def kept_workers(
     with LOCK:
         if not KEPT:
             atexit.register(close_kept)
-        if not KEPT or not modules <= set(KEPT[-1].nursery.preload):
-            loaded = set(KEPT[-1].nursery.preload) if KEPT else set()
+        if not KEPT or not modules <= set(KEPT[-1].pools.preload):
+            loaded = set(KEPT[-1].pools.preload) if KEPT else set()
             _close_idle()
             KEPT.append(Workers(preload=sorted(loaded | modules)))
         return KEPT[-1]
@@ -166,7 +166,8 @@ NOT_USED = (*TIMES, *ABOUT_KERNELS, "input_path", "workers", "kernel_name")
 def _execute(notebook: Any, output: str | None, options: dict[str, Any]) -> Any:
     """Run a notebook."""
     from mlops_course.pipelines.engine.recording import Masker, Recorder
-    from mlops_course.pipelines.engine.workers import Execution, Request
+    from mlops_course.pipelines.engine.requests import Request
+    from mlops_course.pipelines.engine.sessions import Execution
 
     limit = options.get("execution_timeout") or options.get("timeout")
     place, environment = _file_of(output), {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
