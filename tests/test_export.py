@@ -23,7 +23,9 @@ import yaml
 from mlops_course import __version__
 from mlops_course.environment import CourseError
 from mlops_course.pipelines.definition import Pipeline, find_pipeline
-from mlops_course.pipelines.export import Place, export, main, place_for, run_stage, save_export
+from mlops_course.pipelines.export import Target, export, save_export
+from mlops_course.pipelines.export.__main__ import main, run_stage
+from mlops_course.pipelines.export.target import target_for
 from mlops_course.pipelines.notebooks import ParameterError, PipelineError
 from mlops_course.pipelines.parameters import Parameter
 from mlops_course.pipelines.results import ResultError, read_result
@@ -131,9 +133,9 @@ def constants(source: str) -> dict[str, Any]:
     return found
 
 
-def needs(pipeline: Pipeline, system: str, place: Place | None = None) -> dict[str, set[str]]:
+def needs(pipeline: Pipeline, system: str, place: Target | None = None) -> dict[str, set[str]]:
     """Who waits for whom, as an exported file says it."""
-    text = export(pipeline, system, place or Place(pipeline="demo.yaml"))
+    text = export(pipeline, system, place or Target(pipeline="demo.yaml"))
     if system == "airflow":
         return {name: set(stage["needs"]) for name, stage in constants(text)["STAGES"].items()}
     found = yaml.safe_load(text)
@@ -150,14 +152,14 @@ def needs(pipeline: Pipeline, system: str, place: Place | None = None) -> dict[s
 @pytest.mark.parametrize("name", ["training", "scoring", "monitoring"])
 def test_our_pipelines_wait_for_the_same_stages_everywhere(system: str, name: str) -> None:
     pipeline = find_pipeline(name)
-    assert needs(pipeline, system, Place(workspace="/srv")) == pipeline.needs
+    assert needs(pipeline, system, Target(workspace="/srv")) == pipeline.needs
 
 
 def test_side_by_side_stays_side_by_side(demo: Pipeline) -> None:
     expected = {"start": set(), "left": {"start"}, "right-one": {"start"}, "end": {"left", "right-one"}}
     assert needs(demo, "airflow") == demo.needs
     assert needs(demo, "argo") == expected
-    assert needs(demo, "github", Place(pipeline="demo.yaml", workspace="/srv")) == expected
+    assert needs(demo, "github", Target(pipeline="demo.yaml", workspace="/srv")) == expected
 
 
 def test_jobs_that_hand_the_workspace_on_are_a_chain_that_keeps_the_order(demo: Pipeline) -> None:
@@ -171,7 +173,7 @@ def test_jobs_that_hand_the_workspace_on_are_a_chain_that_keeps_the_order(demo: 
 
 
 def test_github_asks_for_each_parameter_in_its_type(demo: Pipeline) -> None:
-    inputs = yaml.safe_load(export(demo, "github", Place(pipeline="demo.yaml")))["on"]["workflow_dispatch"]["inputs"]
+    inputs = yaml.safe_load(export(demo, "github", Target(pipeline="demo.yaml")))["on"]["workflow_dispatch"]["inputs"]
     assert {name: entry["type"] for name, entry in inputs.items()} == {
         "word": "string",
         "factor": "number",
@@ -193,7 +195,7 @@ def test_airflow_asks_for_each_parameter_in_its_type(demo: Pipeline) -> None:
 
 
 def test_argo_takes_all_parameters_and_the_image(demo: Pipeline) -> None:
-    spec = yaml.safe_load(export(demo, "argo", Place(image="registry/image:1")))["spec"]
+    spec = yaml.safe_load(export(demo, "argo", Target(image="registry/image:1")))["spec"]
     found = {each["name"]: each.get("value") for each in spec["arguments"]["parameters"]}
     assert found == {
         "container-image": "registry/image:1",
@@ -209,10 +211,10 @@ def test_argo_takes_all_parameters_and_the_image(demo: Pipeline) -> None:
 
 
 def test_limits_are_handed_over(demo: Pipeline) -> None:
-    jobs = yaml.safe_load(export(demo, "github", Place(pipeline="demo.yaml")))["jobs"]
+    jobs = yaml.safe_load(export(demo, "github", Target(pipeline="demo.yaml")))["jobs"]
     assert jobs["start"]["timeout-minutes"] * 60 > 3 * 90 + 1.5 + 3 and jobs["left"]["timeout-minutes"] == 15
     assert all(job["timeout-minutes"] * 60 <= 900 for job in jobs.values()), "none has more than the whole run"
-    free = yaml.safe_load(export(replace(demo, timeout=None), "github", Place(pipeline="demo.yaml")))["jobs"]
+    free = yaml.safe_load(export(replace(demo, timeout=None), "github", Target(pipeline="demo.yaml")))["jobs"]
     assert free["start"]["timeout-minutes"] == 25 and "timeout-minutes" not in free["left"]
     assert jobs["start"]["steps"][4]["run"].endswith("--retry") or any(
         "--retry" in s.get("run", "") for s in jobs["start"]["steps"]
@@ -232,7 +234,7 @@ def test_a_secret_is_named_and_its_value_never_written(
     demo: Pipeline, system: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TOKEN", "hidden-in-the-environment")
-    text = export(demo, system, Place(pipeline="demo.yaml"))
+    text = export(demo, system, Target(pipeline="demo.yaml"))
     assert "hidden-in-the-environment" not in text and "TOKEN" in text
     if system == "github":
         steps = {name: job["steps"] for name, job in yaml.safe_load(text)["jobs"].items()}
@@ -285,7 +287,7 @@ def test_no_text_can_become_code_of_airflow(demo: Pipeline, text: str) -> None:
 
 @pytest.mark.parametrize("text", NASTY)
 def test_no_text_can_become_a_part_of_github(demo: Pipeline, text: str) -> None:
-    place = Place(pipeline="demo.yaml")
+    place = Target(pipeline="demo.yaml")
     plain, found = (yaml.safe_load(export(each, "github", place)) for each in (demo, hostile(demo, text)))
     inputs = found["on"].pop("workflow_dispatch")["inputs"]
     plain["on"].pop("workflow_dispatch")
@@ -353,15 +355,15 @@ def test_a_variable_called_like_one_of_the_files_own_is_refused(
 ) -> None:
     stages = (demo.stages[0], replace(demo.stages[1], **{kind: (name,)}), *demo.stages[2:])
     with pytest.raises(PipelineError, match=f"stage left has the variable {name}, which {system} sets itself"):
-        export(replace(demo, stages=stages), system, Place(pipeline="demo.yaml"))
+        export(replace(demo, stages=stages), system, Target(pipeline="demo.yaml"))
 
 
 def test_pipelines_that_hand_one_workspace_on_wait_for_each_other(demo: Pipeline) -> None:
-    def group(pipeline: Pipeline, place: Place) -> str:
+    def group(pipeline: Pipeline, place: Target) -> str:
         found: str = yaml.safe_load(export(pipeline, "github", place))["concurrency"]["group"]
         return found
 
-    handed, own = Place(pipeline="demo.yaml"), Place(pipeline="demo.yaml", workspace="/srv")
+    handed, own = Target(pipeline="demo.yaml"), Target(pipeline="demo.yaml", workspace="/srv")
     other = replace(demo, name="other")
     assert group(demo, handed) == group(other, handed)
     assert group(demo, own) != group(other, own)
@@ -479,7 +481,7 @@ def step(command: str, variables: dict[str, str], folder: Path, machine: dict[st
 @pytest.mark.skipif(shutil.which("bash") is None or shutil.which("tar") is None, reason="needs bash and tar")
 @pytest.mark.system
 def test_jobs_on_bare_machines_hand_the_workspace_on(demo: Pipeline, tmp_path: Path) -> None:
-    workflow = yaml.safe_load(export(demo, "github", Place(pipeline=str(demo.path))))
+    workflow = yaml.safe_load(export(demo, "github", Target(pipeline=str(demo.path))))
     form = {
         "word": "$(touch evil) `touch evil` \"' ; touch evil",
         "factor": "1",
@@ -538,7 +540,7 @@ def run_job(
 
 @pytest.mark.system
 def test_containers_that_share_a_volume(demo: Pipeline, tmp_path: Path) -> None:
-    place = Place(pipeline=str(demo.path), workspace=str(tmp_path / "volume"))
+    place = Target(pipeline=str(demo.path), workspace=str(tmp_path / "volume"))
     spec = yaml.safe_load(export(demo, "argo", place))["spec"]
     given = {each["name"]: each.get("value", "2013-10") for each in spec["arguments"]["parameters"]}
     known = {f"workflow.parameters.{name}": value for name, value in given.items()} | {"workflow.uid": "u1"}
@@ -561,9 +563,9 @@ def test_containers_that_share_a_volume(demo: Pipeline, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "place", [Place(pipeline="x.yaml"), Place(pipeline="x.yaml", workspace="/srv", runner="self-hosted")]
+    "place", [Target(pipeline="x.yaml"), Target(pipeline="x.yaml", workspace="/srv", runner="self-hosted")]
 )
-def test_github_schema(demo: Pipeline, place: Place, tmp_path: Path) -> None:
+def test_github_schema(demo: Pipeline, place: Target, tmp_path: Path) -> None:
     pytest.importorskip("check_jsonschema")
     for number, pipeline in enumerate(
         [demo, hostile(demo, 'it\'s {{ x }}: "#"\n'), find_pipeline("training"), find_pipeline("scoring")]
@@ -623,7 +625,7 @@ def test_airflow_loads_and_runs_it(demo: Pipeline, tmp_path: Path) -> None:
     text, python = 'it\'s {{ ds }} ${HOME}\n"#" ü', str(AIRFLOW_PYTHON)
     strange = tmp_path / "{{ ds }} {x} 'y"
     shutil.copytree(demo.folder, strange)
-    place = Place(workspace=str(tmp_path / "shared {w}"), kernel="project", folder=str(strange))
+    place = Target(workspace=str(tmp_path / "shared {w}"), kernel="project", folder=str(strange))
     for pipeline in (
         hostile(Pipeline.read(strange / "demo.yaml"), text),
         find_pipeline("training"),
@@ -749,29 +751,29 @@ def test_order_without_data_is_in_every_export(tmp_path: Path) -> None:
     pipeline = Pipeline.read(repository / "steps" / "words.yaml")
     assert pipeline.needs["count"] == {"sweep"}
     for system in SYSTEMS:
-        assert needs(pipeline, system, Place(pipeline="x.yaml", workspace="/srv")) == pipeline.needs
+        assert needs(pipeline, system, Target(pipeline="x.yaml", workspace="/srv")) == pipeline.needs
 
 
 @pytest.mark.parametrize(
     ("files", "place", "expected"),
     [
-        ({}, Place(), "pip install mlops_course==VERSION"),
-        ({"requirements.txt": "a"}, Place(), "pip install mlops_course==VERSION --requirement requirements.txt"),
-        ({"requirements.txt": "a\nmlops-course[x]>=0"}, Place(), "pip install --requirement requirements.txt"),
+        ({}, Target(), "pip install mlops_course==VERSION"),
+        ({"requirements.txt": "a"}, Target(), "pip install mlops_course==VERSION --requirement requirements.txt"),
+        ({"requirements.txt": "a\nmlops-course[x]>=0"}, Target(), "pip install --requirement requirements.txt"),
         (
             {"requirements.txt": "a==1 --hash=sha256:0"},
-            Place(),
+            Target(),
             "pip install --requirement requirements.txt\npython -m pip install mlops_course==VERSION",
         ),
-        ({"pyproject.toml": "[project]\nname = 'a'"}, Place(), "pip install mlops_course==VERSION ."),
-        ({"pyproject.toml": "[tool.ruff]"}, Place(), "pip install mlops_course==VERSION"),
-        ({"my reqs": "a"}, Place(requirements=("my reqs",)), "mlops_course==VERSION --requirement 'my reqs'"),
-        ({}, Place(package="mlops_course @ git+https://x/y@v1"), "pip install 'mlops_course @ git+https://x/y@v1'"),
-        ({"requirements.txt": "a"}, Place(install="make install"), "make install"),
+        ({"pyproject.toml": "[project]\nname = 'a'"}, Target(), "pip install mlops_course==VERSION ."),
+        ({"pyproject.toml": "[tool.ruff]"}, Target(), "pip install mlops_course==VERSION"),
+        ({"my reqs": "a"}, Target(requirements=("my reqs",)), "mlops_course==VERSION --requirement 'my reqs'"),
+        ({}, Target(package="mlops_course @ git+https://x/y@v1"), "pip install 'mlops_course @ git+https://x/y@v1'"),
+        ({"requirements.txt": "a"}, Target(install="make install"), "make install"),
     ],
 )
 def test_each_job_installs_what_the_repository_asks_for(
-    tmp_path: Path, files: dict[str, str], place: Place, expected: str
+    tmp_path: Path, files: dict[str, str], place: Target, expected: str
 ) -> None:
     repository = write_repository(tmp_path / "theirs")
     (repository / "requirements.txt").unlink()
@@ -788,18 +790,18 @@ def test_each_job_installs_what_the_repository_asks_for(
 
 def test_what_a_system_has_no_use_for_is_refused() -> None:
     with pytest.raises(ParameterError, match="--image is for argo or airflow, not for github"):
-        place_for("github", {"image": "x"})
+        target_for("github", {"image": "x"})
     with pytest.raises(ParameterError, match="--runner is for github, not for argo"):
-        place_for("argo", {"runner": "x", "image": None})
+        target_for("argo", {"runner": "x", "image": None})
     with pytest.raises(ParameterError, match="no 'imgae' to say"):
-        place_for("argo", {"imgae": "x"})
-    assert place_for("argo", {"image": "x", "requirements": ()}) == Place(image="x")
+        target_for("argo", {"imgae": "x"})
+    assert target_for("argo", {"image": "x", "requirements": ()}) == Target(image="x")
 
 
 def test_requirements_that_are_not_there(tmp_path: Path) -> None:
     pipeline = Pipeline.read(write_repository(tmp_path / "theirs") / "steps" / "words.yaml")
     with pytest.raises(ParameterError, match=r"there is no reqs\.txt in the repository"):
-        export(pipeline, "github", Place(requirements=("reqs.txt",)))
+        export(pipeline, "github", Target(requirements=("reqs.txt",)))
 
 
 def test_argo_and_airflow_are_told_where_things_are(tmp_path: Path) -> None:

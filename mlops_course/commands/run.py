@@ -216,9 +216,10 @@ def _write_export(name: str, to: str, output: Path | None, given: dict[str, Any]
     """Write or show the file."""
     from mlops_course.environment import write_atomic
     from mlops_course.pipelines import find_pipeline
-    from mlops_course.pipelines.export import export, place_for
+    from mlops_course.pipelines.export import export
+    from mlops_course.pipelines.export.target import target_for
 
-    text = export(find_pipeline(name), to, place_for(to, given))
+    text = export(find_pipeline(name), to, target_for(to, given))
     typer.echo(text if output is None else write_atomic(output, text))
 
 # %% ../../nbs/internals/cli_run.ipynb #8ad102f5

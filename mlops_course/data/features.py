@@ -20,8 +20,7 @@ from mlops_course.data.windows import (
 from mlops_course.project import LATE_AFTER, NEW_YORK, flight_delay
 
 # %% auto #0
-__all__ = ['WEATHER', 'PUBLISHED_AFTER', 'arrival_features', 'departure_features', 'overdue_features', 'LegState', 'previous_leg',
-           'weather_features', 'schedule_features', 'flight_features']
+__all__ = ['WEATHER', 'PUBLISHED_AFTER', 'previous_leg', 'flight_features']
 
 # %% ../../nbs/internals/05_features.ipynb #7e3fcdb0
 _BOTH = ("late_rate", "mean_delay")
@@ -46,7 +45,7 @@ _DEPARTURE_WINDOWS: dict[str, Windows] = {
 _OVERDUE_GROUPS = ("system", "origin", "carrier", "origin_carrier", "dest")
 
 # %% ../../nbs/internals/05_features.ipynb #16259f56
-def arrival_features(
+def _arrival_features(
     group: Group,  # which flights belong together
     time: Timeline,  # what happened when
 ) -> dict[str, np.ndarray]:  # (n,) float32 by name
@@ -62,7 +61,7 @@ def arrival_features(
     return window_means(group, wanted, time.prediction_time, time.arrival, time.landed, values)
 
 
-def departure_features(
+def _departure_features(
     group: Group,  # which flights belong together
     time: Timeline,  # what happened when
 ) -> dict[str, np.ndarray]:  # (n,) float32 by name
@@ -76,7 +75,7 @@ def departure_features(
 _OVERDUE_LIMIT = 6 * HOUR  # minutes after which an overdue flight counts as cancelled
 
 
-def overdue_features(
+def _overdue_features(
     group: Group,  # which flights belong together
     time: Timeline,  # what happened when
 ) -> dict[str, np.ndarray]:  # (n,) float32: number of overdue flights, and the minutes they have waited
@@ -96,7 +95,7 @@ def overdue_features(
     }
 
 # %% ../../nbs/internals/05_features.ipynb #027c0951
-class LegState(IntEnum):
+class _LegState(IntEnum):
     """What is known at T about an earlier flight of the same aircraft."""
 
     NONE = -1  # there is none
@@ -120,10 +119,10 @@ def previous_leg(
     waiting = there & ~landed & ~flying & (time.scheduled[before] <= now)
     delays = [time.arrival_delay[before], time.departure_delay[before], now - time.scheduled[before]]
     delay = np.select([landed, flying, waiting], delays, default=0)
-    states = [LegState.LANDED, LegState.FLYING, LegState.WAITING, LegState.NOT_DUE]
-    state = np.select([landed, flying, waiting, there], states, default=LegState.NONE)
+    states = [_LegState.LANDED, _LegState.FLYING, _LegState.WAITING, _LegState.NOT_DUE]
+    state = np.select([landed, flying, waiting, there], states, default=_LegState.NONE)
     back = time.scheduled[before] + 2 * time.block[before]  # it flies there and returns: the earliest it can be here
-    known, slack = state >= LegState.WAITING, time.scheduled - back
+    known, slack = state >= _LegState.WAITING, time.scheduled - back
     columns = {
         "state": (state, there), "delay": (delay, known), "gap": (gap, there),
         "slack": (slack, there), "slack_left": (slack - delay, there),
@@ -169,7 +168,7 @@ def _newest_reports(key: np.ndarray, values: np.ndarray, origin: np.ndarray, tim
     return np.where(fresh[:, None], values[position], np.float32(np.nan))
 
 # %% ../../nbs/internals/05_features.ipynb #a6cd49d4
-def weather_features(
+def _weather_features(
     weather: pd.DataFrame,  # one row an origin and hour
     origins: pd.Index,  # origins by code
     origin: np.ndarray,  # (n,) int64, code of each flight's origin
@@ -196,7 +195,7 @@ def _weather_names() -> list[str]:
     return [*WEATHER.values(), *(f"{name}_change_4h" for name in _CHANGES)]
 
 # %% ../../nbs/internals/05_features.ipynb #3909f7ca
-def schedule_features(
+def _schedule_features(
     flights: pd.DataFrame,  # sorted by scheduled departure
     planes: pd.DataFrame,  # with `tailnum`, `seats`, `year`
     time: Timeline,  # for the planned duration
@@ -254,11 +253,11 @@ def _group_features(group: Group, time: Timeline) -> dict[str, np.ndarray]:
     """All features of one group."""
     features: dict[str, np.ndarray] = {}
     if group.name in _ARRIVAL_WINDOWS:
-        features |= arrival_features(group, time)
+        features |= _arrival_features(group, time)
     if group.name in _DEPARTURE_WINDOWS:
-        features |= departure_features(group, time)
+        features |= _departure_features(group, time)
     if group.name in _OVERDUE_GROUPS:
-        features |= overdue_features(group, time)
+        features |= _overdue_features(group, time)
     if group.name == "aircraft":
         features |= previous_leg(group, time, 1) | previous_leg(group, time, 2)
     return features
@@ -310,7 +309,7 @@ def flight_features(
     groups, crowds, origins = _groups(flights)
     work = [delayed(_group_features)(group, time) for group in groups.values()]
     origin = groups["origin"].codes
-    work.append(delayed(weather_features)(tables["weather"], origins, origin, time.prediction_time, zero))
-    work.append(delayed(schedule_features)(flights, tables["planes"], time, crowds))
+    work.append(delayed(_weather_features)(tables["weather"], origins, origin, time.prediction_time, zero))
+    work.append(delayed(_schedule_features)(flights, tables["planes"], time, crowds))
     parts = Parallel(n_jobs=threads or -1, prefer="threads")(work)
     return _frame(flights, horizon, {name: values for part in reversed(parts) for name, values in part.items()})

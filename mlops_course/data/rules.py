@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import pandera.pandas as pandera
 
 # %% auto #0
-__all__ = ['MAX_BAD_SHARE', 'check_rows', 'split_rows', 'count_days', 'usual_days', 'find_gap', 'CheckedTable', 'check_months',
+__all__ = ['MAX_BAD_SHARE', 'check_rows', 'split_rows', 'count_days', 'find_gap', 'CheckedTable', 'check_months',
            'refuse_missing_months', 'keep_quarantine']
 
 # %% ../../nbs/internals/05_rules.ipynb #c750a0e9
@@ -135,7 +135,7 @@ def count_days(
     return pd.concat([counts, total]).reindex(columns=days).fillna(0).astype("int64")
 
 # %% ../../nbs/internals/05_rules.ipynb #a91e18b8
-def usual_days(
+def _usual_days(
     daily: Mapping[str, pd.Series],  # rows a day of each place and of `all`, by month
     period: str,  # the month that is looked at
 ) -> pd.Series:  # rows a day of each place, and of `all`; empty when there is no other month
@@ -152,7 +152,7 @@ def _nearest(months: Iterable[str], period: str) -> list[str]:
 # %% ../../nbs/internals/05_rules.ipynb #195abd41
 def find_gap(
     counts: pd.DataFrame,  # from `count_days`
-    usual: pd.Series,  # from `usual_days`
+    usual: pd.Series,  # from `_usual_days`
     gaps: int = 0,  # days that a place may lack
 ) -> str:  # in words; empty when the month is whole
     """Say what a month lacks."""
@@ -216,7 +216,7 @@ def _check_month(
     whole = table.period is None or period in delivered or (bool(table.coverage) and len(rows) >= MIN_TABLE_ROWS)
     if table.period and table.coverage:
         counts = count_days(rows, table, period)
-        missing = find_gap(counts, usual_days(daily, period), table.max_missing_days)
+        missing = find_gap(counts, _usual_days(daily, period), table.max_missing_days)
         whole = period in delivered or (whole and 2 * (counts.loc["all"] > 0).sum() >= counts.shape[1])
     good, report = split_rows(rows, table, period, bool(whole))
     if missing and period in delivered:

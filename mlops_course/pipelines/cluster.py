@@ -57,6 +57,12 @@ class Remote:
     failure: tuple[str, int, str, int, str, str] | None = None  # class of the error, place, what was raised
 ERRORS = {each.__name__: each for each in (CellError, WorkerDied, TimedOut, Interrupted, NotebookError)}
 
+# %% ../../nbs/internals/09_cluster.ipynb #95b03b83
+def _environment(request: Request) -> dict[str, str]:
+    """This machine's variables, but for settings and secrets, which are the runner's to say; then the request's."""
+    gone = {name for name in os.environ if name in request.hidden or name.startswith("MLOPS_COURSE_")}
+    return {name: value for name, value in os.environ.items() if name not in gone} | request.environment
+
 # %% ../../nbs/internals/09_cluster.ipynb #90687309
 def execute_here(
     owner: str,  # the runner
@@ -84,12 +90,6 @@ def execute_here(
         executed = output.read_text(encoding="utf-8") if output.exists() else ""
         return Remote(executed, outcome, failure)
 
-# %% ../../nbs/internals/09_cluster.ipynb #95b03b83
-def _environment(request: Request) -> dict[str, str]:
-    """This machine's variables, but for settings and secrets, which are the runner's to say; then the request's."""
-    gone = {name for name in os.environ if name in request.hidden or name.startswith("MLOPS_COURSE_")}
-    return {name: value for name, value in os.environ.items() if name not in gone} | request.environment
-
 # %% ../../nbs/internals/09_cluster.ipynb #de4afff1
 def cancel_here(
     owner: str,  # the runner
@@ -109,9 +109,50 @@ def close_here(
     if workers is not None:
         workers.close()
 
-# %% ../../nbs/internals/09_cluster.ipynb #47bbeb90
-class _Connection:
-    """A way to a Dask cluster."""
+# %% ../../nbs/internals/09_cluster.ipynb #76a21762
+def _travels(name: str, value: str, request: Request) -> bool:
+    """Whether a variable is sent: settings, what the stage declares, and what the runner itself changed."""
+    mine = name.startswith("MLOPS_COURSE_") or name in request.declared
+    return mine or os.environ.get(name) != value
+
+
+def _connect(scheduler: str) -> Any:
+    """A client of a cluster. Raises: ClusterError when nobody answers at that address."""
+    try:
+        return _distributed().Client(scheduler, timeout=10, set_as_default=False)
+    except (OSError, ValueError) as error:
+        problem = f"there is no Dask scheduler at {scheduler}: {type(error).__name__}"
+        raise ClusterError(problem, "Start one with `dask scheduler`, and workers with `dask worker`") from error
+
+# %% ../../nbs/internals/09_cluster.ipynb #b3822268
+def _receive(request: Request, remote: Remote) -> Outcome:
+    """Write the executed notebook down. Raises: what stopped it."""
+    if remote.notebook:
+        write_atomic(request.output, remote.notebook)
+    if remote.failure is not None:
+        name, number, source, index, error_class, message = remote.failure
+        place = Place(request.notebook, request.output, number, source, index)
+        raise ERRORS[name](place, error_class, message)
+    if remote.outcome is None:
+        raise ClusterError("a machine of the cluster sent nothing back", "Look at the log of the Dask workers")
+    return remote.outcome
+
+# %% ../../nbs/internals/09_cluster.ipynb #014ed89b
+def _wait(workers: "ClusterWorkers", request: Request, future: Any) -> Remote:
+    """What came back. Raises: Interrupted, ClusterError."""
+    distributed = _distributed()
+    try:
+        return future.result()
+    except (distributed.CancelledError, distributed.client.FutureCancelledError) as error:
+        place, why = Place(request.notebook, request.output), workers.reason or "the cluster gave the stage up"
+        raise Interrupted(place, "Interrupted", why) from error
+    except distributed.KilledWorker as error:
+        problem = f"the machines that were given this stage died one after the other: {error}"
+        raise ClusterError(problem, "Look at their memory; --width 1 asks less of them") from error
+
+# %% ../../nbs/internals/09_cluster.ipynb #27e8a205
+class ClusterWorkers:
+    """Executes notebooks on a Dask cluster."""
 
     def __init__(
         self,
@@ -122,21 +163,6 @@ class _Connection:
         self.client = _connect(scheduler)
         self.preload, self.threads = tuple(preload), threads
         self.owner, self.reason = secrets.token_hex(8), ""
-
-    def cancel(self, reason: str = "interrupted") -> None:
-        """Give up all stages that go on."""
-        self.reason = reason
-        self.client.run(cancel_here, self.owner, reason)
-
-    def close(self) -> None:
-        """Leave the cluster, which goes on without us."""
-        with contextlib.suppress(OSError, TimeoutError):
-            self.client.run(close_here, self.owner)
-        self.client.close()
-
-# %% ../../nbs/internals/09_cluster.ipynb #27e8a205
-class ClusterWorkers(_Connection):
-    """Executes notebooks on a Dask cluster."""
 
     def start(self) -> None:
         """Nothing: each machine of the cluster starts its workers when it gets its first stage."""
@@ -156,43 +182,13 @@ class ClusterWorkers(_Connection):
             on_event(Event("started"))
         return _receive(request, _wait(self, request, future))
 
-# %% ../../nbs/internals/09_cluster.ipynb #76a21762
-def _travels(name: str, value: str, request: Request) -> bool:
-    """Whether a variable is sent: settings, what the stage declares, and what the runner itself changed."""
-    mine = name.startswith("MLOPS_COURSE_") or name in request.declared
-    return mine or os.environ.get(name) != value
+    def cancel(self, reason: str = "interrupted") -> None:
+        """Give up all stages that go on."""
+        self.reason = reason
+        self.client.run(cancel_here, self.owner, reason)
 
-
-def _connect(scheduler: str) -> Any:
-    """A client of a cluster. Raises: ClusterError when nobody answers at that address."""
-    try:
-        return _distributed().Client(scheduler, timeout=10, set_as_default=False)
-    except (OSError, ValueError) as error:
-        problem = f"there is no Dask scheduler at {scheduler}: {type(error).__name__}"
-        raise ClusterError(problem, "Start one with `dask scheduler`, and workers with `dask worker`") from error
-
-# %% ../../nbs/internals/09_cluster.ipynb #014ed89b
-def _wait(workers: ClusterWorkers, request: Request, future: Any) -> Remote:
-    """What came back. Raises: Interrupted, ClusterError."""
-    distributed = _distributed()
-    try:
-        return future.result()
-    except (distributed.CancelledError, distributed.client.FutureCancelledError) as error:
-        place, why = Place(request.notebook, request.output), workers.reason or "the cluster gave the stage up"
-        raise Interrupted(place, "Interrupted", why) from error
-    except distributed.KilledWorker as error:
-        problem = f"the machines that were given this stage died one after the other: {error}"
-        raise ClusterError(problem, "Look at their memory; --width 1 asks less of them") from error
-
-# %% ../../nbs/internals/09_cluster.ipynb #b3822268
-def _receive(request: Request, remote: Remote) -> Outcome:
-    """Write the executed notebook down. Raises: what stopped it."""
-    if remote.notebook:
-        write_atomic(request.output, remote.notebook)
-    if remote.failure is not None:
-        name, number, source, index, error_class, message = remote.failure
-        place = Place(request.notebook, request.output, number, source, index)
-        raise ERRORS[name](place, error_class, message)
-    if remote.outcome is None:
-        raise ClusterError("a machine of the cluster sent nothing back", "Look at the log of the Dask workers")
-    return remote.outcome
+    def close(self) -> None:
+        """Leave the cluster, which goes on without us."""
+        with contextlib.suppress(OSError, TimeoutError):
+            self.client.run(close_here, self.owner)
+        self.client.close()
