@@ -1010,7 +1010,7 @@ def test_verify_reads_what_the_memo_would_not(stage: Stage, monkeypatch: pytest.
     copy.write_bytes(copy.read_bytes().replace(b"double", b"treble"))
     found = copy.stat()
     known = (found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino, entry.notebook.content)
-    cache.memo._files[str(copy)] = known
+    cache.memo._known.files[str(copy)] = known
     assert find_entry(cache, stage.parts(), "demo", "stage"), "the memo knows no better"
     assert len(verify_entries(cache)) == 1
 

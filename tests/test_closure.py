@@ -273,7 +273,7 @@ def test_what_may_be_executed_counts_and_a_pipe_is_no_file(tmp_path: Path) -> No
 def remembered(memo: HashMemo, path: Path) -> bool:
     """Whether the memo answers without opening the file."""
     mode = path.stat().st_mode
-    known = memo._files.get(str(path))
+    known = memo._known.files.get(str(path))
     assert path.stat().st_mode == mode
     return known is not None
 

@@ -12,7 +12,7 @@ from conftest import settings_in
 
 from mlops_course.environment import Settings
 from mlops_course.experiments import quiet_mlflow
-from mlops_course.pipelines.cache.states import StateError, read_states, registry, serving
+from mlops_course.pipelines.cache.states import StateError, read_states, registry_state, serving_state
 from mlops_course.relocation import local_path, run_folders, tracking_file
 
 
@@ -39,21 +39,21 @@ def add_version(settings: Settings, name: str = "one") -> str:
 
 
 def test_no_store_is_the_same_as_an_empty_one(settings: Settings, empty_store: Path) -> None:
-    before = registry(settings)
+    before = registry_state(settings)
     assert not tracking_file(settings).exists(), "looking makes nothing"
     shutil.copy(empty_store, tracking_file(settings))
-    assert registry(settings) == before is not None
+    assert registry_state(settings) == before is not None
 
 
 def test_what_is_served_is_a_state_that_any_change_of_it_changes(settings: Settings) -> None:
     from mlops_course.serving import FeatureTable
     from mlops_course.serving.online import FileStore, RowLayout, features_path, write_file
 
-    states = [serving(settings)]
+    states = [serving_state(settings)]
     assert not settings.serving.exists(), "looking makes nothing"
 
     def changed() -> bool:
-        states.append(serving(settings))
+        states.append(serving_state(settings))
         assert states[-1] is not None
         return states[-1] not in states[:-1]
 
@@ -74,15 +74,15 @@ def test_what_is_served_is_a_state_that_any_change_of_it_changes(settings: Setti
     live.unlink()
     assert changed()
     features_path(settings, "late").write_bytes(b"not a database" * 100)
-    assert serving(settings) is None, "can't be known"
-    assert serving(settings.model_copy(update={"features_url": "redis://server"})) is None
+    assert serving_state(settings) is None, "can't be known"
+    assert serving_state(settings.model_copy(update={"features_url": "redis://server"})) is None
 
 
 def test_everything_that_matters_changes_the_state(store: Settings) -> None:
-    states = [registry(store)]
+    states = [registry_state(store)]
 
     def changed() -> bool:
-        states.append(registry(store))
+        states.append(registry_state(store))
         return states[-1] not in states[:-1]
 
     add_version(store)
@@ -101,30 +101,30 @@ def test_everything_that_matters_changes_the_state(store: Settings) -> None:
 
 def test_what_does_not_matter_leaves_it(store: Settings) -> None:
     add_version(store)
-    before = registry(store)
+    before = registry_state(store)
     client(store).update_registered_model("late", description="Late by more than 15 minutes?")
     client(store).update_model_version("late", "1", description="the first")
     client(store).set_model_version_tag("late", "1", "mlflow.note", "internal")
-    assert registry(store) == before
+    assert registry_state(store) == before
 
 
 def test_going_back_gives_the_state_of_before(store: Settings) -> None:
     add_version(store)
     client(store).set_registered_model_alias("late", "champion", "1")
-    before = registry(store)
+    before = registry_state(store)
     version = add_version(store, "two")
     client(store).set_registered_model_alias("late", "champion", version)
-    assert registry(store) != before
+    assert registry_state(store) != before
     client(store).set_registered_model_alias("late", "champion", "1")
     client(store).delete_model_version("late", version)
-    assert registry(store) == before
+    assert registry_state(store) == before
 
 
 def test_a_moved_workspace_has_the_same_state(store: Settings, tmp_path: Path) -> None:
     add_version(store)
-    before = registry(store)
+    before = registry_state(store)
     moved = store.home.rename(tmp_path / "moved here")
-    assert registry(settings_in(moved)) == before
+    assert registry_state(settings_in(moved)) == before
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_a_moved_workspace_has_the_same_state(store: Settings, tmp_path: Path) -
 )
 def test_a_server_cannot_be_looked_into(tmp_path: Path, uri: str) -> None:
     settings = Settings(home=tmp_path, tracking_uri=uri)
-    assert registry(settings) is None
+    assert registry_state(settings) is None
     assert run_folders(settings, "any") == [], "its runs are trusted"
 
 
@@ -141,22 +141,22 @@ def test_a_server_cannot_be_looked_into(tmp_path: Path, uri: str) -> None:
 )
 def test_a_damaged_store_cannot_be_known(settings: Settings, damage: bytes) -> None:
     tracking_file(settings).write_bytes(damage)
-    assert registry(settings) is None
+    assert registry_state(settings) is None
 
 
 def test_a_store_of_a_stranger_cannot_be_known(settings: Settings) -> None:
     with sqlite3.connect(tracking_file(settings)) as database:
         database.execute("CREATE TABLE registered_models (other TEXT)")
-    assert registry(settings) is None
+    assert registry_state(settings) is None
 
 
 def test_looking_neither_writes_nor_waits_for_a_writer(store: Settings) -> None:
     add_version(store)
     path = tracking_file(store)
-    before, stat = registry(store), path.stat()
+    before, stat = registry_state(store), path.stat()
     with sqlite3.connect(path, isolation_level=None) as writer:
         writer.execute("BEGIN IMMEDIATE")
-        assert registry(store) == before
+        assert registry_state(store) == before
         writer.execute("ROLLBACK")
     assert (path.stat().st_mtime_ns, path.stat().st_size) == (stat.st_mtime_ns, stat.st_size)
     assert sorted(each.name for each in path.parent.glob("mlflow.db*")) == ["mlflow.db"]
@@ -172,7 +172,7 @@ def test_mlflow_is_not_imported_for_it(store: Settings) -> None:
     )
     environment = os.environ | {"MLOPS_COURSE_HOME": str(store.home)}
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
-    assert run.stdout.splitlines() == [str({"registry": registry(store)}), "[]"]
+    assert run.stdout.splitlines() == [str({"registry": registry_state(store)}), "[]"]
 
 
 # ---------------------------------------------------------------- runs
@@ -213,7 +213,7 @@ def test_a_function_of_ones_own_is_a_state(settings: Settings, tmp_path: Path, m
         ("registri", "there is no state 'registri'"),
         ("no_such_module:f", "can't find the state no_such_module:f"),
         ("os:nothing", "can't find the state os:nothing"),
-        ("os:sep", "is no function"),
+        ("os:sep", "isn.t a function"),
         ("os:getpid", "the state os:getpid failed"),
         ("builtins:id", "is [0-9]+"),
         ("os.path:", "there is no state"),

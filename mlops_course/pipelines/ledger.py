@@ -85,7 +85,7 @@ def _require_own(ledger: Ledger, maker: Maker, name: str, path: Path) -> None:
             remedy = "Let each stage write a file of its own: a relative path lies in a folder that only it has"
             raise ResultError(f"{problem} {each.path} as {each.name}: that is one file", remedy)
 
-# %% ../../nbs/internals/09_ledger.ipynb #60f05a5e
+# %% ../../nbs/internals/09_ledger.ipynb #94f0bc4b
 def claim_files(
     ledger: Ledger,
     maker: Maker,  # the stage
@@ -93,7 +93,11 @@ def claim_files(
     given: Iterable[Output] = (),  # what it got: it may pass that on
     there: bool = True,  # False: its files are about to be put there
 ) -> None:
-    """Enter what a stage has made. Raises: ResultError naming both stages when a file is another one's as well."""
+    """Enter what a stage has made.
+
+    Raises:
+        ResultError: a file is another stage's as well; both are named
+    """
     inputs = [Path(os.path.realpath(output.blob)) for output in given if output.kind == "file"]
     files = {name: output for name, output in outputs.items() if output.kind == "file"}
     with ledger.lock:
@@ -105,7 +109,7 @@ def claim_files(
         listings = {name: each.files if there else None for name, each in files.items()}
         ledger.made += [Made(maker, name, Path(each.blob), listings[name]) for name, each in files.items()]
 
-# %% ../../nbs/internals/09_ledger.ipynb #12aecfc5
+# %% ../../nbs/internals/09_ledger.ipynb #9167b4e6
 def require_unchanged(
     ledger: Ledger,
     memo: HashMemo,  # of files
@@ -113,7 +117,11 @@ def require_unchanged(
     names: Collection[str] | None = None,  # of outputs; None: all
     run: str = "",  # whose files
 ) -> None:
-    """All that was made is as it was. Raises: ResultError naming the file, its stage, and when it changed."""
+    """All that was made is as it was.
+
+    Raises:
+        ResultError: a file changed; it is named, with its stage and when it changed
+    """
     with ledger.lock:
         mine = [each for each in ledger.made if each.maker.run == run]
         made = [each for each in mine if names is None or each.name in names]

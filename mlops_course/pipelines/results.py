@@ -26,7 +26,11 @@ RESULT_TYPE = "application/vnd.mlops-course.result+json"
 def record_result(
     **values: object,  # JSON's kinds of values only; `made` (text) and `figures` (numbers) are shown at the end
 ) -> None:
-    """Record a stage's results in its notebook's output. Raises: ResultError naming what JSON can't hold."""
+    """Record a stage's results in its notebook's output.
+
+    Raises:
+        ResultError: JSON can't hold a value; it is named
+    """
     from IPython.display import display
 
     plain = {name: _require_json(value, name) for name, value in values.items()}
@@ -50,7 +54,11 @@ def _require_json(value: Any, name: str) -> Any:
 def read_result(
     notebook: str | Path,  # an executed notebook
 ) -> dict[str, Any]:  # by name; empty when it recorded nothing
-    """What an executed notebook recorded. Raises: ResultError when there is no such notebook."""
+    """What an executed notebook recorded.
+
+    Raises:
+        ResultError: there is no such notebook
+    """
     try:
         cells = json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -86,7 +94,11 @@ def fresh_folder(
     run: Path,  # a run's folder
     stage: str,  # its name
 ) -> Path:  # its folder, made and empty
-    """A folder for one attempt: what an attempt before it left is put aside. Raises: WorkspaceError."""
+    """A folder for one attempt: what an attempt before it left is put aside.
+
+    Raises:
+        WorkspaceError: it can't be written
+    """
     folder = stage_folder(run, stage)
     try:
         make_empty(folder)

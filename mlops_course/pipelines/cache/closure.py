@@ -6,7 +6,7 @@
 __all__ = ['own_code_digest', 'SourceFile', 'SourceClosure', 'source_closure', 'eager_imports', 'relative_module_file',
            'find_module_file', 'unseen_modules']
 
-# %% ../../../nbs/internals/09_cache_closure.ipynb #c24a84f9
+# %% ../../../nbs/internals/09_cache_closure.ipynb #4f2071cc
 import ast
 import os
 import site
@@ -20,14 +20,24 @@ from importlib.machinery import SOURCE_SUFFIXES, ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any
 
-from mlops_course import environment
-from mlops_course.environment import PACKAGE
-from mlops_course.pipelines.cache.fingerprints import KeyInputError
-from mlops_course.pipelines.cache.hashes import SETTLED_NS, HashMemo, StatSignature, digest_json, signature_of
-from mlops_course.pipelines.cache.unfollowed import unfollowed, unfollowed_in_cell
-from mlops_course.pipelines.notebooks import NotebookError, code_cells, imports_of, parse_cell, python_tree
+from ... import environment
+from ...environment import PACKAGE
+from .fingerprints import KeyInputError
+from .hashes import SETTLED_NS, HashMemo, StatSignature, digest_json, path_signature
+from .unfollowed import unfollowed, unfollowed_in_cell
+from mlops_course.pipelines.notebooks import (
+    NotebookFormatError,
+    all_imports,
+    code_cells,
+    parse_cell,
+    python_tree,
+    top_imports,
+)
 
-# %% ../../../nbs/internals/09_cache_closure.ipynb #062d42f3
+# %% ../../../nbs/internals/09_cache_closure.ipynb #161c4614
+_MINOR = sys.version_info[1]  # a memo's facts are of one version of Python: syntax trees differ
+
+
 def own_code_digest(
     notebook: bytes,  # a notebook's file, executed or not
 ) -> str:
@@ -38,7 +48,7 @@ def own_code_digest(
 def _notebook_facts(content: bytes) -> dict[str, Any]:
     """What a notebook's file says, in one look."""
     cells = code_cells(content)
-    imports = {name for source, _ in cells for name in imports_of(parse_cell(source))}
+    imports = {name for source, _ in cells for name in all_imports(parse_cell(source))}
     unseen = {what for source, _ in cells for what in unfollowed_in_cell(source)}
     own = own_code_digest(content)
     return {"cells": digest_json(cells), "own": own, "imports": sorted(imports), "unfollowed": sorted(unseen)}
@@ -47,7 +57,7 @@ def _notebook_facts(content: bytes) -> dict[str, Any]:
 def _module_facts(content: bytes) -> list[list[str]]:
     """A module's imports, and what in it can't be followed; nothing if Python itself couldn't read it."""
     tree = python_tree(content) or ast.Module([], [])
-    return [imports_of(tree), unfollowed(tree)]
+    return [all_imports(tree), unfollowed(tree)]
 
 # %% ../../../nbs/internals/09_cache_closure.ipynb #70b5076c
 _PACKAGE_FOLDER = Path(environment.__file__).resolve().parent  # wherever this package is installed
@@ -70,7 +80,7 @@ def _is_installed(path: str) -> bool:
     inside = any(path == folder or path.startswith(folder + os.sep) for folder in _site_folders())
     return inside or "site-packages" in Path(path).parts or "dist-packages" in Path(path).parts
 
-# %% ../../../nbs/internals/09_cache_closure.ipynb #2b049d52
+# %% ../../../nbs/internals/09_cache_closure.ipynb #8cc54c9d
 @dataclass(frozen=True)
 class _Module:
     """A module of the project."""
@@ -84,7 +94,8 @@ class _ModuleFinder:
 
     def __init__(self, roots: tuple[str, ...]) -> None:
         PathFinder.invalidate_caches()  # of folders in which a file may have appeared
-        self._roots, self._began = roots, time.time_ns()
+        self._roots = roots
+        self._began = time.time_ns()
         self._found: dict[str, _Module | None] = {PACKAGE: _package(_PACKAGE_FOLDER)}
         self._seen: dict[str, StatSignature | None] = {}  # the folders that were looked at
         self._watch(roots)
@@ -109,12 +120,12 @@ class _ModuleFinder:
         return found
 
     def _watch(self, folders: Iterable[str]) -> None:
-        self._seen |= {folder: signature_of(folder) for folder in folders if folder not in self._seen}
+        self._seen |= {folder: path_signature(folder) for folder in folders if folder not in self._seen}
 
     def is_current(self) -> bool:
         """Whether no folder that it looked at has changed since, or had changed only just before."""
         settled = all(not seen or self._began - max(seen[1:3]) > SETTLED_NS for seen in self._seen.values())
-        return settled and all(signature_of(folder) == seen for folder, seen in self._seen.items())
+        return settled and all(path_signature(folder) == seen for folder, seen in self._seen.items())
 
 # %% ../../../nbs/internals/09_cache_closure.ipynb #4fa40b85
 _FINDERS: dict[tuple[Any, ...], _ModuleFinder] = {}  # the last one for each path; stages of one plan share it
@@ -158,7 +169,7 @@ def _targets(imported: str, package: str) -> tuple[str, ...]:
     parts = [*module.split("."), member] if member else module.split(".")
     return tuple(".".join(parts[:count]) for count in range(1, len(parts) + 1))
 
-# %% ../../../nbs/internals/09_cache_closure.ipynb #0486858a
+# %% ../../../nbs/internals/09_cache_closure.ipynb #b06ad824
 @dataclass(frozen=True)
 class SourceFile:
     """A file of the project that a stage depends on."""
@@ -170,17 +181,17 @@ class SourceFile:
 
     def was_touched(self) -> bool:
         """Whether it was edited since, even if it was put back."""
-        return signature_of(self.path) != self.signature
+        return path_signature(self.path) != self.signature
 
-# %% ../../../nbs/internals/09_cache_closure.ipynb #5849ad63
+# %% ../../../nbs/internals/09_cache_closure.ipynb #f613e5e8
 def _read_module(memo: HashMemo, name: str, found: _Module) -> tuple[SourceFile, list[tuple[str, str]]]:
     """A module's file, and its imports, each with the package that relative ones start from."""
-    path, seen = str(found.file), signature_of(str(found.file))
+    path, seen = str(found.file), path_signature(str(found.file))
     package = name if found.folders else name.rpartition(".")[0]
     try:
         if Path(path).suffix not in SOURCE_SUFFIXES:
             return SourceFile(path, memo.hash(path), seen), []
-        content, (imports, unseen) = memo.derive(path, f"source 2 {sys.version_info[1]}", _module_facts)
+        content, (imports, unseen) = memo.derive(path, f"source 2 {_MINOR}", _module_facts)
     except OSError as error:
         raise KeyInputError(f"can't read the module {path}: {error.strerror}", "Look at that file") from error
     unseen = [] if name.split(".")[0] == PACKAGE else unseen  # what ours executes are lessons
@@ -227,50 +238,53 @@ class SourceClosure:
         """The modules whose files were edited since, even if they were put back."""
         return [name for name, file in self.files.items() if file.was_touched()]
 
-# %% ../../../nbs/internals/09_cache_closure.ipynb #f76289fc
+# %% ../../../nbs/internals/09_cache_closure.ipynb #abd3efe8
 def source_closure(
     notebook: Path,  # its file
     paths: Iterable[Path | str] = (),  # folders to import from, after all others
     memo: HashMemo | None = None,  # None: everything is read
 ) -> SourceClosure:
-    """All source code behind a notebook, without running any. Raises: KeyInputError if a file can't be read."""
+    """All source code behind a notebook, without running any.
+
+    Raises:
+        KeyInputError: a file can't be read
+    """
     memo, folders = memo or HashMemo(), tuple(os.fspath(path) for path in paths)
     try:
-        _, facts = memo.derive(notebook, f"cells 2 {sys.version_info[1]}", _notebook_facts)
+        _, facts = memo.derive(notebook, f"cells 2 {_MINOR}", _notebook_facts)
     except OSError as error:
         raise KeyInputError(f"can't read {notebook}: {error.strerror}", "Give a notebook's file") from error
-    except NotebookError as error:
+    except NotebookFormatError as error:
         raise KeyInputError(f"can't read {notebook}: {error.problem}", error.remedy) from error
     files, others = _follow(_module_finder(folders), memo, facts["imports"])
-    files, packages = dict(sorted(files.items())), tuple(sorted(others))
+    files = dict(sorted(files.items()))
     told = [f"its notebook says {what}" for what in facts["unfollowed"]]
     told += [f"{name} says {what}" for name, file in files.items() for what in file.unfollowed]
     sentences = tuple(f"{each}, and I can't follow that" for each in told)
-    return SourceClosure(notebook, facts["cells"], facts["own"], files, packages, folders, sentences)
+    return SourceClosure(notebook, facts["cells"], facts["own"], files, tuple(sorted(others)), folders, sentences)
 
-# %% ../../../nbs/internals/09_cache_closure.ipynb #ffe32d55
-def _top_imports(tree: ast.AST) -> list[str]:
-    """What a module or a cell imports as soon as it is loaded, in the order of its lines."""
-    nodes = [node for node in getattr(tree, "body", []) if isinstance(node, ast.Import | ast.ImportFrom)]
-    return [name for node in nodes for name in imports_of(node)]
-
-
+# %% ../../../nbs/internals/09_cache_closure.ipynb #aa9732ad
 def _top_of_notebook(content: bytes) -> list[str]:
-    return [name for source, _ in code_cells(content) for name in _top_imports(parse_cell(source))]
+    return [name for source, _ in code_cells(content) for name in top_imports(parse_cell(source))]
 
 
 def _top_of_module(content: bytes) -> list[str]:
-    return _top_imports(python_tree(content) or ast.Module([], []))
+    return top_imports(python_tree(content) or ast.Module([], []))
 
 
 def eager_imports(
     found: SourceClosure,  # of a notebook
     memo: HashMemo | None = None,  # None: everything is read
 ) -> tuple[str, ...]:  # modules that aren't the project's, in the order in which they are imported
-    """The modules from elsewhere that a notebook's code imports for certain. Raises: KeyInputError."""
-    memo, version = memo or HashMemo(), sys.version_info[1]
-    waiting = [(name, "") for name in memo.derive(found.notebook, f"top of notebook {version}", _top_of_notebook)[1]]
-    seen, installed = set[str](), dict[str, None]()
+    """The modules from elsewhere that a notebook's code imports for certain.
+
+    Raises:
+        KeyInputError: something can't be read, or has no canonical form
+    """
+    memo = memo or HashMemo()
+    waiting = [(name, "") for name in memo.derive(found.notebook, f"top of notebook 2 {_MINOR}", _top_of_notebook)[1]]
+    seen: set[str] = set()
+    installed: dict[str, None] = {}
     while waiting:
         imported, package = waiting.pop(0)
         module = imported.partition(":")[0]
@@ -280,7 +294,7 @@ def eager_imports(
             seen.add(name)
             path = found.files[name].path
             base = name if Path(path).stem == "__init__" else name.rpartition(".")[0]
-            inner = memo.derive(path, f"top of module {version}", _top_of_module)[1]
+            inner = memo.derive(path, f"top of module 2 {_MINOR}", _top_of_module)[1]
             waiting += [(each, base if each.startswith(".") else "") for each in inner]
     return tuple(installed)
 

@@ -57,13 +57,17 @@ class Found:
     def __bool__(self) -> bool:
         return self.entry is not None
 
-# %% ../../../nbs/internals/09_cache_entries.ipynb #3dc1c390
+# %% ../../../nbs/internals/09_cache_entries.ipynb #4c43a58f
 class DamagedError(CourseError):
     """A file of the cache isn't what was written. Nobody but the cache sees it."""
 
 
 def write_entry(store: CacheStore, entry: CacheEntry) -> None:
-    """Write an entry's file. Paths below the workspace are kept as such: it may be moved. Raises: WorkspaceError."""
+    """Write an entry's file. Paths below the workspace are kept as such: it may be moved.
+
+    Raises:
+        WorkspaceError: it can't be written
+    """
     kept = _with_values(entry, lambda value: relativize(store.settings, value))
     body = json.loads(json.dumps(msgspec.to_builtins(kept)))
     write_atomic(store.entry_file(entry.key), json.dumps({"checksum": digest_json(body), "entry": body}))
@@ -73,7 +77,11 @@ def read_entry(
     store: CacheStore,
     path: Path,  # of its file
 ) -> CacheEntry | None:  # None: there is none
-    """An entry from its file. Raises: DamagedError."""
+    """An entry from its file.
+
+    Raises:
+        DamagedError: it isn't what was written
+    """
     try:
         kept = json.loads(path.read_bytes())
         body = kept["entry"]
@@ -92,7 +100,7 @@ def _with_values(entry: CacheEntry, change: Callable[[Any], Any]) -> CacheEntry:
     outputs = {name: replace(output, value=change(output.value)) for name, output in entry.outputs.items()}
     return replace(entry, results=change(entry.results), outputs=outputs)
 
-# %% ../../../nbs/internals/09_cache_entries.ipynb #6fa4ee77
+# %% ../../../nbs/internals/09_cache_entries.ipynb #3050d8ae
 def _copy(source: Path, target: Path, wanted: str) -> bool:
     """Copy a file, synced and read-only; False: it isn't what was described."""
     found = hashlib.sha256()
@@ -111,7 +119,11 @@ def copy_all(
     target: Path,  # where nothing is yet
     files: Listing,  # what it should hold
 ) -> bool:  # False: it isn't what was described
-    """Copy a file or folder, with the links in it. Raises: OSError."""
+    """Copy a file or folder, with the links in it.
+
+    Raises:
+        OSError: it can't be read
+    """
     if not source.is_dir():
         return _copy(source, target, files[0][2])
     target.mkdir()
@@ -126,13 +138,18 @@ def copy_all(
             return False
     return True
 
-# %% ../../../nbs/internals/09_cache_entries.ipynb #5f7709fa
+# %% ../../../nbs/internals/09_cache_entries.ipynb #c24138bb
 def keep_copy(
     store: CacheStore,
     output: Output,  # a file or folder, as described
     source: Path,  # where it is
 ) -> Output:  # the same, with the place of its copy
-    """Keep a copy. Raises: OSError; OutputError if it isn't what was described any more."""
+    """Keep a copy.
+
+    Raises:
+        OSError: it can't be copied
+        OutputError: it isn't what was described any more
+    """
     place = store.blob_folder(output.content)
     if not _is_kept(store, place, output.files):
         work = store.work_folder()

@@ -22,7 +22,7 @@ from mlops_course.pipelines.cache.hashes import HashMemo, digest_json
 class KeyInputError(CourseError):
     """What a key is made of can't be read, or has no form that could be compared."""
 
-# %% ../../../nbs/internals/09_cache_fingerprints.ipynb #7a305180
+# %% ../../../nbs/internals/09_cache_fingerprints.ipynb #483f1401
 _FULL, _EMPTY, _LOOP = "full folder", "folder", "loop to "
 
 
@@ -35,8 +35,13 @@ class _Item(NamedTuple):
 
 
 def _walk(top: Path) -> Iterator[_Item]:
-    """Everything below a folder, also behind links that lead out of it, in an order of its own. Raises: OSError."""
-    followed, waiting = {os.path.realpath(top): ""}, [(os.fspath(top), "")]
+    """Everything below a folder, also behind links that lead out of it, in an order of its own.
+
+    Raises:
+        OSError: it can't be read
+    """
+    followed = {os.path.realpath(top): ""}
+    waiting = [(os.fspath(top), "")]
     while waiting:
         folder, name = waiting.pop()
         with os.scandir(folder) as entries:
@@ -64,7 +69,7 @@ def _unfollowed_link(path: str, name: str, followed: Mapping[str, str]) -> str:
     top = next(iter(followed))
     return f"{_LOOP}{text}" if top.startswith(real.rstrip(os.sep) + os.sep) else ""
 
-# %% ../../../nbs/internals/09_cache_fingerprints.ipynb #d1db657b
+# %% ../../../nbs/internals/09_cache_fingerprints.ipynb #a041d103
 Listing = tuple[tuple[str, int, str], ...]  # relative name, size, SHA-256 or what else it is
 EXECUTABLE = " executable"  # ends the hash of a file that may be executed
 
@@ -73,7 +78,11 @@ def list_files(
     path: Path,  # a file or a folder
     memo: HashMemo | None = None,
 ) -> Listing:  # of a file: itself, by its name
-    """All files below a path, each with its size and hash, sorted by name. Raises: OSError."""
+    """All files below a path, each with its size and hash, sorted by name.
+
+    Raises:
+        OSError: it can't be read
+    """
     memo = memo or HashMemo()
     if not path.is_dir():
         return (_described(path.name, path, memo),)
@@ -89,7 +98,7 @@ def _described(name: str, path: Path | str, memo: HashMemo) -> tuple[str, int, s
     mark = EXECUTABLE if found.st_mode & stat.S_IXUSR and os.name != "nt" else ""
     return name, found.st_size, memo.hash(path) + mark
 
-# %% ../../../nbs/internals/09_cache_fingerprints.ipynb #d83b3557
+# %% ../../../nbs/internals/09_cache_fingerprints.ipynb #6049d7ed
 def is_file_hash(
     found: str,  # the last part of an item of a listing
 ) -> bool:
@@ -100,7 +109,11 @@ def is_file_hash(
 def cyclic_links(
     path: Path,  # a file or a folder
 ) -> list[str]:  # names of links
-    """The links that lead to a folder around this one: nobody can say what lies behind them. Raises: KeyInputError."""
+    """The links that lead to a folder around this one: nobody can say what lies behind them.
+
+    Raises:
+        KeyInputError: something can't be read, or has no canonical form
+    """
     try:
         return [item.name for item in _walk(path) if item.mark.startswith(_LOOP)] if path.is_dir() else []
     except OSError as error:
@@ -119,7 +132,7 @@ def written_since(
         return True
     return any(max(look.st_ctime_ns, look.st_mtime_ns) >= since for look in looks)
 
-# %% ../../../nbs/internals/09_cache_fingerprints.ipynb #9bcdcb4c
+# %% ../../../nbs/internals/09_cache_fingerprints.ipynb #dde8b4c4
 def content_hash(
     files: Listing,  # of a file or a folder
     folder: bool,  # which of both
@@ -133,7 +146,11 @@ def content_of(
     path: Path,  # a file or a folder
     memo: HashMemo | None = None,
 ) -> str:  # 64 hexadecimal digits
-    """The fingerprint of what a file or a folder holds, wherever it is. Raises: KeyInputError if it can't be read."""
+    """The fingerprint of what a file or a folder holds, wherever it is.
+
+    Raises:
+        KeyInputError: it can't be read
+    """
     try:
         return content_hash(list_files(path, memo), path.is_dir())
     except OSError as error:
@@ -143,12 +160,19 @@ def content_of(
 def _unreadable(path: Path, error: OSError) -> KeyInputError:
     return KeyInputError(f"can't read {path}: {error.strerror or error}", "Look at that path")
 
-# %% ../../../nbs/internals/09_cache_fingerprints.ipynb #9a2d74c9
+# %% ../../../nbs/internals/09_cache_fingerprints.ipynb #b8a2c22f
+_CANONICAL = "Use text, numbers, true, false, none, dates, lists, dictionaries or paths"
+
+
 def canonical(
     value: Any,  # a parameter's value; a Path stands for its content
     memo: HashMemo | None = None,  # for the content of paths
 ) -> list[Any]:  # ready for JSON: type and value
-    """A value with its type, the same for equal values only. Raises: KeyInputError for a type without such a form."""
+    """A value with its type, the same for equal values only.
+
+    Raises:
+        KeyInputError: its type has no such form
+    """
     kind = type(value).__name__
     if value is None or isinstance(value, bool):
         return ["none" if value is None else "bool", value]
@@ -164,5 +188,4 @@ def canonical(
         return ["dict", [[canonical(key, memo), canonical(part, memo)] for key, part in value.items()]]
     if isinstance(value, Path):
         return ["path", content_of(value, memo)]
-    remedy = "Use text, numbers, true, false, none, dates, lists, dictionaries or paths"
-    raise KeyInputError(f"{value!r} is of type {kind}, which can't be part of a key", remedy)
+    raise KeyInputError(f"{value!r} is of type {kind}, which can't be part of a key", _CANONICAL)

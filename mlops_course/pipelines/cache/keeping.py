@@ -71,10 +71,11 @@ def _doubts(
     found += [f"the {name} changed while it ran" for name in now if now[name] != inputs.state[name]]
     return found + _notebook_doubts(notebook, key.closure)
 
-# %% ../../../nbs/internals/09_cache_keeping.ipynb #e60df5e6
+# %% ../../../nbs/internals/09_cache_keeping.ipynb #35ceba21
 def _unseen(store: CacheStore, key: StageKey, loaded: Iterable[str]) -> tuple[dict[str, list[str]], list[str]]:
     """Relative name -> file and hash, and sentences about those that changed since the key was made."""
-    kept, touched = dict[str, list[str]](), []
+    kept: dict[str, list[str]] = {}
+    touched = []
     for name, file in sorted(unseen_modules(key.closure, loaded).items()):
         if not Path(file).is_file() or last_change(Path(file).stat()) >= key.taken_at:
             touched.append(f"{name} changed while it ran")
@@ -82,7 +83,7 @@ def _unseen(store: CacheStore, key: StageKey, loaded: Iterable[str]) -> tuple[di
             kept[name] = [file, store.memo.hash(file)]
     return kept, touched
 
-# %% ../../../nbs/internals/09_cache_keeping.ipynb #479596f2
+# %% ../../../nbs/internals/09_cache_keeping.ipynb #42c6ddea
 def _below(path: Path, folder: Path) -> Path | None:
     """A path relative to a folder, also when one of the two goes through links; None: it lies elsewhere."""
     real = Path(os.path.realpath(path.parent)) / path.name
@@ -109,13 +110,14 @@ def _kept_path(store: CacheStore, value: Any, run: Path, stage: str) -> str:
 def _keep_file(store: CacheStore, output: Output, run: Path, stage: str) -> Output:
     """A file as a copy, its path in a form that survives a move."""
     path = Path(output.blob)
-    value, link = _kept_path(store, output.value, run, stage), ""
+    value = _kept_path(store, output.value, run, stage)
+    link = ""
     if path.is_symlink() and value.startswith(("stage:", "folder:")):
         target = _below(Path(os.path.realpath(path)), stage_folder(run, stage))
         link = target.as_posix() if target else ""
     return replace(keep_copy(store, output, path), value=value, link=link)
 
-# %% ../../../nbs/internals/09_cache_keeping.ipynb #94f99324
+# %% ../../../nbs/internals/09_cache_keeping.ipynb #04ce182d
 _NO_NOTEBOOK = Output("file", "", "")
 
 
@@ -131,7 +133,8 @@ def keep_result(
     modules: Iterable[str] = (),  # files of the project modules that the run had loaded
 ) -> Found:  # the entry, or why the result isn't kept
     """Keep the result of a run that ended well. Never fails: whatever goes wrong with keeping it is a reason."""
-    now, history = datetime.now(UTC).isoformat(timespec="seconds"), History(store, pipeline, stage)
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    history = History(store, pipeline, stage)
     what = (key.key, pipeline, stage, key.inputs, results, dict(outputs), _NO_NOTEBOOK, round(seconds, 3), now)
     try:
         found = _keep(store, key, CacheEntry(*what), notebook, modules)
@@ -145,7 +148,12 @@ def keep_result(
 
 
 def _keep(store: CacheStore, key: StageKey, entry: CacheEntry, notebook: Path, modules: Iterable[str]) -> Found:
-    """Raises: OSError, CourseError, or what a strange notebook leads to."""
+    """Copies first, the entry last.
+
+    Raises:
+        OSError: something can't be read or written
+        CourseError: something isn't what it was
+    """
     unseen, touched = _unseen(store, key, modules)
     reasons = _doubts(store, key, entry.outputs, notebook) + touched
     if reasons:
@@ -155,8 +163,8 @@ def _keep(store: CacheStore, key: StageKey, entry: CacheEntry, notebook: Path, m
     copied = {name: each for name, each in entry.outputs.items() if each.kind == "file"}
     copied = {name: _keep_file(store, each, notebook.parent, entry.stage) for name, each in copied.items()}
     paths = {name: each.value for name, each in copied.items() if name in entry.results}
-    results, outputs = entry.results | paths, entry.outputs | copied
-    entry = replace(entry, results=results, outputs=outputs, notebook=report, modules=unseen)
+    kept = {"results": entry.results | paths, "outputs": entry.outputs | copied}
+    entry = replace(entry, notebook=report, modules=unseen, **kept)
     write_entry(store, entry)
     return Found(entry)
 

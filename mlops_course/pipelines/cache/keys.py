@@ -47,7 +47,7 @@ class KeyInputs(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=Tr
     def key(self) -> str:  # 64 hexadecimal digits
         return digest_json(msgspec.to_builtins(self))
 
-# %% ../../../nbs/internals/09_cache_keys.ipynb #a72006ad
+# %% ../../../nbs/internals/09_cache_keys.ipynb #2add4b26
 @dataclass(frozen=True)
 class StageKey:
     """A stage's key, with what was looked at to find it out."""
@@ -62,11 +62,20 @@ class StageKey:
         return self.inputs.key
 
 
-def _hash_variable(value: str | None) -> str | None:
-    """An environment variable's value, unreadable; None: it isn't set."""
-    return None if value is None else hashlib.sha256(value.encode(errors="surrogateescape")).hexdigest()
+def _hash_variables(variables: Mapping[str, str | None]) -> dict[str, str | None]:
+    """Environment variables with values that nobody can read; None: it isn't set."""
 
-# %% ../../../nbs/internals/09_cache_keys.ipynb #c65aae34
+    def hashed(value: str) -> str:
+        return hashlib.sha256(value.encode(errors="surrogateescape")).hexdigest()
+
+    return {name: None if value is None else hashed(value) for name, value in sorted(variables.items())}
+
+
+def _canonical(store: CacheStore, value: Any) -> list[Any]:
+    """A parameter, wherever the workspace is."""
+    return canonical(relativize(store.settings, value), store.memo)
+
+# %% ../../../nbs/internals/09_cache_keys.ipynb #c4ba6a4c
 def stage_key(
     store: CacheStore,
     notebook: Path,  # the stage's
@@ -78,17 +87,20 @@ def stage_key(
     seed: int | None = None,
     reads: Iterable[str] = (),  # states, such as "registry"
 ) -> StageKey:
-    """All that a stage's result depends on, as it is now. Raises: KeyInputError, StateError."""
-    now, given, memo = time.time_ns(), dict(inputs or {}), store.memo
-    closure = source_closure(notebook, paths, memo)
-    values = {name: canonical(relativize(store.settings, value), memo) for name, value in (parameters or {}).items()}
-    variables = {"MLOPS_COURSE_TRACKING_URI": store.settings.tracking_uri, **(environment or {})}
-    hashed = {name: _hash_variable(value) for name, value in sorted(variables.items())}
+    """All that a stage's result depends on, as it is now.
+
+    Raises:
+        KeyInputError, StateError: something can't be read, or has no canonical form
+    """
+    now = time.time_ns()
+    given = dict(inputs or {})
+    closure = source_closure(notebook, paths, store.memo)
+    values = {name: _canonical(store, value) for name, value in (parameters or {}).items()}
     contents = {name: output.content for name, output in given.items()}
-    code = (closure.modules, installed_packages(memo), python_version())
-    state = read_states(store.settings, reads, closure.paths)
-    found = KeyInputs(closure.cells, values, contents, dict(outputs or {}), *code, hashed, seed, state)
-    return StageKey(found, closure, given, now)
+    code = (closure.modules, installed_packages(store.memo), python_version())
+    variables = {"MLOPS_COURSE_TRACKING_URI": store.settings.tracking_uri, **(environment or {})}
+    rest = (_hash_variables(variables), seed, read_states(store.settings, reads, closure.paths))
+    return StageKey(KeyInputs(closure.cells, values, contents, dict(outputs or {}), *code, *rest), closure, given, now)
 
 # %% ../../../nbs/internals/09_cache_keys.ipynb #1a877258
 def explain(

@@ -14,7 +14,7 @@ from mlops_course.pipelines.cache.entries import CacheEntry, DamagedError, read_
 from mlops_course.pipelines.cache.lookup import entry_problems
 from mlops_course.pipelines.cache.store import CacheStore, age_of, remove_tree
 
-# %% ../../../nbs/internals/09_cache_maintenance.ipynb #c50d5eaf
+# %% ../../../nbs/internals/09_cache_maintenance.ipynb #f2fc28e4
 def list_entries(
     store: CacheStore,
 ) -> list[CacheEntry]:  # the one used last comes first
@@ -32,7 +32,8 @@ def verify_entries(
     store: CacheStore,
 ) -> list[str]:  # sentences; empty: all is well
     """Read everything that entries refer to, whatever the memo says, and say what is wrong."""
-    found, unbiased = list[str](), CacheStore(store.settings, remember=False)
+    found: list[str] = []
+    unbiased = CacheStore(store.settings, remember=False)
     for path in sorted((store.folder / "entries").glob("*/*.json")):
         try:
             entry = read_entry(store, path)
@@ -44,7 +45,7 @@ def verify_entries(
             found += [f"{name}: {problem}" for problem in entry_problems(unbiased, entry)]
     return found
 
-# %% ../../../nbs/internals/09_cache_maintenance.ipynb #38fd0b3e
+# %% ../../../nbs/internals/09_cache_maintenance.ipynb #40de6d1e
 YOUNG_S = 3600.0  # seconds in which nothing that isn't referred to is deleted
 
 
@@ -64,10 +65,14 @@ def prune_entries(
     max_bytes: int | None = None,  # of copies in all; those used last stay
 ) -> Pruned:
     """Delete entries, then copies that no entry refers to, and what dead processes left."""
-    gone, seen, total = list[Path](), dict[tuple[str, str], int](), 0
+    gone: list[Path] = []
+    seen: dict[tuple[str, str], int] = {}
+    total = 0
     for entry in list_entries(store):
-        path, name = store.entry_file(entry.key), (entry.pipeline, entry.stage)
-        seen[name], total = seen.get(name, 0) + 1, total + entry.size
+        path = store.entry_file(entry.key)
+        name = (entry.pipeline, entry.stage)
+        seen[name] = seen.get(name, 0) + 1
+        total += entry.size
         old = older_than is not None and age_of(path) > older_than
         if old or (keep is not None and seen[name] > keep) or (max_bytes is not None and total > max_bytes):
             gone.append(path)

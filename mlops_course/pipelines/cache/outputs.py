@@ -48,9 +48,13 @@ class Output(msgspec.Struct, frozen=True):
     modes: dict[str, int] = {}  # for `file`: permissions of each file that has unusual ones
     link: str = ""  # for `file`: when it is a link, what it leads to, below the stage's folder
 
-# %% ../../../nbs/internals/09_cache_outputs.ipynb #291bf31c
+# %% ../../../nbs/internals/09_cache_outputs.ipynb #b756e4c8
 def _open_table(settings: Settings, reference: Any) -> Any:
-    """A table at a version. Raises: OutputError."""
+    """A table at a version.
+
+    Raises:
+        OutputError: it isn't there, or isn't what it should be
+    """
     from deltalake import DeltaTable
     from deltalake.exceptions import DeltaError
 
@@ -71,11 +75,14 @@ def _log_files(folder: Path, version: int) -> list[Path]:
     latest = [path for path in checkpoints if int(path.name[:20]) == first]
     return latest + [folder / f"{number:020d}.json" for number in range(first + 1, version + 1)]
 
-# %% ../../../nbs/internals/09_cache_outputs.ipynb #3105dcb0
+# %% ../../../nbs/internals/09_cache_outputs.ipynb #2316c24d
 def _describe_table(store: CacheStore, reference: Any) -> tuple[str, Listing]:
     """Content and files of one version."""
-    table, (name, _, version) = _open_table(store.settings, reference), str(reference).partition("@")
-    actions, about, folder = table.get_add_actions(), table.metadata(), store.settings.data / name
+    table = _open_table(store.settings, reference)
+    name, _, version = str(reference).partition("@")
+    actions = table.get_add_actions()
+    about = table.metadata()
+    folder = store.settings.data / name
     data = [folder / unquote(path.as_py()) for path in actions.column("path")]
     partitions = [""] * len(data)
     if "partition" in actions.column_names:
@@ -111,12 +118,16 @@ def _describe_tables(store: CacheStore, value: Any) -> Output:
     content = map_leaves(value, content_of_one)
     return Output("table", value, digest_json(["table", content]), tuple(sorted(files)))
 
-# %% ../../../nbs/internals/09_cache_outputs.ipynb #9fb68839
+# %% ../../../nbs/internals/09_cache_outputs.ipynb #e05d877d
 USUAL_MODES = (0o644, 0o755)  # permissions that a file gets when it is put back, unless it had others
 
 
 def _describe_file(store: CacheStore, value: Any, path: Path) -> Output:
-    """A file or folder as it is. Raises: OutputError."""
+    """A file or folder as it is.
+
+    Raises:
+        OutputError: it isn't there, or isn't what it should be
+    """
     try:
         files, cycles = list_files(path, store.memo), cyclic_links(path)
         places = {name: path / name if path.is_dir() else path for name, _, found in files if is_file_hash(found)}
@@ -141,14 +152,18 @@ def _describe_run(store: CacheStore, run_id: Any) -> Output:
     files = [file for folder in folders for file in folder.rglob("*") if file.is_file()]
     return Output("run", run_id, digest_json(["run", str(run_id)]), _listing(store, files))
 
-# %% ../../../nbs/internals/09_cache_outputs.ipynb #bef5cdfd
+# %% ../../../nbs/internals/09_cache_outputs.ipynb #7ea53ac7
 def describe_output(
     store: CacheStore,
     kind: str,  # value, table, run or file
     value: Any,  # as the stage recorded it
     folder: Path | None = None,  # the stage's, for relative paths
 ) -> Output:
-    """What a stage made, with its fingerprint. Raises: OutputError when it isn't there, or not of that kind."""
+    """What a stage made, with its fingerprint.
+
+    Raises:
+        OutputError: it isn't there, or not of that kind
+    """
     try:
         if kind == "table":
             return _describe_tables(store, value)

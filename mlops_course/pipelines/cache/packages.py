@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['installed_packages', 'python_version']
 
-# %% ../../../nbs/internals/09_cache_packages.ipynb #4e4e1833
+# %% ../../../nbs/internals/09_cache_packages.ipynb #9fa6ac7e
 import hashlib
 import os
 import platform
@@ -13,8 +13,8 @@ import re
 import sys
 import time
 
-from mlops_course.environment import PACKAGE
-from mlops_course.pipelines.cache.hashes import SETTLED_NS, HashMemo, StatSignature, signature_of
+from ...environment import PACKAGE
+from .hashes import SETTLED_NS, HashMemo, StatSignature, path_signature
 
 # %% ../../../nbs/internals/09_cache_packages.ipynb #22441f4f
 def _record_digest(content: bytes) -> str:
@@ -32,7 +32,7 @@ def _distribution(folder: str) -> tuple[str, str] | None:
     name, version = stem.split("-")[:2]
     return re.sub(r"[-_.]+", "-", name).lower(), version
 
-# %% ../../../nbs/internals/09_cache_packages.ipynb #a64d1e59
+# %% ../../../nbs/internals/09_cache_packages.ipynb #5d5424f0
 # The last answer for each sys.path: an installation gives its folders new signatures.
 _INSTALLED: dict[str, tuple[list[StatSignature | None], dict[str, str]]] = {}
 
@@ -42,7 +42,7 @@ def installed_packages(
 ) -> dict[str, str]:  # name -> "3.0.1 1a2b3c4d": version, and the hash of its list of files
     """All installed packages but this one, from the names of folders: nothing is imported."""
     roots = [root for root in sys.path if os.path.isdir(root)]  # noqa: PTH112
-    begin, seen = time.time_ns(), [signature_of(root) for root in roots]
+    begin, seen = time.time_ns(), [path_signature(root) for root in roots]
     known = _INSTALLED.get("\n".join(roots))
     if known is None or known[0] != seen:
         known = (seen, _look_at_packages(roots, memo or HashMemo()))

@@ -18,9 +18,14 @@ from mlops_course.pipelines.cache.outputs import USUAL_MODES, Output, OutputErro
 from mlops_course.pipelines.cache.store import CacheStore, resolve_path
 from mlops_course.pipelines.results import stage_folder
 
-# %% ../../../nbs/internals/09_cache_restoring.ipynb #a504a3fc
+# %% ../../../nbs/internals/09_cache_restoring.ipynb #9f2941d4
 def _put(store: CacheStore, output: Output, path: Path) -> None:
-    """Copy what was kept to where it belongs, unless it is there. Raises: OutputError, WorkspaceError."""
+    """Copy what was kept to where it belongs, unless it is there.
+
+    Raises:
+        OutputError: it isn't there, or isn't what it should be
+        WorkspaceError: it can't be written
+    """
     if path.exists() and not differences(store, path, output.files):
         return
     kept = store.folder / output.blob
@@ -34,9 +39,14 @@ def _put(store: CacheStore, output: Output, path: Path) -> None:
                 usual = USUAL_MODES[found.endswith(EXECUTABLE)]
                 (beside / name if beside.is_dir() else beside).chmod(output.modes.get(name, usual))
 
-# %% ../../../nbs/internals/09_cache_restoring.ipynb #a43f5be9
+# %% ../../../nbs/internals/09_cache_restoring.ipynb #47d1d265
 def _put_link(store: CacheStore, output: Output, path: Path, target: Path) -> None:
-    """Put back a link and what it leads to. Raises: OutputError, WorkspaceError."""
+    """Put back a link and what it leads to.
+
+    Raises:
+        OutputError: it isn't there, or isn't what it should be
+        WorkspaceError: it can't be written
+    """
     _put(store, output, target)
     if path.is_symlink() and os.path.realpath(path) == os.path.realpath(target):
         return
@@ -46,7 +56,7 @@ def _put_link(store: CacheStore, output: Output, path: Path, target: Path) -> No
     except WorkspaceError:
         _put(store, output, path)
 
-# %% ../../../nbs/internals/09_cache_restoring.ipynb #5dd0f737
+# %% ../../../nbs/internals/09_cache_restoring.ipynb #b26c60af
 def _place(store: CacheStore, kept: str, run: Path, stage: str) -> tuple[Path, str]:
     """Where a kept file is in this workspace and run, and what is recorded for it."""
     kind, _, rest = kept.partition(":")
@@ -78,8 +88,14 @@ def restore_entry(
     notebook: Path,  # where the executed notebook shall be; its folder is the run's
     stage: str | None = None,  # that uses it; None: the one that made it
 ) -> CacheEntry:  # the same, with the paths of files as they are here
-    """Put an entry's notebook and files in place. Raises: OutputError, WorkspaceError."""
-    run, results = notebook.parent, dict(entry.results)
+    """Put an entry's notebook and files in place.
+
+    Raises:
+        OutputError: it isn't there, or isn't what it should be
+        WorkspaceError: it can't be written
+    """
+    run = notebook.parent
+    results = dict(entry.results)
     _put(store, entry.notebook, notebook)
     outputs = outputs_in_run(store, entry, run, stage)
     for name, output in entry.outputs.items():

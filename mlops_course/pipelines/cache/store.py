@@ -19,7 +19,7 @@ from typing import Any
 from mlops_course.environment import Settings
 from mlops_course.pipelines.cache.hashes import HashMemo
 
-# %% ../../../nbs/internals/09_cache_store.ipynb #ddb3b3df
+# %% ../../../nbs/internals/09_cache_store.ipynb #ace9823e
 class CacheStore:
     """The cache's folder. What can be done with it are functions that take it."""
 
@@ -28,7 +28,8 @@ class CacheStore:
         settings: Settings,  # whose workspace
         remember: bool = True,  # False: each file is read, whatever was known of it
     ) -> None:
-        self.settings, self.folder = settings, settings.cache
+        self.settings = settings
+        self.folder = settings.cache
         self.memo = HashMemo(self.folder / "memo.json" if remember else None)
 
     def entry_file(self, key: str) -> Path:

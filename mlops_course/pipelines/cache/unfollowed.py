@@ -33,10 +33,11 @@ def unfollowed(
     found = (_LOADERS & named) | {called_name(call) for call in calls if _executes_unseen(call)}
     return sorted(found or {process for call in calls if (process := _python_process(call))})
 
-# %% ../../../nbs/internals/09_cache_unfollowed.ipynb #a8b93f15
+# %% ../../../nbs/internals/09_cache_unfollowed.ipynb #316b2d26
 def _executes_unseen(call: ast.Call) -> bool:
     """Whether a call is `exec` of something that doesn't stand there, `eval` of a file, or a magic that runs one."""
-    name, first = called_name(call), call.args[0] if call.args else None
+    name = called_name(call)
+    first = call.args[0] if call.args else None
     if isinstance(first, ast.Call) and called_name(first) == "compile" and first.args:
         first = first.args[0]
     if name == "run_module":

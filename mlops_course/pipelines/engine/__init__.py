@@ -7,7 +7,6 @@ __all__ = ['LOCK', 'KEPT', 'ABOUT_KERNELS', 'OURS', 'TIMES', 'NOT_USED', 'import
            'WarmEngine']
 
 # %% ../../../nbs/internals/09_engine.ipynb #2859aac0
-import ast
 import atexit
 import logging
 import os
@@ -21,21 +20,10 @@ def imports_of(
     sources: Iterable[str],  # of code cells
 ) -> set[str]:  # as they are written: pandas, matplotlib.pyplot
     """The modules that notebook cells import at their top level."""
-    from mlops_course.pipelines.notebooks import syntax_tree  # one tree at a time in this process, whoever asks
+    from mlops_course.pipelines.notebooks import parse_cell, top_imports
 
-    found = set()
-    for source in sources:
-        lines = [line for line in source.splitlines() if not line.lstrip().startswith(("%", "!"))]
-        try:
-            tree = syntax_tree("\n".join(lines))
-        except SyntaxError:
-            continue
-        for node in tree.body:
-            if isinstance(node, ast.Import):
-                found |= {alias.name for alias in node.names}
-            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-                found.add(node.module)
-    return found
+    names = [name for source in sources for name in top_imports(parse_cell(source))]
+    return {name for name in names if ":" not in name and not name.startswith(".")}
 
 # %% ../../../nbs/internals/09_engine.ipynb #6718b173
 def installed(
