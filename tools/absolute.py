@@ -1,4 +1,4 @@
-"""Writes imports inside the package as `from mlops_course.x import y`, as the notebooks do: nbdev makes them relative."""
+"""Writes the package's own imports as `from mlops_course.x import y`, as notebooks do: nbdev makes them relative."""
 
 import ast
 import re
