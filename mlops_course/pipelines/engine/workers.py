@@ -29,6 +29,8 @@ from mlops_course.pipelines.engine.processes import (
     stamps,
     take_ready,
 )
+
+# %% ../../../nbs/internals/09_engine_workers.ipynb #7e1fcc08
 from mlops_course.pipelines.engine.requests import (
     KINDS,
     CellError,
