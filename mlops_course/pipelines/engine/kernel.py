@@ -48,7 +48,7 @@ if sys.modules["debugpy"] is None:  # a cell may import it all the same
 _PIPE = 1 << 20  # bytes that are read at once
 _NOW = time.monotonic  # a cell may replace it for its own tests; I keep the real one
 
-
+# %% ../../../nbs/internals/09_engine_kernel.ipynb #7e1fcc01
 class Pipes:
     """What was written to file descriptors 1 and 2, by whomever."""
 
@@ -96,7 +96,6 @@ class OutputThread(iostream.IOPubThread):
         """Begin to send."""
         self.transmit, self.owner = send, os.getpid()
         self.wake, self.woken = socket.socketpair()
-        self.woken.setblocking(False)
         if pairs:
             self.pipes.open(pairs)
         self.thread.start()
@@ -111,9 +110,8 @@ class OutputThread(iostream.IOPubThread):
             while self._events:
                 self._events.popleft()()
             if _NOW() >= due:
-                for stream in self.streams.values():
-                    stream._flush()
                 due = _NOW() + _PERIOD
+                _ = [stream._flush() for stream in self.streams.values()]
 
     def schedule(self, f: Callable[[], Any]) -> None:
         """Have something done by the thread."""
@@ -121,8 +119,7 @@ class OutputThread(iostream.IOPubThread):
             return f()
         self._events.append(f)
         if len(self._events) == 1:  # else it has been woken already
-            with contextlib.suppress(BlockingIOError):
-                self.woken.send(b"\0")
+            self.woken.send(b"\0")
 
     def send_multipart(self, frames: Iterable[Any], *_: Any, name: bytes = b"iopub", **__: Any) -> None:
         """Send a message; not before there is a runner, and not from a process that a cell has forked."""
@@ -160,7 +157,7 @@ def leave() -> None:
         job()
     os._exit(1)
 
-
+# %% ../../../nbs/internals/09_engine_kernel.ipynb #7e1fcc06
 class Socket:
     """One more of the kernel's sockets."""
 
@@ -173,7 +170,7 @@ class Socket:
 # %% ../../../nbs/internals/09_engine_kernel.ipynb #7e1f0a14
 _BATCH = 1 << 18  # characters that wait at most
 
-
+# %% ../../../nbs/internals/09_engine_kernel.ipynb #7e1fcc02
 class OutStream(iostream.OutStream):
     """What `sys.stdout` and `sys.stderr` are in a notebook. Libraries look for the name."""
 
@@ -246,7 +243,7 @@ class _MainThread:
 
     parent_thread = threading.main_thread()
 
-
+# %% ../../../nbs/internals/09_engine_kernel.ipynb #7e1fcc03
 class IPythonKernel(ipykernel.ipkernel.IPythonKernel):
     """ipykernel's kernel, which takes and gives messages through memory."""
 
@@ -272,7 +269,7 @@ _TERMINAL = {"TERM": "xterm-color", "CLICOLOR": "1", "FORCE_COLOR": "1", "CLICOL
 _TERMINAL |= {"PAGER": "cat", "GIT_PAGER": "cat"}
 _FIGURES = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
 
-
+# %% ../../../nbs/internals/09_engine_kernel.ipynb #7e1fcc04
 def make_kernel(
     session: Session,  # that makes its messages
 ) -> IPythonKernel:
@@ -294,7 +291,7 @@ def make_kernel(
     warm_up(kernel)
     return kernel
 
-
+# %% ../../../nbs/internals/09_engine_kernel.ipynb #7e1fcc05
 def warm_up(kernel: IPythonKernel, run: Callable[[Any], Any] = asyncio.run) -> None:
     """Run nothing, silently: what the first cell would load and touch is loaded and touched now."""
     session = kernel.session
@@ -463,7 +460,7 @@ def serve(
         os.register_at_fork(after_in_child=channel.connection.close)
     server.listen()
 
-
+# %% ../../../nbs/internals/09_engine_kernel.ipynb #7e1fcc07
 def _open_streams() -> None:
     """Nothing to read."""
     nothing = os.open(os.devnull, os.O_RDONLY)
