@@ -330,6 +330,7 @@ def generate(arguments: list[str]) -> None:
     ensure_installed()
     need(tool("nbdev_clean"))
     need(tool("nbdev_export"))
+    need(PYTHON, ROOT / "tools" / "absolute.py")
     need(tool("mlops-course"), "pipelines", "schema", "--output", ROOT / SCHEMA)
     need(PYTHON, ROOT / "tools" / "readme.py")
 

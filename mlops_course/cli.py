@@ -17,11 +17,11 @@ import typer
 from typer.core import TyperGroup
 from typer.models import CommandInfo, TyperInfo
 
-from .commands.learn import learn_app
-from .commands.look import look_app
-from .commands.release import release_app
-from .commands.run import run_app
-from .commands.serve import serve_app
+from mlops_course.commands.learn import learn_app
+from mlops_course.commands.look import look_app
+from mlops_course.commands.release import release_commands
+from mlops_course.commands.run import run_app
+from mlops_course.commands.serve import serve_app
 
 # %% ../nbs/cli.ipynb #da5fb78e
 def describe_error(
@@ -77,7 +77,7 @@ class Commands(TyperGroup):
                 formatter.write_dl([(name.ljust(_NAME_WIDTH - 4), line) for name, line in lines])
 
 # %% ../nbs/cli.ipynb #079db2e9
-serve_app.add_typer(release_app, name="release")
+serve_app.add_typer(release_commands, name="release")
 PANELS = {"Learn": learn_app, "Run": run_app, "Serve": serve_app, "Look": look_app}
 
 

@@ -148,6 +148,8 @@ def test_exported_code_is_plain_python(path: Path) -> None:
     tops = {name.split(".")[0] for name in imported_modules(path)}
     assert tops.isdisjoint({"nbdev", "fastcore", "execnb"})
     assert not re.search(r"^\s*from \S+ import \*|^@patch", text, re.MULTILINE)
+    relative = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom) and node.level]
+    assert [ast.unparse(node) for node in relative] == [], "write from mlops_course.x import y"
 
 
 @by_module

@@ -31,8 +31,8 @@ from mlops_course.course.lessons import (
     read_notebook,
     tags,
 )
-from .running import FAILED, MIME, PASSED, UNATTEMPTED, Outcome
-from ..environment import CourseError
+from mlops_course.course.running import FAILED, MIME, PASSED, UNATTEMPTED, Outcome
+from mlops_course.environment import CourseError
 
 # %% ../../nbs/internals/01_checking.ipynb #581b1c5b
 @dataclass
