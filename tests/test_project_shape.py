@@ -104,7 +104,6 @@ ORDER = {  # of the sections, from pyproject.toml, where import-linter reads it;
 }
 ON_PURPOSE = {  # a name of a later section in a string: nothing is imported until the string is used
     ("project", "data"): "a use case names what makes its features by where that is, as a project of others does",
-    ("course", "cli"): "a checkpoint is made by the command that a learner would type",
 }
 
 

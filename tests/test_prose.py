@@ -232,7 +232,7 @@ def test_commands_that_are_named_exist(path: Path) -> None:
     listed = re.search(r"^TASKS := (.+)$", makefile, re.MULTILINE)
     assert listed is not None
     assert set(re.findall(r"(?:^|`|bin/)mlops-course ([a-z][a-z-]*)", text, re.MULTILINE)) <= commands(app)
-    assert set(re.findall(r"`make ([a-z]+)", text)) | set(re.findall(r"^make ([a-z]+)", text, re.M)) <= set(
+    assert set(re.findall(r"`make ([a-z-]+)", text)) | set(re.findall(r"^make ([a-z-]+)", text, re.M)) <= set(
         listed[1].split()
     )
-    assert set(re.findall(r"tasks\.py ([a-z]+)`", text)) <= set(listed[1].split())
+    assert set(re.findall(r"tasks\.py ([a-z-]+)`", text)) <= set(listed[1].split())

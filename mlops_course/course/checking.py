@@ -22,7 +22,6 @@ from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-
 from mlops_course.course.lessons import (
     Lesson,
     with_answer,

@@ -64,7 +64,7 @@ def make_request(
         modules=modules,
     )
 
-
+# %% ../../nbs/internals/09_attempt.ipynb #43a80a89
 def require_recorded(
     stage: Stage,  # that has run
     results: Mapping[str, Any],  # what its notebook recorded

@@ -224,7 +224,6 @@ def _find(parts: Sequence[Any], name: str, problem: str) -> Any:
 @dataclass(frozen=True)
 class Pipeline:
     """Stages, and the parameters that they share. Checked when made. Raises: PipelineError naming what is wrong."""
-
     name: str
     stages: tuple[Stage, ...]  # afterwards: in an order in which they can run
     parameters: tuple[Parameter, ...] = ()
@@ -235,9 +234,7 @@ class Pipeline:
     preload: tuple[str, ...] = ()  # modules to import for each stage that can use them, beside the stages' own
 
     def __post_init__(self) -> None:
-        _check_pipeline(self)
-        order = _sorted(self.needs, self.where)
-        object.__setattr__(self, "stages", tuple(sorted(self.stages, key=lambda stage: order.index(stage.name))))
+        object.__setattr__(self, "stages", _checked_stages(self))
 
     @classmethod
     def read(cls, path: str | Path) -> "Pipeline":
@@ -271,10 +268,7 @@ class Pipeline:
 
     def after(self, names: set[str]) -> set[str]:
         """Some stages, and all that take their outputs, directly or not. Order alone touches nothing."""
-        found = set(names)
-        for stage in self.stages:  # in order: whatever it takes from is decided already
-            found |= {stage.name} if self.takes[stage.name] & found else set()
-        return found
+        return _dependents(self, names)
 
     def notebook(self, stage: Stage) -> Path:  # absolute
         """The notebook of one of its stages."""
@@ -287,6 +281,21 @@ class Pipeline:
     def parameter(self, name: str) -> Parameter:
         """One of its parameters. Raises: ParameterError with those that there are."""
         return _find(self.parameters, name, f"pipeline {self.name} has no parameter")
+
+# %% ../../nbs/internals/09_definition.ipynb #5e1f0003
+def _checked_stages(pipeline: "Pipeline") -> tuple[Stage, ...]:
+    """The stages in an order in which they can run. Raises: PipelineError naming what is wrong."""
+    _check_pipeline(pipeline)
+    order = _sorted(pipeline.needs, pipeline.where)
+    return tuple(sorted(pipeline.stages, key=lambda stage: order.index(stage.name)))
+
+
+def _dependents(pipeline: "Pipeline", names: set[str]) -> set[str]:
+    """Some stages, and all that take their outputs, directly or not."""
+    found = set(names)
+    for stage in pipeline.stages:  # in order: whatever it takes from is decided already
+        found |= {stage.name} if pipeline.takes[stage.name] & found else set()
+    return found
 
 # %% ../../nbs/internals/09_definition.ipynb #a7806f3c
 def _check_pipeline(pipeline: Pipeline) -> None:

@@ -104,7 +104,7 @@ def syntax_tree(
                 return compile(source, "cell", "exec", flags, dont_inherit=True)
         return compile(source, "cell", "exec", flags, dont_inherit=True)
 
-
+# %% ../../nbs/internals/09_notebooks.ipynb #1b47644f
 def python_tree(
     source: str | bytes,  # of a module or a cell
 ) -> ast.Module | None:  # None: it isn't Python
@@ -131,7 +131,7 @@ def cell_tree(
     empty = ast.Module([], []) if source.lstrip().startswith("%%") else None
     return python_tree(body) or python_tree(plain) or empty
 
-
+# %% ../../nbs/internals/09_notebooks.ipynb #b1a9e62a
 def parse_cell(
     source: str,  # of a code cell
 ) -> ast.Module:
@@ -159,7 +159,7 @@ def import_names(
     module = "." * node.level + (node.module or "")
     return [module, *(f"{module}:{alias.name}" for alias in node.names)]
 
-
+# %% ../../nbs/internals/09_notebooks.ipynb #f808a963
 def all_imports(
     tree: ast.AST,  # of a module or a cell
 ) -> list[str]:  # as `import_names` says
@@ -230,7 +230,7 @@ def notebook_parameters(
             found.update({target.id: Taken() for target in line.targets if isinstance(target, ast.Name)})
     return found
 
-
+# %% ../../nbs/internals/09_notebooks.ipynb #0d3eaa70
 def _must_be_passed(line: ast.AnnAssign) -> bool:
     """Whether `name: type = value` has no value that its type allows."""
     empty = line.value is None or (isinstance(line.value, ast.Constant) and line.value.value is None)

@@ -70,7 +70,7 @@ TYPES: dict[str, tuple[str, Callable[[object], object]]] = {
 _Type = Annotated[Literal["month", "integer", "number", "text", "boolean", "path"], kind("type")]
 _Text = Annotated[str, kind("text", "Put it in quotes")]
 
-
+# %% ../../nbs/internals/09_parameters.ipynb #a6093834
 @dataclass(frozen=True)
 class Parameter:
     """A value that each run of the pipeline is given."""

@@ -37,7 +37,7 @@ def record_result(
     text = "\n".join(f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in plain.items())
     display({RESULT_TYPE: plain, "text/plain": text}, raw=True)
 
-
+# %% ../../nbs/internals/09_results.ipynb #8e2637e1
 def _require_json(value: Any, name: str) -> Any:
     """The value as JSON gives it back, or an error that says which part is to blame."""
     if value is None or isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value)):

@@ -43,6 +43,8 @@ from mlops_course.pipelines.engine.requests import (
     WorkerDied,
 )
 from mlops_course.pipelines.executor import Executor, get_ready, modules_of
+
+# %% ../../nbs/internals/09_scheduler.ipynb #3a6dfe8f
 from mlops_course.pipelines.ledger import Ledger, Maker, claim_files, require_unchanged, withdraw_claim
 from mlops_course.pipelines.notebooks import PipelineError
 from mlops_course.pipelines.planning import Context, StageDecision, decide, look_up, path_parameters
@@ -53,7 +55,7 @@ from mlops_course.pipelines.runs import PipelineRun, StageRun, save_run
 class Stopped(CourseError):
     """The run was stopped before this stage could begin."""
 
-
+# %% ../../nbs/internals/09_scheduler.ipynb #6ed7e2cb
 @dataclass
 class RunSession:
     """A run that goes on."""
@@ -101,6 +103,13 @@ class RunSession:
             raise Stopped(self.reason)
 
 # %% ../../nbs/internals/09_scheduler.ipynb #b8f07b15
+def _sorted_stages(needs: Mapping[str, set[str]]) -> graphlib.TopologicalSorter[str]:
+    """What hands the stages out, those first that wait for none of the others."""
+    sorter = graphlib.TopologicalSorter({name: needs[name] & needs.keys() for name in needs})
+    sorter.prepare()
+    return sorter
+
+# %% ../../nbs/internals/09_scheduler.ipynb #d93f1efc
 def run_in_order(
     needs: Mapping[str, set[str]],  # which stages must be done before which
     width: int,  # how many at the same time
@@ -108,8 +117,7 @@ def run_in_order(
     stop: Callable[[str], None],  # all that run, for a reason
 ) -> None:
     """Run all stages, each as soon as those that it needs are done. Raises: the first stage's error."""
-    sorter = graphlib.TopologicalSorter({name: needs[name] & needs.keys() for name in needs})
-    sorter.prepare()
+    sorter = _sorted_stages(needs)
     ready: list[str] = []
     running: dict[Future[None], str] = {}
     failure: BaseException | None = None
@@ -121,9 +129,9 @@ def run_in_order(
                 running[pool.submit(run, name)] = name
             done, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
             for future in done:
-                name, error = running.pop(future), future.exception()
-                failure = failure or error
-                if error is None:
+                name = running.pop(future)
+                failure = failure or future.exception()
+                if future.exception() is None:
                     sorter.done(name)
     if failure is not None:
         raise failure
@@ -180,7 +188,7 @@ def _execute(session: RunSession, decision: StageDecision, stage_run: StageRun) 
             error.message = "the time for the whole run was over"
         raise StageError(context.pipeline, stage, stage_run, error) from error
 
-
+# %% ../../nbs/internals/09_scheduler.ipynb #b7854d0a
 def _hear(session: RunSession, stage_run: StageRun, event: Event) -> None:
     """Pass on what a worker says."""
     if event.kind == "line":
@@ -363,6 +371,15 @@ def interruptible() -> Iterator[None]:
             signal.signal(number, before[number])
 
 # %% ../../nbs/internals/09_scheduler.ipynb #26e88647
+def _tidy_up(record: PipelineRun) -> None:
+    """Say which stages never began, and remove the folders in which nothing was written."""
+    for stage_run in record.stages:
+        stage_run.status = "not run" if stage_run.status == "waiting" else stage_run.status
+    for folder in [*(record.folder / "files").glob("*"), record.folder / "files"]:
+        with contextlib.suppress(OSError):  # it isn't empty
+            folder.rmdir()
+
+# %% ../../nbs/internals/09_scheduler.ipynb #8b76aa95
 def conduct(
     session: RunSession,  # of a run that is about to begin
     width: int,  # how many stages at the same time
@@ -380,11 +397,7 @@ def conduct(
         record.status, record.error = ending(error)
         raise
     finally:
-        for stage_run in record.stages:
-            stage_run.status = "not run" if stage_run.status == "waiting" else stage_run.status
-        for folder in [*(record.folder / "files").glob("*"), record.folder / "files"]:
-            with contextlib.suppress(OSError):  # it isn't empty
-                folder.rmdir()
+        _tidy_up(record)
         record.seconds = round(time.perf_counter() - begin, 3)
         with contextlib.suppress(WorkspaceError) if record.status != "done" else contextlib.nullcontext():
             session.save()

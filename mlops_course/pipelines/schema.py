@@ -46,7 +46,7 @@ def _property(entry: dict[str, Any], needed: bool) -> dict[str, Any]:
     entry = entry if needed or not entry else {"anyOf": [*choices, {"type": "null"}]}
     return entry | said
 
-
+# %% ../../nbs/internals/09_schema.ipynb #587fe02a
 def _closed(part: dict[str, Any]) -> dict[str, Any]:
     """A part of the file that has the described entries and no other."""
     found = {name: entry for name, entry in part["properties"].items() if "description" in entry}

@@ -19,7 +19,6 @@ from functools import cache, lru_cache
 from importlib.machinery import SOURCE_SUFFIXES, ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any
-
 from mlops_course import environment
 from mlops_course.environment import PACKAGE
 from mlops_course.pipelines.cache.fingerprints import KeyInputError
@@ -88,7 +87,7 @@ class _Module:
     file: str | None  # None: a folder without __init__.py
     folders: tuple[str, ...] = ()  # where its submodules are
 
-
+# %% ../../../nbs/internals/09_cache_closure.ipynb #f7754bee
 class _ModuleFinder:
     """Finds modules as Python does, without importing any. It looks at a name once, as long as no folder changes."""
 
@@ -148,7 +147,7 @@ def _editable_finders() -> list[Any]:
 def _package(folder: Path) -> _Module:
     return _Module(str(folder / "__init__.py"), (str(folder),))
 
-
+# %% ../../../nbs/internals/09_cache_closure.ipynb #28231244
 def _module(spec: ModuleSpec | None) -> _Module | None:
     """What a specification says; None when there is none, or when the module isn't in a file of its own."""
     if spec is None or (spec.has_location and not os.path.isfile(str(spec.origin))):  # noqa: PTH113
@@ -198,7 +197,7 @@ def _read_module(memo: HashMemo, name: str, found: _Module) -> tuple[SourceFile,
     inner = [(imported, package if imported.startswith(".") else "") for imported in imports]
     return SourceFile(path, content, seen, tuple(unseen)), inner
 
-
+# %% ../../../nbs/internals/09_cache_closure.ipynb #5840a20b
 def _follow(finder: _ModuleFinder, memo: HashMemo, imports: Iterable[str]) -> tuple[dict[str, SourceFile], set[str]]:
     """All project modules that imports lead to, by name, and the top-level names of all others."""
     files: dict[str, SourceFile] = {}
@@ -271,7 +270,7 @@ def _top_of_notebook(content: bytes) -> list[str]:
 def _top_of_module(content: bytes) -> list[str]:
     return top_imports(python_tree(content) or ast.Module([], []))
 
-
+# %% ../../../nbs/internals/09_cache_closure.ipynb #fe6fdf26
 def eager_imports(
     found: SourceClosure,  # of a notebook
     memo: HashMemo | None = None,  # None: everything is read
@@ -321,7 +320,7 @@ def find_module_file(
     """The file that such a name means here."""
     return next((Path(root) / name for root in _roots(name, paths) if (Path(root) / name).is_file()), None)
 
-
+# %% ../../../nbs/internals/09_cache_closure.ipynb #dc4487d3
 def unseen_modules(
     found: SourceClosure,  # what the source showed
     loaded: Iterable[str],  # files of the modules that the run had loaded

@@ -46,7 +46,7 @@ class CacheEntry(msgspec.Struct, frozen=True, rename={"inputs": "parts"}):
         kept = [self.notebook, *(output for output in self.outputs.values() if output.blob)]
         return sum(size for output in kept for _, size, _ in output.files)
 
-
+# %% ../../../nbs/internals/09_cache_entries.ipynb #16095d60
 @dataclass(frozen=True)
 class Found:
     """An entry, or why there is none."""
@@ -72,7 +72,7 @@ def write_entry(store: CacheStore, entry: CacheEntry) -> None:
     body = json.loads(json.dumps(msgspec.to_builtins(kept)))
     write_atomic(store.entry_file(entry.key), json.dumps({"checksum": digest_json(body), "entry": body}))
 
-
+# %% ../../../nbs/internals/09_cache_entries.ipynb #fb9eeb66
 def read_entry(
     store: CacheStore,
     path: Path,  # of its file
@@ -94,7 +94,7 @@ def read_entry(
         raise DamagedError(f"it can't be read: {error}") from error
     return _with_values(entry, lambda value: resolve(store.settings, value))
 
-
+# %% ../../../nbs/internals/09_cache_entries.ipynb #53c32f89
 def _with_values(entry: CacheEntry, change: Callable[[Any], Any]) -> CacheEntry:
     """An entry with other results and values of outputs."""
     outputs = {name: replace(output, value=change(output.value)) for name, output in entry.outputs.items()}
@@ -113,7 +113,7 @@ def _copy(source: Path, target: Path, wanted: str) -> bool:
     target.chmod(0o555 if wanted.endswith(EXECUTABLE) else 0o444)
     return found.hexdigest() == wanted.removesuffix(EXECUTABLE)
 
-
+# %% ../../../nbs/internals/09_cache_entries.ipynb #0d410dee
 def copy_all(
     source: Path,  # a file or folder
     target: Path,  # where nothing is yet
@@ -163,7 +163,7 @@ def keep_copy(
             remove_tree(work)
     return replace(output, blob=next(place.iterdir()).relative_to(store.folder).as_posix())
 
-
+# %% ../../../nbs/internals/09_cache_entries.ipynb #b0ceab7b
 def _is_kept(store: CacheStore, place: Path, files: Listing) -> bool:
     """Whether there is an intact copy already; it is young again then, and a damaged one is moved away."""
     if not place.is_dir():
@@ -187,7 +187,7 @@ def _publish(work: Path, place: Path) -> None:
 # %% ../../../nbs/internals/09_cache_entries.ipynb #3e5daea2
 _RECENT = 8  # runs of a stage that a new one is compared with
 
-
+# %% ../../../nbs/internals/09_cache_entries.ipynb #dba4bc9a
 class History:
     """What a stage's last runs depended on, and why the last result wasn't kept. Losing it costs explanations only."""
 
@@ -237,7 +237,7 @@ class History:
         nearest = min((explain(old, inputs) for old in recent), key=len, default=explain(None, inputs))
         return nearest or ["its result is no longer kept"]
 
-
+# %% ../../../nbs/internals/09_cache_entries.ipynb #ed8c4142
 def _known_inputs(plain: Any) -> KeyInputs | None:
     """Key inputs from JSON; None: another version has written them."""
     try:

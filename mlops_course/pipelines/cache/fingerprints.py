@@ -33,7 +33,7 @@ class _Item(NamedTuple):
     path: str  # where it can be read
     mark: str = ""  # what it is when it isn't a file: a folder, or a link that isn't followed
 
-
+# %% ../../../nbs/internals/09_cache_fingerprints.ipynb #276e9627
 def _walk(top: Path) -> Iterator[_Item]:
     """Everything below a folder, also behind links that lead out of it, in an order of its own.
 
@@ -89,7 +89,7 @@ def list_files(
     items = [item for item in _walk(path) if item.mark != _FULL]
     return tuple(sorted((i.name, 0, i.mark) if i.mark else _described(i.name, i.path, memo) for i in items))
 
-
+# %% ../../../nbs/internals/09_cache_fingerprints.ipynb #7b74ca48
 def _described(name: str, path: Path | str, memo: HashMemo) -> tuple[str, int, str]:
     """A file's name, size and hash; a pipe, or a device, isn't a file, and would keep me waiting."""
     found = os.stat(path)  # noqa: PTH116 (thousands of them)
@@ -119,7 +119,7 @@ def cyclic_links(
     except OSError as error:
         raise _unreadable(path, error) from error
 
-
+# %% ../../../nbs/internals/09_cache_fingerprints.ipynb #2be5ef18
 def written_since(
     path: Path,  # a file or a folder
     since: int,  # nanoseconds
@@ -156,14 +156,14 @@ def content_of(
     except OSError as error:
         raise _unreadable(path, error) from error
 
-
+# %% ../../../nbs/internals/09_cache_fingerprints.ipynb #c1a48dff
 def _unreadable(path: Path, error: OSError) -> KeyInputError:
     return KeyInputError(f"can't read {path}: {error.strerror or error}", "Look at that path")
 
 # %% ../../../nbs/internals/09_cache_fingerprints.ipynb #b8a2c22f
 _CANONICAL = "Use text, numbers, true, false, none, dates, lists, dictionaries or paths"
 
-
+# %% ../../../nbs/internals/09_cache_fingerprints.ipynb #dab64b36
 def canonical(
     value: Any,  # a parameter's value; a Path stands for its content
     memo: HashMemo | None = None,  # for the content of paths

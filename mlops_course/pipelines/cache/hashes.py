@@ -57,14 +57,11 @@ def last_change(found: os.stat_result) -> int:
 # %% ../../../nbs/internals/09_cache_hashes.ipynb #ea73f0e2
 _MAX_FILES = 20_000  # that a memo remembers; beyond, those that are gone are dropped
 
-
+# %% ../../../nbs/internals/09_cache_hashes.ipynb #aac9cb05
 class HashMemo:
     """What files held when they were last read, in one small file. Losing it costs time, nothing else."""
 
-    def __init__(
-        self,
-        path: Path | None = None,  # where it is kept; None: in memory only
-    ) -> None:
+    def __init__(self, path: Path | None = None) -> None:  # where it is kept; None: in memory only
         self.path = path
         self._lock = threading.RLock()
         self._known = _read_memo(path)
@@ -145,7 +142,7 @@ def _write_memo(path: Path, memo: _Memo) -> None:
     with suppress(CourseError):
         write_atomic(path, json.dumps({"files": files, "facts": facts}, separators=(",", ":")), sync=False)
 
-
+# %% ../../../nbs/internals/09_cache_hashes.ipynb #24e4a5c3
 def _hash_now(path: str) -> tuple[str, os.stat_result | None]:
     """A file's hash, and what it looked like if it held still while it was read."""
     with open(path, "rb") as file:  # noqa: PTH123 (thousands of them)

@@ -106,7 +106,7 @@ def _kept_path(store: CacheStore, value: Any, run: Path, stage: str) -> str:
             return f"{kind}:{inside.as_posix()}"
     return relativize_path(store.settings, path)
 
-
+# %% ../../../nbs/internals/09_cache_keeping.ipynb #72eee3f8
 def _keep_file(store: CacheStore, output: Output, run: Path, stage: str) -> Output:
     """A file as a copy, its path in a form that survives a move."""
     path = Path(output.blob)
@@ -120,7 +120,7 @@ def _keep_file(store: CacheStore, output: Output, run: Path, stage: str) -> Outp
 # %% ../../../nbs/internals/09_cache_keeping.ipynb #04ce182d
 _NO_NOTEBOOK = Output("file", "", "")
 
-
+# %% ../../../nbs/internals/09_cache_keeping.ipynb #0f378aac
 def keep_result(
     store: CacheStore,
     key: StageKey,  # as it was before the run
@@ -146,7 +146,7 @@ def keep_result(
     history.add(key.inputs) if found else history.add_refusal(key.key, found.reasons)
     return found
 
-
+# %% ../../../nbs/internals/09_cache_keeping.ipynb #456b7304
 def _keep(store: CacheStore, key: StageKey, entry: CacheEntry, notebook: Path, modules: Iterable[str]) -> Found:
     """Copies first, the entry last.
 
@@ -168,7 +168,7 @@ def _keep(store: CacheStore, key: StageKey, entry: CacheEntry, notebook: Path, m
     write_entry(store, entry)
     return Found(entry)
 
-
+# %% ../../../nbs/internals/09_cache_keeping.ipynb #1249bf99
 def forget_entry(
     store: CacheStore,
     key: str,  # of an entry that turned out to be wrong

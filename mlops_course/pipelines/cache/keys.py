@@ -70,7 +70,7 @@ def _hash_variables(variables: Mapping[str, str | None]) -> dict[str, str | None
 
     return {name: None if value is None else hashed(value) for name, value in sorted(variables.items())}
 
-
+# %% ../../../nbs/internals/09_cache_keys.ipynb #d511590f
 def _canonical(store: CacheStore, value: Any) -> list[Any]:
     """A parameter, wherever the workspace is."""
     return canonical(relativize(store.settings, value), store.memo)
@@ -123,7 +123,7 @@ def explain(
     found += _changes(old.state, new.state, "the {} changed")
     return found + (["the cache has a new format"] if old.schema != new.schema else [])
 
-
+# %% ../../../nbs/internals/09_cache_keys.ipynb #f2dec124
 def _changes(old: Mapping[str, Any], new: Mapping[str, Any], text: str, show: Any = str) -> list[str]:
     """One sentence for each name whose value differs."""
     names = [name for name in {**old, **new} if (name in old, old.get(name)) != (name in new, new.get(name))]
@@ -154,7 +154,7 @@ def _look_different(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
     both = [name for name in old if name in new and old[name] != new[name]]
     return all(_shown(old[name]) != _shown(new[name]) for name in both)
 
-
+# %% ../../../nbs/internals/09_cache_keys.ipynb #ac8e019e
 def _package_changes(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
     """One sentence for each package that isn't the same."""
     found: list[str] = []

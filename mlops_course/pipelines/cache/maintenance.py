@@ -27,7 +27,7 @@ def list_entries(
                 found.append((path.stat().st_mtime, entry))
     return [entry for _, entry in sorted(found, key=lambda pair: pair[0], reverse=True)]
 
-
+# %% ../../../nbs/internals/09_cache_maintenance.ipynb #617406ec
 def verify_entries(
     store: CacheStore,
 ) -> list[str]:  # sentences; empty: all is well
@@ -57,7 +57,7 @@ class Pruned:
     copies: int
     bytes: int
 
-
+# %% ../../../nbs/internals/09_cache_maintenance.ipynb #e39022b6
 def prune_entries(
     store: CacheStore,
     older_than: float | None = None,  # seconds since they were used last
@@ -99,7 +99,7 @@ def _sweep(store: CacheStore) -> tuple[int, int]:
     freed = sum(file.stat().st_size for place in places for file in place.rglob("*") if file.is_file())
     return sum(_discard(store, path) for path in places), freed
 
-
+# %% ../../../nbs/internals/09_cache_maintenance.ipynb #c388c7d4
 def _discard(store: CacheStore, place: Path) -> bool:
     """Delete a copy in one step: it is moved away first. False: it was used just now, or can't be deleted."""
     away = store.work_folder()

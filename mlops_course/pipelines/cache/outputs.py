@@ -98,7 +98,7 @@ def _describe_table(store: CacheStore, reference: Any) -> tuple[str, Listing]:
     content = sorted([partition, hashes[name]] for partition, name in zip(partitions, names, strict=True))
     return digest_json([schema, content]), listing
 
-
+# %% ../../../nbs/internals/09_cache_outputs.ipynb #da924fa9
 def _listing(store: CacheStore, files: list[Path]) -> Listing:
     """Files that stay where they are, by paths that survive a move."""
     return tuple(
@@ -140,7 +140,7 @@ def _describe_file(store: CacheStore, value: Any, path: Path) -> Output:
     unusual = {name: mode for name, mode in modes.items() if mode not in USUAL_MODES}
     return Output("file", value, content_hash(files, path.is_dir()), files, str(path), unusual)
 
-
+# %% ../../../nbs/internals/09_cache_outputs.ipynb #263b0774
 def _describe_run(store: CacheStore, run_id: Any) -> Output:
     """An MLflow run, with its files and those of the models that it logged, as far as they are local."""
     try:

@@ -50,7 +50,7 @@ def installed_packages(
             _INSTALLED["\n".join(roots)] = known
     return dict(known[1])
 
-
+# %% ../../../nbs/internals/09_cache_packages.ipynb #6bbc8d10
 def _look_at_packages(roots: list[str], memo: HashMemo) -> dict[str, str]:
     """The first of each name counts, as for Python."""
     found: dict[str, str] = {}

@@ -81,7 +81,7 @@ def outputs_in_run(
             outputs[name] = replace(output, value=value, blob=str(path))
     return outputs
 
-
+# %% ../../../nbs/internals/09_cache_restoring.ipynb #a16cff1d
 def restore_entry(
     store: CacheStore,
     entry: CacheEntry,  # as found

@@ -73,7 +73,7 @@ def _python_process(call: ast.Call) -> str:
     scripts = any(text.endswith(".py") for text in texts)
     return ast.unparse(call.func) if _starts_python(" ".join(texts)) or scripts else ""
 
-
+# %% ../../../nbs/internals/09_cache_unfollowed.ipynb #abc79ca6
 def _texts_in(node: ast.AST) -> Iterator[str]:
     """The texts in a call, in their order, and `sys.executable` where it stands."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):

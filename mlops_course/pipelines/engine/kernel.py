@@ -104,7 +104,8 @@ class OutputThread(iostream.IOPubThread):
         """Send what comes, until the process ends."""
         due = 0.0
         while True:
-            if self.wake in select.select([self.wake, *self.pipes.ends], [], [], _PERIOD)[0]:
+            watched: list[Any] = [self.wake, *self.pipes.ends]
+            if self.wake in select.select(watched, [], [], _PERIOD)[0]:
                 self.wake.recv(4096)
             self.drain()
             while self._events:
@@ -187,7 +188,7 @@ class OutStream(iostream.OutStream):
     def _is_master_process(self) -> bool:
         return os.getpid() == self.thread.owner
 
-    def write(self, string: str) -> int | None:
+    def write(self, string: str) -> int | None:  # type: ignore[override]
         """Take text. Raises: TypeError when it is anything else."""
         if isinstance(string, str) and not self._is_master_process():
             return _write_all(self.number, string.encode("utf-8", "backslashreplace"))
@@ -272,7 +273,7 @@ _FIGURES = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
 # %% ../../../nbs/internals/09_engine_kernel.ipynb #7e1fcc04
 def make_kernel(
     session: Session,  # that makes its messages
-) -> IPythonKernel:
+) -> Any:  # ipykernel's kernel; its traits are typed as if they might be None
     """The process's one kernel, before anybody knows which notebook it will run."""
     config = Config()
     config.HistoryManager.hist_file = ":memory:"  # no file and no thread, as a notebook runner has it
@@ -280,7 +281,7 @@ def make_kernel(
     os.environ.setdefault("MPLBACKEND", _FIGURES["MPLBACKEND"])
     thread = OutputThread()
     sys.stdout, sys.stderr = OutStream(session, thread, "stdout"), OutStream(session, thread, "stderr")
-    kernel = IPythonKernel.instance(
+    kernel: Any = IPythonKernel.instance(
         parent=app, session=session, iopub_thread=thread, iopub_socket=thread.background_socket,
         shell_stream=Socket(b"shell", thread), shell_channel_thread=_MainThread(), log=app.log, user_ns={},
     )  # fmt: skip
@@ -292,7 +293,7 @@ def make_kernel(
     return kernel
 
 # %% ../../../nbs/internals/09_engine_kernel.ipynb #7e1fcc05
-def warm_up(kernel: IPythonKernel, run: Callable[[Any], Any] = asyncio.run) -> None:
+def warm_up(kernel: Any, run: Callable[[Any], Any] = asyncio.run) -> None:
     """Run nothing, silently: what the first cell would load and touch is loaded and touched now."""
     session = kernel.session
     content = {"code": "None", "silent": True, "store_history": False, "stop_on_error": False}
@@ -301,7 +302,7 @@ def warm_up(kernel: IPythonKernel, run: Callable[[Any], Any] = asyncio.run) -> N
     kernel.set_parent([], {})
 
 
-def warm_up_errors(kernel: IPythonKernel) -> None:
+def warm_up_errors(kernel: Any) -> None:
     """Make a traceback, for nobody: the first loads 46 modules, and a cell that is out of time has half a second."""
     try:
         raise KeyboardInterrupt
@@ -391,7 +392,7 @@ def peak_memory() -> int | None:  # bytes
 class Server:
     """A kernel, and the connection through which it is asked."""
 
-    def __init__(self, channel: Any, kernel: IPythonKernel) -> None:
+    def __init__(self, channel: Any, kernel: Any) -> None:
         self.channel, self.kernel = channel, kernel
         self.session, self.thread = kernel.session, kernel.iopub_thread
         self.control, self.session.pid = Socket(b"control", self.thread), os.getpid()
@@ -446,7 +447,7 @@ class Server:
 # %% ../../../nbs/internals/09_engine_kernel.ipynb #7e1f0a24
 def serve(
     channel: Any,  # to whoever sends the notebook
-    kernel: IPythonKernel,
+    kernel: Any,
     pipes: Sequence[tuple[int, int]],  # for stdout and stderr; empty where they can't be watched
 ) -> None:
     """Run one notebook, then end the process. Never returns."""

@@ -270,6 +270,8 @@ def write_airflow(
 
 
 _PATTERN = f"\n\nPARAMETER_REFERENCE = re.compile({PARAMETER_REFERENCE.pattern!r})\n\n\n"
+
+# %% ../../../nbs/internals/09_export_airflow.ipynb #e6754b31
 _COPIED = _PATTERN + "\n\n".join([inspect.getsource(fill), inspect.getsource(make_empty)])
 _REST = [_VALUES, _COPIED, _INPUTS, _RESULTS, _SECRETS]
 _REST += [_ENVIRONMENT, _OPERATOR, _POD, _DAG]

@@ -8,6 +8,7 @@ __all__ = ['write_argo']
 # %% ../../../nbs/internals/09_export_argo.ipynb #5aa3dfd4
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from mlops_course.pipelines.definition import Pipeline, Stage
@@ -64,6 +65,16 @@ def _argo_stage(pipeline: Pipeline, stage: Stage, slug: str, target: Target) -> 
         template["container"]["workingDir"] = target.folder
     return template
 
+# %% ../../../nbs/internals/09_export_argo.ipynb #a460c001
+def _argo_tasks(pipeline: Pipeline, slugs: Mapping[str, str]) -> list[dict[str, Any]]:
+    """The tasks of Argo's graph: each stage, and which others it waits for."""
+    tasks = []
+    for stage in pipeline.stages:
+        needs = [slugs[name] for name in slugs if name in pipeline.needs[stage.name]]
+        task = {"name": slugs[stage.name], "template": f"stage-{slugs[stage.name]}"}
+        tasks.append(task | ({"dependencies": needs} if needs else {}))
+    return tasks
+
 # %% ../../../nbs/internals/09_export_argo.ipynb #a7566633
 def write_argo(
     pipeline: Pipeline,  # what Argo shall run
@@ -75,16 +86,11 @@ def write_argo(
     said = [located, target.image, target.workspace, target.claim, target.secret, target.folder]
     if any("{{" in (each or "") for each in said):
         raise PipelineError(f"Argo would replace a part of {located!r}", "Write no {{ there")
-    tasks = []
-    for stage in pipeline.stages:
-        needs = [slugs[name] for name in slugs if name in pipeline.needs[stage.name]]
-        task = {"name": slugs[stage.name], "template": f"stage-{slugs[stage.name]}"}
-        tasks.append(task | ({"dependencies": needs} if needs else {}))
     spec: dict[str, Any] = {
         "entrypoint": "pipeline",
         "arguments": {"parameters": _argo_parameters(pipeline, target)},
         "volumes": [{"name": "workspace", "persistentVolumeClaim": {"claimName": target.claim or _CLAIM}}],
-        "templates": [{"name": "pipeline", "dag": {"tasks": tasks}}],
+        "templates": [{"name": "pipeline", "dag": {"tasks": _argo_tasks(pipeline, slugs)}}],
     }
     if pipeline.timeout is not None:
         spec["activeDeadlineSeconds"] = math.ceil(pipeline.timeout)

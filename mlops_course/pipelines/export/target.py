@@ -80,7 +80,7 @@ def repository_root(
             return folder
     return Path.cwd() if pipeline.folder.is_relative_to(Path.cwd()) else pipeline.folder
 
-
+# %% ../../../nbs/internals/09_export_target.ipynb #fb48dde6
 def locate(
     pipeline: Pipeline,  # that is handed over
     target: Target,  # what the machines there look like
