@@ -429,7 +429,7 @@ def test_a_backfill_runs_over_any_values(tmp_path: Path, settings: Settings) -> 
         (["--over", "month=2013-01,May"], "month is 'May', but should be a month like 2013-01"),
         (["--over", "mnoth=2013-01"], "no parameter 'mnoth'. Perhaps you meant 'month'"),
         (["--over", "month=2013-01", "--first", "2013-01"], "--over month=2013-01 says which values, and --first"),
-        (["--first", "2013-01"], "which values of month to run over isn't said. Give --over name=values"),
+        (["--first", "2013-01"], "no values of month are given. Give --over name=values"),
         (["--over", "month=2013-01", "-p", "month=2013-02"], "month is given, but it is the one that varies"),
     ],
 )
@@ -442,7 +442,7 @@ def test_values_that_cannot_be_filled_are_refused(tmp_path: Path, arguments: lis
 def test_the_schema_is_printed_or_written(tmp_path: Path) -> None:
     for option in ([], ["--json"]):
         found = json.loads(course("pipelines", "schema", *option).stdout)
-        assert found["$defs"]["StageEntry"]["properties"]["retries"]["default"] == 0
+        assert found["$defs"]["Stage"]["properties"]["retries"]["default"] == 0
     assert course("pipelines", "schema", "-o", tmp_path / "x.json").stdout.strip() == str(tmp_path / "x.json")
     assert json.loads((tmp_path / "x.json").read_text(encoding="utf-8")) == found
     written = json.loads(course("pipelines", "schema", "-o", tmp_path / "y.json", "--json").stdout)

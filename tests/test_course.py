@@ -623,6 +623,7 @@ def test_nbgrader_makes_an_assignment_of_a_lesson(lesson: Lesson, tmp_path: Path
     done = subprocess.run(
         [sys.executable, "-m", "nbgrader", "generate_assignment", "numbers", "--create"],
         cwd=tmp_path, capture_output=True, text=True, check=False,
+        env={**os.environ, "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     released = read_notebook(tmp_path / "release" / "numbers" / lesson.path.name)

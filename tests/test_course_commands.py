@@ -113,9 +113,9 @@ def test_every_command_speaks_json(terminal: Terminal) -> None:
         (["check", "21"], "Make one: mlops-course start 21"),
         (["start", "99"], "The sections are 21"),
         (["start", "10"], "section 10, CI/CD, is not in this version"),
-        (["break", "21.1"], "21.1 is an exercise, and a section is wanted. Write 21"),
-        (["fix", "21.1"], "21.1 is an exercise, and a section is wanted. Write 21"),
-        (["quiz", "21.1"], "21.1 is an exercise, and a section is wanted. Write 21"),
+        (["break", "21.1"], "21.1 is an exercise, not a section. Write 21"),
+        (["fix", "21.1"], "21.1 is an exercise, not a section. Write 21"),
+        (["quiz", "21.1"], "21.1 is an exercise, not a section. Write 21"),
         (["hint", "21.9"], "Section 21 has 21.1, 21.2"),
         (["solution", "21.1"], "is not passed yet"),
         (["reset", "21.1"], "no notebook"),
@@ -256,7 +256,7 @@ def test_watch_checks_on_every_save_and_ends_cleanly(terminal: Terminal) -> None
         if watching.process.poll() is None:
             os.killpg(watching.process.pid, signal.SIGKILL)
         out, errors = watching.process.communicate()
-    assert (out, errors.strip()) == ("", "No longer watching.")
+    assert (out, errors.strip()) == ("", "Stopped watching.")
 
 
 @posix_only
