@@ -229,7 +229,7 @@ def test_days_of_one_class_only_are_no_draw_to_rank_in() -> None:
 
 
 def test_no_split_tests_on_what_lies_before_its_training() -> None:
-    splits = time_splits("2012-11", "2013-04", least=2)
+    splits = time_splits("2012-11", "2013-04", min_months=2)
     assert [test for _, test in splits] == [["2013-01"], ["2013-02"], ["2013-03"], ["2013-04"]]
     for past, future in splits:
         assert past == sorted(past)
@@ -352,7 +352,7 @@ def test_an_unknown_calibration_is_refused(january: pd.DataFrame, model: Pipelin
 
 def test_slices_are_measured_by_themselves(january: pd.DataFrame, model: Pipeline) -> None:
     score = scores(model, january)
-    table = slices(january, score, ["origin", "carrier"], least=200)
+    table = slices(january, score, ["origin", "carrier"], min_rows=200)
     jfk = table.set_index("value").loc["JFK"]
     here = (january["origin"] == "JFK").to_numpy()
     assert jfk["rows"] == here.sum()
