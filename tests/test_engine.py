@@ -436,7 +436,7 @@ def test_warm_is_fast(first: Workers, ask: Ask) -> None:
         begin = time.perf_counter()
         first.execute(request)
         seconds.append(time.perf_counter() - begin)
-    assert min(seconds) < 0.5  # a cold kernel takes a second and more; the benchmark has the real figure
+    assert min(seconds) < 0.1  # the benchmark has the real figure; this holds on a busy machine too
 
 
 # ---------------------------------------------------------------- as a papermill engine

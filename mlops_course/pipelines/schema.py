@@ -38,8 +38,9 @@ DEFAULT_SCHEMAS: dict[str, dict[str, Any]] = {
 
 def _property(entry: dict[str, Any], needed: bool) -> dict[str, Any]:
     """One entry, which can also be null when it isn't needed."""
-    said = {name: entry.pop(name) for name in ("description", "examples") if name in entry}
-    entry.pop("default", None)
+    said = {name: entry.pop(name) for name in ("description", "examples", "default") if name in entry}
+    if said.get("default") in (None, "", [], (), {}):  # that nothing is said needs no saying
+        said.pop("default", None)
     if entry.pop("or_one", False):
         entry = {"anyOf": [entry["items"], entry]}
     choices = [each for each in entry.get("anyOf", [entry]) if each != {"type": "null"}]
