@@ -683,3 +683,20 @@ def test_threads_read_modules_at_the_same_time(tmp_path: Path) -> None:
         gc.callbacks.remove(let_others_run)
     assert all(each.modules == found[0].modules for each in found)
     assert {f"module{number}" for number in range(40)} <= found[0].modules.keys()
+
+
+def test_stages_that_look_for_modules_at_once_do_not_disturb_each_other(tmp_path: Path) -> None:
+    """One memory of folders serves all threads: one asks whether it is still right while another adds to it."""
+    for number in range(60):
+        write(tmp_path / f"package{number}" / "__init__.py")
+    names = [f"import package{number}" for number in range(60)]
+    notebooks = [write_notebook(tmp_path / f"{number}.ipynb", *names[number::12]) for number in range(12)]
+    settle(tmp_path, *tmp_path.iterdir())
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(lambda each: source_closure(each, [tmp_path], HashMemo()), notebooks * 10))
+    finally:
+        sys.setswitchinterval(before)
+    assert all(len(each.modules) == 5 for each in found)

@@ -75,9 +75,9 @@ def test_a_section_from_start_to_end(terminal: Terminal) -> None:
     assert "quiz 21" in terminal.json("progress")["next"]
     assert terminal("quiz", "21", typed="b\nz\n").returncode == 1, "broken off after the first"
     assert terminal("quiz", "21", "--anew", typed="a\n").returncode == 1, "and again"
-    assert "answered 1 of 2" in terminal("quiz", "21", typed="").stdout
+    assert "1 of 2 questions are answered" in terminal("quiz", "21", typed="").stdout
     assert "answered" not in terminal("quiz", "21", "--anew", typed="b\n").stdout
-    assert "answered 1 of 2" in (said := terminal("quiz", "21", typed="a c\n")).stdout
+    assert "1 of 2 questions are answered" in (said := terminal("quiz", "21", typed="a c\n")).stdout
     assert said.returncode == 0
     found = terminal.json("progress")
     assert found["next"] == "You have done everything."

@@ -20,7 +20,7 @@ from mlops_course.pipelines.engine.requests import Request
 from mlops_course.pipelines.engine.workers import Workers
 
 OWN = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-WHO = "import os, sys\nprint(os.environ.get('KERNEL_OF', 'nobody'), 'ipykernel.kernelapp' in sys.modules)"
+WHO = "import os, sys\nprint(os.environ.get('KERNEL_OF', 'nobody'), '_notebook_kernel' in sys.modules)"
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -89,7 +89,7 @@ def test_a_kernel_of_this_python_runs_warm_and_another_one_as_itself(
         given = {"engine_name": "mlops-course", "progress_bar": False, "cwd": tmp_path}
         papermill.execute_notebook(source, tmp_path / "out.ipynb", **given)
         said[name] = nbformat.read(tmp_path / "out.ipynb", 4).cells[0].outputs[0].text
-    assert said == {"same": "nobody False\n", "with-variable": "somebody True\n"}
+    assert said == {"same": "nobody True\n", "with-variable": "somebody False\n"}
     assert "the kernel 'with-variable' (python) is another than this Python" in caplog.text
     assert "so papermill's own engine runs the notebook" in caplog.text
 
@@ -104,7 +104,7 @@ def test_the_kernel_that_is_asked_for_wins(kernels: Path, tmp_path: Path) -> Non
     assert "Known are: other-language, other-python, python3, same," in refused.stderr
     assert "give papermill: -k python3" in refused.stderr
     assert not (tmp_path / "out.ipynb").exists()
-    for kernel, expected in [("python3", "nobody False\n"), ("with-variable", "somebody True\n")]:
+    for kernel, expected in [("python3", "nobody True\n"), ("with-variable", "somebody False\n")]:
         done = subprocess.run([sys.executable, "-m", *command, "-k", kernel], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert nbformat.read(tmp_path / "out.ipynb", 4).cells[0].outputs[0].text == expected
@@ -114,7 +114,7 @@ def test_a_python3_of_another_environment_is_papermills_to_start(kernels: Path, 
     install(kernels, "python3", {"argv": OWN, "env": {"KERNEL_OF": "a forgotten one"}})
     source = write(tmp_path / "in.ipynb", "python3", WHO)
     papermill.execute_notebook(source, tmp_path / "out.ipynb", engine_name="mlops-course", progress_bar=False)
-    assert nbformat.read(tmp_path / "out.ipynb", 4).cells[0].outputs[0].text == "a forgotten one True\n"
+    assert nbformat.read(tmp_path / "out.ipynb", 4).cells[0].outputs[0].text == "a forgotten one False\n"
 
 
 def test_another_language_gets_its_own_parameters_and_kernel(kernels: Path, tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_options_about_a_kernel_get_one(option: dict[str, Any], tmp_path: Path, 
     monkeypatch.chdir(tmp_path)
     source = write(tmp_path / "in.ipynb", "python3", WHO, "os.path.basename(os.getcwd())")
     made = papermill.execute_notebook(source, None, engine_name="mlops-course", progress_bar=False, **option)
-    assert made.cells[0].outputs[0].text == "nobody True\n"
+    assert made.cells[0].outputs[0].text == "nobody False\n"
     assert (made.cells[1].outputs[0].data["text/plain"] == "'there'") == ("resources" in option)
 
 

@@ -58,7 +58,7 @@ def _refusal(
     text: str,  # when it happens
 ) -> dict[str, Any]:  # for OpenAPI
     """Describe a refusal."""
-    content = {PROBLEM.decode(): {"schema": {"$ref": "#/components/schemas/Document"}}}
+    content = {PROBLEM.decode(): {"schema": {"$ref": "#/components/schemas/ProblemDetails"}}}
     return {"description": text, "content": content}
 
 

@@ -123,8 +123,9 @@ class _ModuleFinder:
 
     def is_current(self) -> bool:
         """Whether no folder that it looked at has changed since, or had changed only just before."""
-        settled = all(not seen or self._began - max(seen[1:3]) > SETTLED_NS for seen in self._seen.values())
-        return settled and all(path_signature(folder) == seen for folder, seen in self._seen.items())
+        seen = list(self._seen.items())  # a stage in another thread may be looking at more
+        settled = all(not each or self._began - max(each[1:3]) > SETTLED_NS for _, each in seen)
+        return settled and all(path_signature(folder) == each for folder, each in seen)
 
 # %% ../../../nbs/internals/09_cache_closure.ipynb #4fa40b85
 _FINDERS: dict[tuple[Any, ...], _ModuleFinder] = {}  # the last one for each path; stages of one plan share it

@@ -94,8 +94,7 @@ def restore_entry(
         OutputError: it isn't there, or isn't what it should be
         WorkspaceError: it can't be written
     """
-    run = notebook.parent
-    results = dict(entry.results)
+    results, run = dict(entry.results), notebook.parent
     _put(store, entry.notebook, notebook)
     outputs = outputs_in_run(store, entry, run, stage)
     for name, output in entry.outputs.items():

@@ -96,8 +96,7 @@ def unfollowed_in_cell(
     source: str,  # of a code cell
 ) -> list[str]:  # what it says, sorted
     """The same for a cell, with what isn't Python in it."""
-    tree = python_tree(source)
-    if tree is not None:
+    if (tree := python_tree(source)) is not None:
         return unfollowed(tree)
     said = {match[1] for match in _RUN_LINES.finditer(source)}
     return sorted({*said, *_shell_commands(source), *unfollowed(parse_cell(source))})
