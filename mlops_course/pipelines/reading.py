@@ -162,7 +162,7 @@ def read_value(
 # %% ../../nbs/internals/09_reading.ipynb #8fd122e5
 _Part = TypeVar("_Part")
 
-# %% ../../nbs/internals/09_reading.ipynb #2ff123f0
+
 def read_part(
     part: object,  # as YAML gives it
     as_what: type[_Part],  # a dataclass whose fields are declared

@@ -148,7 +148,7 @@ def _editable_finders() -> list[Any]:
 def _package(folder: Path) -> _Module:
     return _Module(str(folder / "__init__.py"), (str(folder),))
 
-# %% ../../../nbs/internals/09_cache_closure.ipynb #28231244
+
 def _module(spec: ModuleSpec | None) -> _Module | None:
     """What a specification says; None when there is none, or when the module isn't in a file of its own."""
     if spec is None or (spec.has_location and not os.path.isfile(str(spec.origin))):  # noqa: PTH113

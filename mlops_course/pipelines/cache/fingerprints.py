@@ -156,7 +156,7 @@ def content_of(
     except OSError as error:
         raise _unreadable(path, error) from error
 
-# %% ../../../nbs/internals/09_cache_fingerprints.ipynb #c1a48dff
+
 def _unreadable(path: Path, error: OSError) -> KeyInputError:
     return KeyInputError(f"can't read {path}: {error.strerror or error}", "Look at that path")
 

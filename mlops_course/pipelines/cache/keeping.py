@@ -120,7 +120,7 @@ def _keep_file(store: CacheStore, output: Output, run: Path, stage: str) -> Outp
 # %% ../../../nbs/internals/09_cache_keeping.ipynb #04ce182d
 _NO_NOTEBOOK = Output("file", "", "")
 
-# %% ../../../nbs/internals/09_cache_keeping.ipynb #0f378aac
+
 def keep_result(
     store: CacheStore,
     key: StageKey,  # as it was before the run
