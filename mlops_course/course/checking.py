@@ -30,8 +30,8 @@ from mlops_course.course.lessons import (
     read_notebook,
     tags,
 )
-from mlops_course.course.running import FAILED, MIME, PASSED, UNATTEMPTED, Outcome
-from mlops_course.environment import CourseError
+from .running import FAILED, MIME, PASSED, UNATTEMPTED, Outcome
+from ..environment import CourseError
 
 # %% ../../nbs/internals/01_checking.ipynb #581b1c5b
 @dataclass

@@ -15,8 +15,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from mlops_course.course.running import PASSED, UNATTEMPTED, Outcome
-from mlops_course.environment import CourseError, workspace_error, write_atomic
+from .running import PASSED, UNATTEMPTED, Outcome
+from ..environment import CourseError, workspace_error, write_atomic
 
 # %% ../../nbs/internals/01_progress.ipynb #fb801d00
 _SCHEMA = 1

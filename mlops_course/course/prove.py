@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlops_course.course.checking import CELL_TIMEOUT_S, CheckPlan, make_report, run_plan, notebook_variables
-from mlops_course.course.copies import make_copy
-from mlops_course.course.labs import prove_lab
-from mlops_course.course.lessons import Lesson, belongs_to, find_exercise, find_lesson, find_lessons, read_lesson
-from mlops_course.course.running import FAILED, PASSED, UNATTEMPTED
-from mlops_course.environment import CourseError, load_settings
+from .checking import CELL_TIMEOUT_S, CheckPlan, make_report, run_plan, notebook_variables
+from .copies import make_copy
+from .labs import prove_lab
+from .lessons import Lesson, belongs_to, find_exercise, find_lesson, find_lessons, read_lesson
+from .running import FAILED, PASSED, UNATTEMPTED
+from ..environment import CourseError, load_settings
 
 # %% ../../nbs/internals/01_prove.ipynb #8b7a485c
 @dataclass(frozen=True)
@@ -165,10 +165,11 @@ def summary_lines(
 def _part_lines(part: str, found: list[Proof]) -> list[str]:
     failed = [proof for proof in found if not proof.ok]
     if failed:
-        return [f"✗ {part}", *(f"    {proof.what.removeprefix(part).strip(', ')}: {proof.message}" for proof in failed)]
+        told = [(proof.what.removeprefix(part).strip(", "), proof.message) for proof in failed]
+        return [f"✗ {part}", *(f"    {': '.join(filter(None, said))}" for said in told)]
     refused = sum(" wrong answer " in proof.what for proof in found)
-    said = f"stub unattempted, {refused} wrong answers refused, solution passes"
-    return [f"✓ {part}  {said if refused else found[0].message or 'sound, broken, seen, fixed'}"]
+    holds = f"stub unattempted, {refused} wrong answers refused, solution passes"
+    return [f"✓ {part}  {holds if refused else found[0].message or 'sound, broken, seen, fixed'}"]
 
 # %% ../../nbs/internals/01_prove.ipynb #65d2aa17
 def main(

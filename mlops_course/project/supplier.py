@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from zipfile import BadZipFile
 
-from mlops_course.environment import CourseError
+from ..environment import CourseError
 
 if TYPE_CHECKING:
     import pandas as pd

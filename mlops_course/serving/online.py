@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import msgspec
 import numpy as np
 
-from mlops_course.environment import CourseError, Settings
-from mlops_course.serving.encoding import InputError
+from ..environment import CourseError, Settings
+from .encoding import InputError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -408,8 +408,8 @@ def _write_redis(url: str, use_case: str, layout: RowLayout, months: _Months, so
         batch.execute()
 
 # %% ../../nbs/internals/07_online.ipynb #c4520543
-from mlops_course.serving.bundle import case_folder
-from mlops_course.serving.publishing import served_case
+from .bundle import case_folder
+from .publishing import served_case
 
 STORE = "features.db"
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from mlops_course.environment import CourseError
+from ..environment import CourseError
 
 # %% auto #0
 __all__ = ['Scope', 'Message', 'Send', 'Receive', 'Headers', 'JSON', 'PROBLEM', 'encode_json', 'HTTPProblem', 'ProblemDetails',

@@ -42,8 +42,8 @@ from papermill.execute import (
 from papermill.iorw import LocalHandler, load_notebook_node, papermill_io, write_ipynb
 from papermill.parameterize import parameterize_notebook
 
-from mlops_course.environment import CourseError, write_atomic
-from mlops_course.pipelines.engine.requests import WorkerDied
+from ...environment import CourseError, write_atomic
+from .requests import WorkerDied
 
 # %% ../../../nbs/internals/09_engine_recording.ipynb #6a969837
 MASK = "***"

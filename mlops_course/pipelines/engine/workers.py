@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 # %% ../../../nbs/internals/09_engine_workers.ipynb #f6928f76
-from mlops_course.environment import CourseError, WorkspaceError
+from ...environment import CourseError, WorkspaceError
 from mlops_course.pipelines.engine.processes import (
     ForkPool,
     Pool,
@@ -48,8 +48,8 @@ from mlops_course.pipelines.engine.sessions import (
     overdue,
     start_clock,
 )
-from mlops_course.pipelines.engine.stock import run_in_kernel
-from mlops_course.pipelines.engine.zygote import COOKIE
+from .stock import run_in_kernel
+from .zygote import COOKIE
 
 # %% ../../../nbs/internals/09_engine_workers.ipynb #5954610b
 def _open_notebook(
