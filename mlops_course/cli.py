@@ -17,11 +17,11 @@ import typer
 from typer.core import TyperGroup
 from typer.models import CommandInfo, TyperInfo
 
-from .commands.learn import learn_app
-from .commands.look import look_app
-from .commands.release import release_commands
-from .commands.run import run_app
-from .commands.serve import serve_app
+from mlops_course.commands.learn import learn_app
+from mlops_course.commands.look import look_app
+from mlops_course.commands.release import release_commands
+from mlops_course.commands.run import run_app
+from mlops_course.commands.serve import serve_app
 
 # %% ../nbs/cli.ipynb #da5fb78e
 def describe_error(

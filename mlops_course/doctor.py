@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from .environment import Settings, find_project, load_settings, lock_differences, run_quietly, version_of
+from mlops_course.environment import Settings, find_project, load_settings, lock_differences, run_quietly, version_of
 
 # %% ../nbs/internals/02_doctor.ipynb #3db4065b
 @dataclass(frozen=True)

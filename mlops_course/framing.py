@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from .environment import CourseError
+from mlops_course.environment import CourseError
 
 # %% auto #0
 __all__ = ['NONSENSE', 'FramingError', 'Costs', 'cost_of_decisions', 'cost_curve', 'limited_warnings', 'cost_per_row',

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from .data import feature_names, labels, months, read_table
-from .environment import CourseError, Settings, write_atomic
-from .experiments import SCORES_FILE, find_tracked_run, measure, quiet_mlflow, score_counts
-from .project import UseCase, local_day
-from .registry import find_version
+from mlops_course.data import feature_names, labels, months, read_table
+from mlops_course.environment import CourseError, Settings, write_atomic
+from mlops_course.experiments import SCORES_FILE, find_tracked_run, measure, quiet_mlflow, score_counts
+from mlops_course.project import UseCase, local_day
+from mlops_course.registry import find_version
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .data import read_table, replace_months, table_name
-from .environment import CourseError, Settings, cores
+from mlops_course.data import read_table, replace_months, table_name
+from mlops_course.environment import CourseError, Settings, cores
 from mlops_course.experiments import (
     Evaluation, connect, exclusive_lock, find_tracked_run, load_run_model, quiet_mlflow, run_value, training_rows,
 )
-from .project import UseCase
-from .serving.bundle import BundleError, bundles_folder, read_bundle
-from .serving.inference import Predictor, load_predictor
-from .serving.packaging import Origin, write_bundle
+from mlops_course.project import UseCase
+from mlops_course.serving.bundle import BundleError, bundles_folder, read_bundle
+from mlops_course.serving.inference import Predictor, load_predictor
+from mlops_course.serving.packaging import Origin, write_bundle
 
 if TYPE_CHECKING:
     import pandas as pd

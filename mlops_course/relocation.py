@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
-from .environment import MARKER, Settings
+from mlops_course.environment import MARKER, Settings
 
 # %% ../nbs/internals/02_relocation.ipynb #7f4b4cfe
 def tracking_file(

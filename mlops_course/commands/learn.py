@@ -14,8 +14,8 @@ from typing import Annotated, Any
 
 import typer
 
-from . import AsJson, Home, settings_of
-from ..console import print_json
+from mlops_course.commands import AsJson, Home, settings_of
+from mlops_course.console import print_json
 
 # %% ../../nbs/internals/cli_learn.ipynb #a284c6eb
 learn_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import AsJson, Home, settings_of
-from ..console import print_all, print_json, show, table
+from mlops_course.commands import AsJson, Home, settings_of
+from mlops_course.console import print_all, print_json, show, table
 
 if TYPE_CHECKING:
     from mlops_course.environment import Settings

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import AsJson, Case, Home, parse_parameters, settings_of
-from ..console import print_all, print_json, table
+from mlops_course.commands import AsJson, Case, Home, parse_parameters, settings_of
+from mlops_course.console import print_all, print_json, table
 
 if TYPE_CHECKING:
     from mlops_course.environment import Settings

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import AsJson, Home, parse_parameters, settings_of
-from ..console import places, print_all, print_json, progress, seconds_of, show, summary, table, unchanged
+from mlops_course.commands import AsJson, Home, parse_parameters, settings_of
+from mlops_course.console import places, print_all, print_json, progress, seconds_of, show, summary, table, unchanged
 
 if TYPE_CHECKING:
     from mlops_course.pipelines import Filled, PipelineRun, StageRun

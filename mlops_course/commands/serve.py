@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from . import AsJson, Case, Home, find_case, served_settings, settings_of
-from ..console import print_json
+from mlops_course.commands import AsJson, Case, Home, find_case, served_settings, settings_of
+from mlops_course.console import print_json
 
 if TYPE_CHECKING:
     from mlops_course.environment import Settings

@@ -14,7 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
+from mlops_course import __version__
 from mlops_course.course.lessons import (
     Lesson,
     belongs_to,
@@ -26,7 +26,7 @@ from mlops_course.course.lessons import (
     read_question,
     tags,
 )
-from ..environment import find_project, write_atomic
+from mlops_course.environment import find_project, write_atomic
 
 # %% ../../nbs/internals/01_copies.ipynb #e3d06fee
 _REMOVED = {"hint", "wrong-answers", "lab-break", "lab-fix"}

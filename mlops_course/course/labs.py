@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .lessons import Lab, Lesson, LessonError
-from .progress import edit_progress, section_of
-from ..environment import CourseError, load_settings
+from mlops_course.course.lessons import Lab, Lesson, LessonError
+from mlops_course.course.progress import edit_progress, section_of
+from mlops_course.environment import CourseError, load_settings
 
 # %% ../../nbs/internals/01_labs.ipynb #12b3024c
 _STEP_SECONDS = 300.0  # after which a step of a lab is stopped

@@ -20,7 +20,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..environment import CourseError, notebooks_folder
+from mlops_course.environment import CourseError, notebooks_folder
 
 # %% ../../nbs/internals/01_lessons.ipynb #34ebcca3
 class LessonError(CourseError):

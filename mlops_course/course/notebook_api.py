@@ -12,10 +12,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from .lessons import LessonError, find_exercise
-from .progress import edit_progress, exercise_of, note_outcomes
-from .running import FAILED, MIME, PASSED, UNATTEMPTED, judge_answer
-from ..environment import CourseError, load_settings
+from mlops_course.course.lessons import LessonError, find_exercise
+from mlops_course.course.progress import edit_progress, exercise_of, note_outcomes
+from mlops_course.course.running import FAILED, MIME, PASSED, UNATTEMPTED, judge_answer
+from mlops_course.environment import CourseError, load_settings
 
 # %% ../../nbs/internals/01_notebook_api.ipynb #35f86e5b
 _COLOURS = {PASSED: "#2da44e", FAILED: "#cf222e", UNATTEMPTED: "#9a6700", "hint": "#0969da", "solution": "#8250df"}

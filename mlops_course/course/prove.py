@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .checking import CELL_TIMEOUT_S, CheckPlan, make_report, run_plan, notebook_variables
-from .copies import make_copy
-from .labs import prove_lab
-from .lessons import Lesson, belongs_to, find_exercise, find_lesson, find_lessons, read_lesson
-from .running import FAILED, PASSED, UNATTEMPTED
-from ..environment import CourseError, load_settings
+from mlops_course.course.checking import CELL_TIMEOUT_S, CheckPlan, make_report, run_plan, notebook_variables
+from mlops_course.course.copies import make_copy
+from mlops_course.course.labs import prove_lab
+from mlops_course.course.lessons import Lesson, belongs_to, find_exercise, find_lesson, find_lessons, read_lesson
+from mlops_course.course.running import FAILED, PASSED, UNATTEMPTED
+from mlops_course.environment import CourseError, load_settings
 
 # %% ../../nbs/internals/01_prove.ipynb #8b7a485c
 @dataclass(frozen=True)

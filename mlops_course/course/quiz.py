@@ -11,9 +11,9 @@ import string
 from dataclasses import dataclass
 from pathlib import Path
 
-from .lessons import Lesson, Question
-from .progress import edit_progress, section_of
-from ..environment import CourseError
+from mlops_course.course.lessons import Lesson, Question
+from mlops_course.course.progress import edit_progress, section_of
+from mlops_course.environment import CourseError
 
 # %% ../../nbs/internals/01_quiz.ipynb #3c6e48ca
 class AnswerError(CourseError):

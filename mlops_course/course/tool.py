@@ -13,15 +13,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .checking import Report, check_notebook
-from .copies import copy_of, start_copy
-from .labs import check_lab
+from mlops_course.course.checking import Report, check_notebook
+from mlops_course.course.copies import copy_of, start_copy
+from mlops_course.course.labs import check_lab
 from mlops_course.course.lessons import (
     SECTIONS, Lesson, LessonError, find_exercise, find_lesson, find_lessons, read_lesson,
 )
-from .progress import edit_progress, note_outcomes, read_progress, section_of
-from .running import FAILED, PASSED
-from ..environment import CourseError, Settings, version_of
+from mlops_course.course.progress import edit_progress, note_outcomes, read_progress, section_of
+from mlops_course.course.running import FAILED, PASSED
+from mlops_course.environment import CourseError, Settings, version_of
 
 # %% ../../nbs/internals/01_tool.ipynb #0ba7ba63
 def start_section(

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from .deliveries import conform, land
-from .features import flight_features
-from .rules import CheckedTable, check_months, keep_quarantine, refuse_missing_months, split_rows
-from .use_case_checks import check_delivery, check_row_months, labels, make_features
+from mlops_course.data.deliveries import conform, land
+from mlops_course.data.features import flight_features
+from mlops_course.data.rules import CheckedTable, check_months, keep_quarantine, refuse_missing_months, split_rows
+from mlops_course.data.use_case_checks import check_delivery, check_row_months, labels, make_features
 from mlops_course.data.tables import (
     DataError,
     months,
@@ -25,8 +25,8 @@ from mlops_course.data.tables import (
     table_name,
     table_version,
 )
-from ..environment import Settings
-from ..project import UseCase
+from mlops_course.environment import Settings
+from mlops_course.project import UseCase
 
 # %% auto #0
 __all__ = ['Delivery', 'ingest', 'Validation', 'validate', 'history_months', 'read_history', 'require_history', 'build_features',
@@ -230,8 +230,8 @@ def feature_names(
     return [*use_case.categorical, *frame.columns[frame.dtypes == "float32"]]
 
 # %% ../../nbs/05_data.ipynb #613ee02b
-from .rules import check_rows
-from .tables import month_after, newest_reference, split_reference, widen_column
+from mlops_course.data.rules import check_rows
+from mlops_course.data.tables import month_after, newest_reference, split_reference, widen_column
 
 _all_ = (
     DataError, check_rows, conform, flight_features, labels, make_features, month_after, months, newest_reference,

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from .tables import DataError, read_table, replace_months, table_name, table_version
-from ..environment import Settings
-from ..project import Table, UseCase
+from mlops_course.data.tables import DataError, read_table, replace_months, table_name, table_version
+from mlops_course.environment import Settings
+from mlops_course.project import Table, UseCase
 
 if TYPE_CHECKING:
     import pandera.pandas as pandera

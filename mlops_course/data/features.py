@@ -12,12 +12,12 @@ from enum import IntEnum
 import numpy as np
 import pandas as pd
 
-from .tables import DataError
+from mlops_course.data.tables import DataError
 from mlops_course.data.windows import (
     DAY, HOUR, EventLog, Group, Timeline, Windows, group_by, in_row_order, minutes_of, minutes_of_day, pack, timeline,
     window_means,
 )
-from ..project import LATE_AFTER, NEW_YORK, flight_delay
+from mlops_course.project import LATE_AFTER, NEW_YORK, flight_delay
 
 # %% auto #0
 __all__ = ['WEATHER', 'PUBLISHED_AFTER', 'previous_leg', 'flight_features']

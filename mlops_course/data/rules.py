@@ -21,8 +21,8 @@ from mlops_course.data.tables import (
     table_name,
     table_version,
 )
-from ..environment import Settings
-from ..project import MIN_TABLE_ROWS, Table, UseCase, is_placeholder
+from mlops_course.environment import Settings
+from mlops_course.project import MIN_TABLE_ROWS, Table, UseCase, is_placeholder
 
 if TYPE_CHECKING:
     import pandera.pandas as pandera

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from ..environment import CourseError, Settings, WorkspaceError
+from mlops_course.environment import CourseError, Settings, WorkspaceError
 
 if TYPE_CHECKING:
     import pyarrow

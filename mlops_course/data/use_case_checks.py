@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .deliveries import row_months
-from .tables import DataError
-from ..project import Table, UseCase, load_object
+from mlops_course.data.deliveries import row_months
+from mlops_course.data.tables import DataError
+from mlops_course.project import Table, UseCase, load_object
 
 # %% auto #0
 __all__ = ['check_delivery', 'check_row_months', 'labels', 'make_features']

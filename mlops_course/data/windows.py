@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from ..project import NEW_YORK, flight_delay
+from mlops_course.project import NEW_YORK, flight_delay
 
 # %% auto #0
 __all__ = ['HOUR', 'DAY', 'Windows', 'minutes_of', 'minutes_of_day', 'block_minutes', 'Timeline', 'timeline', 'pack', 'EventLog',

@@ -19,20 +19,20 @@ __all__ = ['release_app', 'start_release', 'promote_release', 'roll_back_release
            'live_reference', 'refuse_during_release']
 
 # %% ../../nbs/11_deployment.ipynb #6ddc07ea
-from .counting import ROLES, read_counts
-from .inbox import InboxError
-from .judging import ReleaseDecision, decide_release, judge_counts, judge_recent
-from .microbatch import ScoredFile, watch_inbox
-from .pairing import default_slice_columns
+from mlops_course.deployment.counting import ROLES, read_counts
+from mlops_course.deployment.inbox import InboxError
+from mlops_course.deployment.judging import ReleaseDecision, decide_release, judge_counts, judge_recent
+from mlops_course.deployment.microbatch import ScoredFile, watch_inbox
+from mlops_course.deployment.pairing import default_slice_columns
 from mlops_course.deployment.release_files import (
     create_release, live_reference, read_release, read_release_history, refuse_during_release, update_release,
 )
-from .releases import STEPS, Release, ReleaseError, ReleaseLimits
-from .routing import candidate_answers, place_of
-from .workers import ReleaseModels, can_replace
-from ..serving import load_predictor
-from ..serving.bundle import bundles_folder
-from ..serving.publishing import for_case
+from mlops_course.deployment.releases import STEPS, Release, ReleaseError, ReleaseLimits
+from mlops_course.deployment.routing import candidate_answers, place_of
+from mlops_course.deployment.workers import ReleaseModels, can_replace
+from mlops_course.serving import load_predictor
+from mlops_course.serving.bundle import bundles_folder
+from mlops_course.serving.publishing import for_case
 
 _all_ = ["read_counts", "ReleaseDecision", "decide_release", "judge_counts", "judge_recent", "InboxError"]
 _all_ += ["ScoredFile", "watch_inbox", "STEPS", "Release", "ReleaseError", "ReleaseLimits", "create_release"]

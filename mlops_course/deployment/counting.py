@@ -14,8 +14,8 @@ from typing import Annotated, Any, Self
 import msgspec
 from msgspec import Meta, Struct
 
-from .statistics import BUCKETS, bucket_of
-from ..environment import Settings, write_atomic
+from mlops_course.deployment.statistics import BUCKETS, bucket_of
+from mlops_course.environment import Settings, write_atomic
 
 _log = logging.getLogger("mlops_course.serving")
 

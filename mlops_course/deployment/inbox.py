@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..environment import CourseError, workspace_error, write_atomic
+from mlops_course.environment import CourseError, workspace_error, write_atomic
 
 if TYPE_CHECKING:
     from filelock import FileLock

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .counting import Counts, PairCounts, RequestCounts, TimeBuckets
-from .releases import MAX_SLICES, Release, ReleaseLimits
+from mlops_course.deployment.counting import Counts, PairCounts, RequestCounts, TimeBuckets
+from mlops_course.deployment.releases import MAX_SLICES, Release, ReleaseLimits
 from mlops_course.deployment.statistics import (
     BUCKETS, FASTEST, buckets_between, mean_interval, quantile_buckets, share_interval, times_of,
 )

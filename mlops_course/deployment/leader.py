@@ -9,11 +9,11 @@ import logging
 from datetime import datetime
 from typing import TYPE_CHECKING
 
-from .counting import read_counts
-from .judging import ReleaseDecision, decide_release
-from .release_files import live_reference, read_release, release_folder, update_release
-from .releases import Release
-from ..environment import CourseError, Settings
+from mlops_course.deployment.counting import read_counts
+from mlops_course.deployment.judging import ReleaseDecision, decide_release
+from mlops_course.deployment.release_files import live_reference, read_release, release_folder, update_release
+from mlops_course.deployment.releases import Release
+from mlops_course.environment import CourseError, Settings
 
 if TYPE_CHECKING:
     from filelock import FileLock

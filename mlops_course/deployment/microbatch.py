@@ -18,8 +18,8 @@ from mlops_course.deployment.inbox import (
     ENDINGS, Inbox, InboxError, claim_file, file_ending, file_stem, put_away, recover_abandoned, return_file,
     set_aside,
 )
-from ..environment import CourseError, Settings, write_atomic
-from ..serving import Predictor, live_bundle, load_predictor
+from mlops_course.environment import CourseError, Settings, write_atomic
+from mlops_course.serving import Predictor, live_bundle, load_predictor
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -15,10 +15,10 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from .counting import Counts, RequestCounts
-from .releases import MAX_SLICES, ReleaseLimits
-from ..serving import Predictor
-from ..serving.models import Record
+from mlops_course.deployment.counting import Counts, RequestCounts
+from mlops_course.deployment.releases import MAX_SLICES, ReleaseLimits
+from mlops_course.serving import Predictor
+from mlops_course.serving.models import Record
 
 # %% auto #0
 __all__ = ['Sample', 'slice_values', 'default_slice_columns', 'time_rows', 'compare_sample', 'tally']

@@ -15,11 +15,11 @@ from typing import Any
 
 import msgspec
 
-from .releases import Release, ReleaseError, ReleaseLimits, new_release
-from ..environment import CourseError, Settings, workspace_error, write_atomic
-from ..serving import live_bundle, publish
-from ..serving.bundle import case_folder
-from ..serving.publishing import for_case, served_case
+from mlops_course.deployment.releases import Release, ReleaseError, ReleaseLimits, new_release
+from mlops_course.environment import CourseError, Settings, workspace_error, write_atomic
+from mlops_course.serving import live_bundle, publish
+from mlops_course.serving.bundle import case_folder
+from mlops_course.serving.publishing import for_case, served_case
 
 # %% auto #0
 __all__ = ['release_folder', 'release_file', 'read_release', 'read_release_history', 'refuse_during_release', 'create_release',

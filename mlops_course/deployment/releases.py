@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from ..environment import CourseError
-from ..serving.bundle import case_of
+from mlops_course.environment import CourseError
+from mlops_course.serving.bundle import case_of
 
 # %% auto #0
 __all__ = ['STEPS', 'MAX_SLICES', 'ReleaseError', 'ReleaseLimits', 'Release', 'new_release', 'window_of']

@@ -20,16 +20,16 @@ __all__ = ['can_replace', 'Counter', 'Route', 'ReleaseModels']
 # %% ../../nbs/internals/11_workers.ipynb #057281b5
 import numpy as np
 
-from .counting import Counts, RequestCounts, since, write_counts
-from .leader import Leader, review_release
-from .pairing import Sample, compare_sample, tally
-from .release_files import read_release, release_file
-from .releases import Release, ReleaseError, window_of
-from .routing import candidate_answers, place_of
-from ..environment import CourseError, Settings
-from ..serving import load_predictor
-from ..serving.bundle import bundles_folder
-from ..serving.models import Choice, LiveModels, Record, change_mark
+from mlops_course.deployment.counting import Counts, RequestCounts, since, write_counts
+from mlops_course.deployment.leader import Leader, review_release
+from mlops_course.deployment.pairing import Sample, compare_sample, tally
+from mlops_course.deployment.release_files import read_release, release_file
+from mlops_course.deployment.releases import Release, ReleaseError, window_of
+from mlops_course.deployment.routing import candidate_answers, place_of
+from mlops_course.environment import CourseError, Settings
+from mlops_course.serving import load_predictor
+from mlops_course.serving.bundle import bundles_folder
+from mlops_course.serving.models import Choice, LiveModels, Record, change_mark
 
 if TYPE_CHECKING:
     from mlops_course.serving import Predictor

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..data import labelled_features, month_after, months
-from ..environment import Settings
-from ..project import UseCase
+from mlops_course.data import labelled_features, month_after, months
+from mlops_course.environment import Settings
+from mlops_course.project import UseCase
 
 if TYPE_CHECKING:
     from sklearn.pipeline import Pipeline
@@ -28,23 +28,23 @@ __all__ = ['SCORES_FILE', 'time_splits', 'train_run', 'evaluate_run', 'reproduce
            'rows_known_by', 'run_value', 'tracked_run', 'training_rows']
 
 # %% ../../nbs/06_experiments.ipynb #f0cba50f
-from .evaluation import METRICS as METRICS
+from mlops_course.experiments.evaluation import METRICS as METRICS
 from mlops_course.experiments.evaluation import (
     Evaluation, bootstrap, calibrate, compare, evaluate, measure, plot_calibration, score_counts, slices,
 )
-from .evaluation import calibration_table as calibration_table
-from .model import DEFAULTS, ExperimentError, TrainingConfig, scores, train
-from .searching import sample_configs, search
-from ..framing import constant_scores, rate_scores
-from ..framing import cost_per_row as cost_per_row
+from mlops_course.experiments.evaluation import calibration_table as calibration_table
+from mlops_course.experiments.model import DEFAULTS, ExperimentError, TrainingConfig, scores, train
+from mlops_course.experiments.searching import sample_configs, search
+from mlops_course.framing import constant_scores, rate_scores
+from mlops_course.framing import cost_per_row as cost_per_row
 
 _all_ = ["METRICS", "Evaluation", "bootstrap", "calibrate", "calibration_table", "compare", "evaluate", "measure"]
 _all_ += ["plot_calibration", "score_counts", "slices", "ExperimentError", "TrainingConfig", "scores", "train"]
 _all_ += ["sample_configs", "search", "DEFAULTS", "constant_scores", "cost_per_row", "rate_scores"]
 
 # %% ../../nbs/06_experiments.ipynb #ed210bf2
-from .tracking import exclusive_lock as exclusive_lock
-from .tracking import make_store as make_store
+from mlops_course.experiments.tracking import exclusive_lock as exclusive_lock
+from mlops_course.experiments.tracking import make_store as make_store
 from mlops_course.experiments.tracking import (
     array_digest, connect, explain_full_disk, find_tracked_run, load_run_model, log_model, quiet_mlflow, rows_known_by,
     run_value, tracked_run, training_rows,

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from .model import ExperimentError, known_labels, scores
-from ..framing import Costs, constant_scores, cost_per_row, rate_scores
-from ..project import UseCase, local_day
+from mlops_course.experiments.model import ExperimentError, known_labels, scores
+from mlops_course.framing import Costs, constant_scores, cost_per_row, rate_scores
+from mlops_course.project import UseCase, local_day
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from ..data import feature_names
-from ..environment import CourseError, seed_everything
-from ..project import UseCase
+from mlops_course.data import feature_names
+from mlops_course.environment import CourseError, seed_everything
+from mlops_course.project import UseCase
 
 if TYPE_CHECKING:
     from sklearn.pipeline import Pipeline

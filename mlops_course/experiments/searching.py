@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from ..environment import Settings
-from .evaluation import METRICS, measure
-from .model import DEFAULTS, ExperimentError, TrainingConfig, scores, train
-from .tracking import quiet_mlflow, tracked_run
-from ..project import UseCase
+from mlops_course.environment import Settings
+from mlops_course.experiments.evaluation import METRICS, measure
+from mlops_course.experiments.model import DEFAULTS, ExperimentError, TrainingConfig, scores, train
+from mlops_course.experiments.tracking import quiet_mlflow, tracked_run
+from mlops_course.project import UseCase
 
 if TYPE_CHECKING:
     from mlflow.entities import Run

@@ -26,11 +26,11 @@ __all__ = ['TRUSTED_TYPES', 'quiet_mlflow', 'exclusive_lock', 'make_store', 'con
 import numpy as np
 import pandas as pd
 
-from ..data import labelled_features, month_after, parse_month
-from ..environment import Settings, fingerprint, workspace_error, write_atomic
-from .model import ExperimentError
-from ..project import UseCase
-from ..relocation import local_path, relocate, tracking_file
+from mlops_course.data import labelled_features, month_after, parse_month
+from mlops_course.environment import Settings, fingerprint, workspace_error, write_atomic
+from mlops_course.experiments.model import ExperimentError
+from mlops_course.project import UseCase
+from mlops_course.relocation import local_path, relocate, tracking_file
 
 if TYPE_CHECKING:
     from mlflow.entities import Run

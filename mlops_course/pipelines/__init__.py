@@ -18,8 +18,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 # %% ../../nbs/09_pipelines.ipynb #35c69289
-from ..environment import CourseError, Settings, cores, load_settings, write_atomic
-from .cache import CacheStore
+from mlops_course.environment import CourseError, Settings, cores, load_settings, write_atomic
+from mlops_course.pipelines.cache import CacheStore
 from mlops_course.pipelines.definition import (
     Pipeline,
     Stage,
@@ -28,24 +28,24 @@ from mlops_course.pipelines.definition import (
     list_pipelines,
     values_over,
 )
-from .parameters import Parameter, distinct_values, month_range
-from .ledger import Ledger
-from .notebooks import ParameterError, PipelineError
-from .planning import Context, Options, Planned, plan_stages
-from .results import ResultError, read_result, record_result
-from .runs import PipelineRun, RunError, StageRun, compare_runs, find_run, list_runs
-from .runs import new_run, run_lock, save_run
+from mlops_course.pipelines.parameters import Parameter, distinct_values, month_range
+from mlops_course.pipelines.ledger import Ledger
+from mlops_course.pipelines.notebooks import ParameterError, PipelineError
+from mlops_course.pipelines.planning import Context, Options, Planned, plan_stages
+from mlops_course.pipelines.results import ResultError, read_result, record_result
+from mlops_course.pipelines.runs import PipelineRun, RunError, StageRun, compare_runs, find_run, list_runs
+from mlops_course.pipelines.runs import new_run, run_lock, save_run
 
 # %% ../../nbs/09_pipelines.ipynb #31f5aee1
-from .attempt import StageError
-from .executor import Executor, LazyExecutor, shares
+from mlops_course.pipelines.attempt import StageError
+from mlops_course.pipelines.executor import Executor, LazyExecutor, shares
 from mlops_course.pipelines.scheduler import (
     RunSession,
     conduct,
     ending,
     interruptible,
 )
-from .secrets import require_secrets
+from mlops_course.pipelines.secrets import require_secrets
 
 _all_ = ["Parameter", "Pipeline", "Stage", "Options", "Planned", "PipelineRun", "StageRun"]
 _all_ += ["CourseError", "ParameterError", "PipelineError", "ResultError", "RunError", "StageError"]

@@ -12,12 +12,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..environment import CourseError, Settings
-from .definition import Pipeline, Stage
-from .engine.requests import CellError, NotebookError, Outcome, Request, TimedOut, WorkerDied
-from .results import ResultError, fresh_folder
-from .runs import StageRun
-from .secrets import secret_names, stage_environment
+from mlops_course.environment import CourseError, Settings
+from mlops_course.pipelines.definition import Pipeline, Stage
+from mlops_course.pipelines.engine.requests import CellError, NotebookError, Outcome, Request, TimedOut, WorkerDied
+from mlops_course.pipelines.results import ResultError, fresh_folder
+from mlops_course.pipelines.runs import StageRun
+from mlops_course.pipelines.secrets import secret_names, stage_environment
 
 # %% ../../nbs/internals/09_attempt.ipynb #33e96a2f
 def try_stage(

@@ -16,7 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from ..environment import CourseError, write_atomic
+from mlops_course.environment import CourseError, write_atomic
 from mlops_course.pipelines.engine.requests import (
     CellError,
     Event,
@@ -28,7 +28,7 @@ from mlops_course.pipelines.engine.requests import (
     TimedOut,
     WorkerDied,
 )
-from .engine.workers import Workers
+from mlops_course.pipelines.engine.workers import Workers
 
 # %% ../../nbs/internals/09_cluster.ipynb #45cf27b0
 class ClusterError(CourseError):

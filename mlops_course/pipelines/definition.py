@@ -14,8 +14,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
-from ..environment import notebooks_folder
-from .notebooks import ParameterError, PipelineError, notebook_parameters, recorded_names, suggest
+from mlops_course.environment import notebooks_folder
+from mlops_course.pipelines.notebooks import ParameterError, PipelineError, notebook_parameters, recorded_names, suggest
 from mlops_course.pipelines.parameters import (
     TYPES,
     Parameter,
@@ -24,7 +24,7 @@ from mlops_course.pipelines.parameters import (
     references,
     spell_out,
 )
-from .reading import kind, load_yaml, read_part, read_value, say
+from mlops_course.pipelines.reading import kind, load_yaml, read_part, read_value, say
 
 # %% ../../nbs/internals/09_definition.ipynb #f1c04b6a
 _NAME = "Use letters, digits and _, a letter first"

@@ -12,12 +12,12 @@ import threading
 from collections.abc import Callable
 from typing import Protocol
 
-from ..environment import cores
-from .cache import eager_imports, source_closure
-from .definition import Pipeline, Stage
-from .engine.requests import Event, Outcome, Request
-from .planning import Context
-from .secrets import secret_names
+from mlops_course.environment import cores
+from mlops_course.pipelines.cache import eager_imports, source_closure
+from mlops_course.pipelines.definition import Pipeline, Stage
+from mlops_course.pipelines.engine.requests import Event, Outcome, Request
+from mlops_course.pipelines.planning import Context
+from mlops_course.pipelines.secrets import secret_names
 
 # %% ../../nbs/internals/09_executor.ipynb #915ed8ab
 def _breadth(pipeline: Pipeline) -> int:

@@ -16,9 +16,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..environment import write_atomic
-from .definition import Pipeline
-from .notebooks import ParameterError, suggest
+from mlops_course.environment import write_atomic
+from mlops_course.pipelines.definition import Pipeline
+from mlops_course.pipelines.notebooks import ParameterError, suggest
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -12,8 +12,8 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .cache import HashMemo, Listing, Output, list_files
-from .results import ResultError
+from mlops_course.pipelines.cache import HashMemo, Listing, Output, list_files
+from mlops_course.pipelines.results import ResultError
 
 # %% ../../nbs/internals/09_ledger.ipynb #e716d9ab
 @dataclass(frozen=True)

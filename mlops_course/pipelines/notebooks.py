@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..environment import CourseError
+from mlops_course.environment import CourseError
 
 # %% ../../nbs/internals/09_notebooks.ipynb #ae9c9959
 class PipelineError(CourseError):

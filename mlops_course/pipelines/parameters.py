@@ -15,8 +15,8 @@ from datetime import date, time
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
-from .notebooks import ParameterError, PipelineError
-from .reading import kind, say
+from mlops_course.pipelines.notebooks import ParameterError, PipelineError
+from mlops_course.pipelines.reading import kind, say
 
 # %% ../../nbs/internals/09_parameters.ipynb #339d6971
 def _month(value: object) -> str:

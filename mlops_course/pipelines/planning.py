@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..environment import Settings
-from .cache import CacheEntry, CacheStore, Output, StageKey, cyclic_links, find_entry, stage_key
-from .definition import Pipeline, Stage
-from .parameters import fill, references
-from .notebooks import ParameterError, notebook_parameters, suggest
-from .engine.requests import KINDS
-from .results import handed_on
+from mlops_course.environment import Settings
+from mlops_course.pipelines.cache import CacheEntry, CacheStore, Output, StageKey, cyclic_links, find_entry, stage_key
+from mlops_course.pipelines.definition import Pipeline, Stage
+from mlops_course.pipelines.parameters import fill, references
+from mlops_course.pipelines.notebooks import ParameterError, notebook_parameters, suggest
+from mlops_course.pipelines.engine.requests import KINDS
+from mlops_course.pipelines.results import handed_on
 
 # %% ../../nbs/internals/09_planning.ipynb #a3880843
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get
 import msgspec
 import yaml
 
-from .notebooks import PipelineError, suggest
+from mlops_course.pipelines.notebooks import PipelineError, suggest
 
 # %% ../../nbs/internals/09_reading.ipynb #bec11d8b
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same in C, ten times as fast, where it was built

@@ -13,7 +13,7 @@ import posixpath
 from pathlib import Path
 from typing import Any
 
-from ..environment import CourseError, workspace_error
+from mlops_course.environment import CourseError, workspace_error
 
 # %% ../../nbs/internals/09_results.ipynb #ff52eba3
 class ResultError(CourseError):

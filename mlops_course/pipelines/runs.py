@@ -14,9 +14,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ..environment import CourseError, Settings, fingerprint, notebooks_folder, own_clone, write_atomic
-from .definition import Pipeline
-from .notebooks import suggest
+from mlops_course.environment import CourseError, Settings, fingerprint, notebooks_folder, own_clone, write_atomic
+from mlops_course.pipelines.definition import Pipeline
+from mlops_course.pipelines.notebooks import suggest
 
 # %% ../../nbs/internals/09_runs.ipynb #91e93ceb
 @dataclass

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 # %% ../../nbs/internals/09_scheduler.ipynb #23b23ee2
-from ..environment import CourseError, WorkspaceError
-from .attempt import StageError, make_request, require_recorded, try_stage
+from mlops_course.environment import CourseError, WorkspaceError
+from mlops_course.pipelines.attempt import StageError, make_request, require_recorded, try_stage
 from mlops_course.pipelines.cache import (
     History,
     Output,
@@ -31,7 +31,7 @@ from mlops_course.pipelines.cache import (
     restore_entry,
     written_since,
 )
-from .definition import Stage
+from mlops_course.pipelines.definition import Stage
 from mlops_course.pipelines.engine.requests import (
     CellError,
     Event,
@@ -42,14 +42,14 @@ from mlops_course.pipelines.engine.requests import (
     TimedOut,
     WorkerDied,
 )
-from .executor import Executor, get_ready, modules_of
+from mlops_course.pipelines.executor import Executor, get_ready, modules_of
 
 # %% ../../nbs/internals/09_scheduler.ipynb #3a6dfe8f
-from .ledger import Ledger, Maker, claim_files, require_unchanged, withdraw_claim
-from .notebooks import PipelineError
-from .planning import Context, StageDecision, decide, look_up, path_parameters
-from .results import read_result, stage_folder
-from .runs import PipelineRun, StageRun, save_run
+from mlops_course.pipelines.ledger import Ledger, Maker, claim_files, require_unchanged, withdraw_claim
+from mlops_course.pipelines.notebooks import PipelineError
+from mlops_course.pipelines.planning import Context, StageDecision, decide, look_up, path_parameters
+from mlops_course.pipelines.results import read_result, stage_folder
+from mlops_course.pipelines.runs import PipelineRun, StageRun, save_run
 
 # %% ../../nbs/internals/09_scheduler.ipynb #7c36f52c
 class Stopped(CourseError):

@@ -16,10 +16,10 @@ from typing import Any, Literal, Union, get_args, get_origin
 import msgspec
 import yaml
 
-from ..environment import write_atomic
-from .definition import PipelineFile
-from .parameters import TYPES
-from .reading import entries_of, split
+from mlops_course.environment import write_atomic
+from mlops_course.pipelines.definition import PipelineFile
+from mlops_course.pipelines.parameters import TYPES
+from mlops_course.pipelines.reading import entries_of, split
 
 # %% ../../nbs/internals/09_schema.ipynb #f4937dea
 # What the file can give as a default. Text that says a number is as good as a number, as on the command line.

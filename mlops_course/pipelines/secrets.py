@@ -10,9 +10,9 @@ import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from ..environment import Settings
-from .definition import Pipeline, Stage
-from .notebooks import ParameterError
+from mlops_course.environment import Settings
+from mlops_course.pipelines.definition import Pipeline, Stage
+from mlops_course.pipelines.notebooks import ParameterError
 
 # %% ../../nbs/internals/09_secrets.ipynb #72a2ea5d
 _SHORTEST = 4  # characters of a secret

@@ -8,13 +8,13 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from ..framing import Costs
+from mlops_course.framing import Costs
 from mlops_course.project.checks import (
     AGREEMENTS, DELAY_RANGE, NEW_YORK, SAME_TIME, between, calendar_columns, column, clock_time, late_share,
     matches, names_something, row_check, table_check, typical,
 )
-from .supplier import read_delivery
-from .use_cases import PageText, SuccessMetrics, Table, UseCase
+from mlops_course.project.supplier import read_delivery
+from mlops_course.project.use_cases import PageText, SuccessMetrics, Table, UseCase
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -159,9 +159,9 @@ flight_delay = UseCase(
 )
 
 # %% ../../nbs/04_project.ipynb #9b9c0626
-from .checks import MIN_TABLE_ROWS, is_placeholder
-from .supplier import DeliveryError, calendar_month, find_file, read_file, supplier_folder
-from .use_cases import UseCaseError, find_use_case, load_object, local_day
+from mlops_course.project.checks import MIN_TABLE_ROWS, is_placeholder
+from mlops_course.project.supplier import DeliveryError, calendar_month, find_file, read_file, supplier_folder
+from mlops_course.project.use_cases import UseCaseError, find_use_case, load_object, local_day
 
 _all_ = (
     AGREEMENTS, MIN_TABLE_ROWS, NEW_YORK, DeliveryError, PageText, SuccessMetrics, Table, UseCase, UseCaseError,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from zipfile import BadZipFile
 
-from ..environment import CourseError
+from mlops_course.environment import CourseError
 
 if TYPE_CHECKING:
     import pandas as pd

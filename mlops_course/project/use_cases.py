@@ -14,9 +14,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from ..environment import CourseError
-from ..framing import Costs
-from .supplier import calendar_month
+from mlops_course.environment import CourseError
+from mlops_course.framing import Costs
+from mlops_course.project.supplier import calendar_month
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -8,12 +8,12 @@ __all__ = ['BundleError', 'Manifest', 'Origin', 'live_bundle', 'publish', 'read_
            'open_feature_table']
 
 # %% ../../nbs/07_packaging.ipynb #071b279d
-from .bundle import BundleError, Manifest, read_bundle
-from .encoding import InputError
-from .inference import Predictor, Reason, load_predictor
-from .online import FeatureTable, FeatureTableError, materialise, open_feature_table
-from .packaging import Origin, write_bundle
-from .publishing import live_bundle, publish
+from mlops_course.serving.bundle import BundleError, Manifest, read_bundle
+from mlops_course.serving.encoding import InputError
+from mlops_course.serving.inference import Predictor, Reason, load_predictor
+from mlops_course.serving.online import FeatureTable, FeatureTableError, materialise, open_feature_table
+from mlops_course.serving.packaging import Origin, write_bundle
+from mlops_course.serving.publishing import live_bundle, publish
 
 _all_ = ["BundleError", "Manifest", "Origin", "live_bundle", "publish", "read_bundle", "write_bundle"]
 _all_ += ["InputError", "Predictor", "Reason", "load_predictor"]

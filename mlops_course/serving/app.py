@@ -23,21 +23,21 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
-from .. import __version__
-from ..environment import Settings
-from .bundle import case_of
-from .inference import typical_record
-from .limits import Authorize, Guard, Limits
-from .lookup import OnlineTable
-from .messages import request_id_of
-from .metrics import Metrics, expose
-from .models import LiveModels, Models
-from .online import FeatureTableError, some_keys
-from .openapi import REFUSALS, describe_service
-from .page import add_page
-from .predict import PredictMany, PredictOne, Service
-from .predictions import PredictionLog, log_folder, maintain
-from .problems import PROBLEM, HTTPProblem, Receive, Scope, Send, problem_document, send_problem
+from mlops_course import __version__
+from mlops_course.environment import Settings
+from mlops_course.serving.bundle import case_of
+from mlops_course.serving.inference import typical_record
+from mlops_course.serving.limits import Authorize, Guard, Limits
+from mlops_course.serving.lookup import OnlineTable
+from mlops_course.serving.messages import request_id_of
+from mlops_course.serving.metrics import Metrics, expose
+from mlops_course.serving.models import LiveModels, Models
+from mlops_course.serving.online import FeatureTableError, some_keys
+from mlops_course.serving.openapi import REFUSALS, describe_service
+from mlops_course.serving.page import add_page
+from mlops_course.serving.predict import PredictMany, PredictOne, Service
+from mlops_course.serving.predictions import PredictionLog, log_folder, maintain
+from mlops_course.serving.problems import PROBLEM, HTTPProblem, Receive, Scope, Send, problem_document, send_problem
 
 _log = logging.getLogger("mlops_course.serving")
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from ..environment import CourseError, Settings, replacing, write_atomic
+from mlops_course.environment import CourseError, Settings, replacing, write_atomic
 
 # %% auto #0
 __all__ = ['MANIFEST_FILE', 'MODEL_FILE', 'CARD_FILE', 'GRAPH_INPUT', 'GRAPH_OUTPUT', 'REMEDY', 'BUNDLE_REFERENCE', 'BundleError',

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
-from ..environment import CourseError
-from .bundle import Feature
+from mlops_course.environment import CourseError
+from mlops_course.serving.bundle import Feature
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -16,8 +16,8 @@ import numpy as np
 from mlops_course.serving.bundle import (
     GRAPH_INPUT, GRAPH_OUTPUT, MODEL_FILE, REMEDY, BundleError, Manifest, open_bundle,
 )
-from .encoding import Encoder
-from .onnx_graph import open_session
+from mlops_course.serving.encoding import Encoder
+from mlops_course.serving.onnx_graph import open_session
 
 if TYPE_CHECKING:
     import pandas as pd

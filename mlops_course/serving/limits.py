@@ -16,8 +16,8 @@ from dataclasses import dataclass, fields
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from ..environment import CourseError
-from .problems import Headers, HTTPProblem, Message, Receive, Scope, Send, send_problem
+from mlops_course.environment import CourseError
+from mlops_course.serving.problems import Headers, HTTPProblem, Message, Receive, Scope, Send, send_problem
 
 if TYPE_CHECKING:
     from mlops_course.serving.metrics import Metrics

@@ -10,13 +10,13 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from ..environment import Settings
-from .bundle import BundleError, case_of
+from mlops_course.environment import Settings
+from mlops_course.serving.bundle import BundleError, case_of
 from mlops_course.serving.online import (
     FeatureRecord, FeatureTable, FeatureTableError, FileStore, LackingRowError, file_mark, open_feature_table,
 )
-from .problems import HTTPProblem
-from .publishing import served_case
+from mlops_course.serving.problems import HTTPProblem
+from mlops_course.serving.publishing import served_case
 
 # %% auto #0
 __all__ = ['OnlineTable']

@@ -14,8 +14,8 @@ from urllib.parse import parse_qsl
 
 import msgspec
 
-from .inference import Reason
-from .problems import JSON, HTTPProblem, Scope
+from mlops_course.serving.inference import Reason
+from mlops_course.serving.problems import JSON, HTTPProblem, Scope
 
 # %% auto #0
 __all__ = ['ABSENT', 'decode_one', 'decode_batch', 'UNREADABLE', 'PredictRequest', 'BatchRequest', 'PredictResponse', 'BatchRow',

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
-from ..environment import CourseError, Settings
-from .bundle import CARD_FILE, case_folder
-from .publishing import LIVE_FILE, for_case, live_bundle, served_case
-from .inference import Predictor, load_predictor, smoke_test
-from .problems import HTTPProblem
+from mlops_course.environment import CourseError, Settings
+from mlops_course.serving.bundle import CARD_FILE, case_folder
+from mlops_course.serving.publishing import LIVE_FILE, for_case, live_bundle, served_case
+from mlops_course.serving.inference import Predictor, load_predictor, smoke_test
+from mlops_course.serving.problems import HTTPProblem
 
 if TYPE_CHECKING:
     from mlops_course.serving.metrics import Metrics

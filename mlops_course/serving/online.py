@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import msgspec
 import numpy as np
 
-from ..environment import CourseError, Settings
-from .encoding import InputError
+from mlops_course.environment import CourseError, Settings
+from mlops_course.serving.encoding import InputError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -96,7 +96,8 @@ def _key_part(name: str, kind: str, value: Any) -> str:
         return str(int(value))
     elif kind == "text" and isinstance(value, str) and 0 < len(value) <= 100 and _SEPARATOR not in value:
         return value
-    form = {"time": "a time with its zone, such as 2013-01-01T10:00:00Z", "integer": "a whole number"}.get(kind, "text")
+    forms = {"time": "a time with its zone, such as 2013-01-01T10:00:00Z", "integer": "a whole number"}
+    form = forms.get(kind, f"text of 1 to 100 characters, without {_SEPARATOR}")
     shown = repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:57]}…"
     raise InputError(f"the key's {name} is {shown}", f"Give {form}", name)
 
@@ -408,8 +409,8 @@ def _write_redis(url: str, use_case: str, layout: RowLayout, months: _Months, so
         batch.execute()
 
 # %% ../../nbs/internals/07_online.ipynb #c4520543
-from .bundle import case_folder
-from .publishing import served_case
+from mlops_course.serving.bundle import case_folder
+from mlops_course.serving.publishing import served_case
 
 STORE = "features.db"
 

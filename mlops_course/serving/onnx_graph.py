@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .bundle import GRAPH_INPUT, GRAPH_OUTPUT, REMEDY, BundleError
+from mlops_course.serving.bundle import GRAPH_INPUT, GRAPH_OUTPUT, REMEDY, BundleError
 
 # %% auto #0
 __all__ = ['check_graph', 'open_session']

@@ -10,12 +10,12 @@ from typing import Any
 
 import msgspec
 
-from .encoding import LARGEST
-from .inference import Predictor, typical_record
-from .messages import BatchResponse, PredictResponse
-from .online import FeatureTable, some_keys
-from .predict import Service
-from .problems import PROBLEM, ProblemDetails
+from mlops_course.serving.encoding import LARGEST
+from mlops_course.serving.inference import Predictor, typical_record
+from mlops_course.serving.messages import BatchResponse, PredictResponse
+from mlops_course.serving.online import FeatureTable, some_keys
+from mlops_course.serving.predict import Service
+from mlops_course.serving.problems import PROBLEM, ProblemDetails
 
 # %% auto #0
 __all__ = ['REFUSALS', 'describe_service']

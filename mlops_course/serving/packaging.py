@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 import msgspec
 import numpy as np
 
-from ..environment import Settings, fingerprint
+from mlops_course.environment import Settings, fingerprint
 from mlops_course.serving.bundle import (
     CARD_FILE, GRAPH_INPUT, MODEL_FILE, BundleError, Feature, Manifest, bundles_folder, place_bundle,
 )
-from .inference import Predictor
+from mlops_course.serving.inference import Predictor
 
 if TYPE_CHECKING:
     import pandas as pd

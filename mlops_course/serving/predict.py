@@ -21,19 +21,19 @@ __all__ = ['Service', 'PredictJob', 'name_keys', 'read_records', 'find_records',
            'PredictOne', 'PredictMany']
 
 # %% ../../nbs/internals/07_predict.ipynb #ca72b0f4
-from .encoding import InputError
-from .inference import Predictor
-from .limits import Limits
-from .lookup import OnlineTable
+from mlops_course.serving.encoding import InputError
+from mlops_course.serving.inference import Predictor
+from mlops_course.serving.limits import Limits
+from mlops_course.serving.lookup import OnlineTable
 from mlops_course.serving.messages import (
     ABSENT, UNREADABLE, BatchResponse, BatchRow, PredictRequest, PredictResponse, check_headers, check_objects,
     decode_batch, decode_one, read_body, refuse_repeated, request_id_of, unreadable, wanted_reasons,
 )
-from .metrics import Metrics
-from .models import Choice, Models
-from .online import LackingRowError, name_key
-from .predictions import LoggedPrediction, PredictionLog
-from .problems import HTTPProblem, Receive, Scope, Send, encode_json, respond
+from mlops_course.serving.metrics import Metrics
+from mlops_course.serving.models import Choice, Models
+from mlops_course.serving.online import LackingRowError, name_key
+from mlops_course.serving.predictions import LoggedPrediction, PredictionLog
+from mlops_course.serving.problems import HTTPProblem, Receive, Scope, Send, encode_json, respond
 
 _log = logging.getLogger("mlops_course.serving")
 

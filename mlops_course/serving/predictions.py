@@ -25,9 +25,9 @@ __all__ = ['LoggedPrediction', 'LogLimits', 'log_folder', 'host_name', 'Segment'
 # %% ../../nbs/internals/07_predictions.ipynb #dfdcbfa1
 import msgspec
 
-from ..environment import Settings, workspace_error
-from .bundle import case_folder
-from .problems import HTTPProblem, encode_json
+from mlops_course.environment import Settings, workspace_error
+from mlops_course.serving.bundle import case_folder
+from mlops_course.serving.problems import HTTPProblem, encode_json
 
 if sys.platform != "win32":
     import fcntl

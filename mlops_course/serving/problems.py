@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from ..environment import CourseError
+from mlops_course.environment import CourseError
 
 # %% auto #0
 __all__ = ['Scope', 'Message', 'Send', 'Receive', 'Headers', 'JSON', 'PROBLEM', 'encode_json', 'HTTPProblem', 'ProblemDetails',

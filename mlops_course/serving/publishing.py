@@ -9,12 +9,12 @@ from pathlib import Path
 
 import msgspec
 
-from ..environment import Settings, write_atomic
+from mlops_course.environment import Settings, write_atomic
 from mlops_course.serving.bundle import (
     BUNDLE_REFERENCE, MODEL_FILE, BundleError, bundles_folder, case_folder, case_of, find_bundle, manifest_sha256,
     open_bundle, place_bundle,
 )
-from .inference import Predictor, smoke_test
+from mlops_course.serving.inference import Predictor, smoke_test
 
 # %% auto #0
 __all__ = ['LIVE_FILE', 'served_case', 'live_file', 'for_case', 'pinned', 'live_bundle', 'publish']

@@ -31,9 +31,9 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.supervisors import Multiprocess
 
-from ..environment import CourseError, Settings
-from .limits import Limits
-from .problems import PROBLEM, HTTPProblem, problem_document
+from mlops_course.environment import CourseError, Settings
+from mlops_course.serving.limits import Limits
+from mlops_course.serving.problems import PROBLEM, HTTPProblem, problem_document
 
 _log = logging.getLogger("mlops_course.serving")
 

@@ -10,17 +10,17 @@ __all__ = ['CacheEntry', 'CacheStore', 'Found', 'HashMemo', 'History', 'KeyInput
            'stage_key', 'verify_entries', 'written_since']
 
 # %% ../../../nbs/internals/09_cache.ipynb #dfbaba8f
-from .closure import SourceClosure, eager_imports, source_closure
-from .entries import CacheEntry, Found, History
-from .fingerprints import KeyInputError, Listing, cyclic_links, list_files, written_since
-from .hashes import HashMemo
-from .keeping import forget_entry, keep_result
-from .keys import KeyInputs, StageKey, explain, stage_key
-from .lookup import find_entry, key_lock
-from .maintenance import YOUNG_S, Pruned, list_entries, prune_entries, verify_entries
-from .outputs import Output, OutputError, describe_output
-from .restoring import outputs_in_run, restore_entry
-from .store import CacheStore, relativize, resolve
+from mlops_course.pipelines.cache.closure import SourceClosure, eager_imports, source_closure
+from mlops_course.pipelines.cache.entries import CacheEntry, Found, History
+from mlops_course.pipelines.cache.fingerprints import KeyInputError, Listing, cyclic_links, list_files, written_since
+from mlops_course.pipelines.cache.hashes import HashMemo
+from mlops_course.pipelines.cache.keeping import forget_entry, keep_result
+from mlops_course.pipelines.cache.keys import KeyInputs, StageKey, explain, stage_key
+from mlops_course.pipelines.cache.lookup import find_entry, key_lock
+from mlops_course.pipelines.cache.maintenance import YOUNG_S, Pruned, list_entries, prune_entries, verify_entries
+from mlops_course.pipelines.cache.outputs import Output, OutputError, describe_output
+from mlops_course.pipelines.cache.restoring import outputs_in_run, restore_entry
+from mlops_course.pipelines.cache.store import CacheStore, relativize, resolve
 
 _all_ = ["CacheEntry", "CacheStore", "Found", "HashMemo", "History", "KeyInputError", "KeyInputs", "Listing", "Output"]
 _all_ += ["OutputError", "Pruned", "SourceClosure", "StageKey", "YOUNG_S", "cyclic_links", "describe_output"]

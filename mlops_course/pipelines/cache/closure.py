@@ -19,11 +19,11 @@ from functools import cache, lru_cache
 from importlib.machinery import SOURCE_SUFFIXES, ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any
-from ... import environment
-from ...environment import PACKAGE
-from .fingerprints import KeyInputError
-from .hashes import SETTLED_NS, HashMemo, StatSignature, digest_json, path_signature
-from .unfollowed import unfollowed, unfollowed_in_cell
+from mlops_course import environment
+from mlops_course.environment import PACKAGE
+from mlops_course.pipelines.cache.fingerprints import KeyInputError
+from mlops_course.pipelines.cache.hashes import SETTLED_NS, HashMemo, StatSignature, digest_json, path_signature
+from mlops_course.pipelines.cache.unfollowed import unfollowed, unfollowed_in_cell
 from mlops_course.pipelines.notebooks import (
     NotebookFormatError,
     all_imports,

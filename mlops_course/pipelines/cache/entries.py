@@ -19,12 +19,12 @@ from typing import Any
 import msgspec
 from msgspec.structs import replace
 
-from ...environment import CourseError, write_atomic
-from .fingerprints import EXECUTABLE, Listing, is_file_hash
-from .hashes import digest_json
-from .keys import KeyInputs, explain
-from .outputs import Output, OutputError, differences
-from .store import CacheStore, relativize, remove_tree, resolve
+from mlops_course.environment import CourseError, write_atomic
+from mlops_course.pipelines.cache.fingerprints import EXECUTABLE, Listing, is_file_hash
+from mlops_course.pipelines.cache.hashes import digest_json
+from mlops_course.pipelines.cache.keys import KeyInputs, explain
+from mlops_course.pipelines.cache.outputs import Output, OutputError, differences
+from mlops_course.pipelines.cache.store import CacheStore, relativize, remove_tree, resolve
 
 # %% ../../../nbs/internals/09_cache_entries.ipynb #7842d672
 class CacheEntry(msgspec.Struct, frozen=True, rename={"inputs": "parts"}):

@@ -15,8 +15,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ...environment import CourseError
-from .hashes import HashMemo, digest_json
+from mlops_course.environment import CourseError
+from mlops_course.pipelines.cache.hashes import HashMemo, digest_json
 
 # %% ../../../nbs/internals/09_cache_fingerprints.ipynb #7060a670
 class KeyInputError(CourseError):

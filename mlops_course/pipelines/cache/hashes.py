@@ -19,7 +19,7 @@ from typing import Any
 
 import msgspec
 
-from ...environment import CourseError, write_atomic
+from mlops_course.environment import CourseError, write_atomic
 
 # %% ../../../nbs/internals/09_cache_hashes.ipynb #83a6fd44
 def digest_json(

@@ -17,17 +17,17 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from ...environment import CourseError, workspace_error
-from .closure import SourceClosure, own_code_digest, unseen_modules
-from .entries import CacheEntry, Found, History, keep_copy, write_entry
-from .fingerprints import list_files, written_since
-from .hashes import last_change
-from .keys import StageKey
-from .outputs import Output, output_problems
-from .packages import installed_packages
-from .states import read_states
-from .store import CacheStore, relativize_path
-from ..results import stage_folder
+from mlops_course.environment import CourseError, workspace_error
+from mlops_course.pipelines.cache.closure import SourceClosure, own_code_digest, unseen_modules
+from mlops_course.pipelines.cache.entries import CacheEntry, Found, History, keep_copy, write_entry
+from mlops_course.pipelines.cache.fingerprints import list_files, written_since
+from mlops_course.pipelines.cache.hashes import last_change
+from mlops_course.pipelines.cache.keys import StageKey
+from mlops_course.pipelines.cache.outputs import Output, output_problems
+from mlops_course.pipelines.cache.packages import installed_packages
+from mlops_course.pipelines.cache.states import read_states
+from mlops_course.pipelines.cache.store import CacheStore, relativize_path
+from mlops_course.pipelines.results import stage_folder
 
 # %% ../../../nbs/internals/09_cache_keeping.ipynb #11a402b4
 def _notebook_doubts(notebook: Path, planned: SourceClosure) -> list[str]:

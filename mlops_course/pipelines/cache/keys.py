@@ -16,13 +16,13 @@ from typing import Any
 
 import msgspec
 
-from .closure import SourceClosure, source_closure
-from .fingerprints import canonical
-from .hashes import digest_json
-from .outputs import Output
-from .packages import installed_packages, python_version
-from .states import read_states
-from .store import CacheStore, relativize
+from mlops_course.pipelines.cache.closure import SourceClosure, source_closure
+from mlops_course.pipelines.cache.fingerprints import canonical
+from mlops_course.pipelines.cache.hashes import digest_json
+from mlops_course.pipelines.cache.outputs import Output
+from mlops_course.pipelines.cache.packages import installed_packages, python_version
+from mlops_course.pipelines.cache.states import read_states
+from mlops_course.pipelines.cache.store import CacheStore, relativize
 
 # %% ../../../nbs/internals/09_cache_keys.ipynb #80564ffa
 _SCHEMA = 2  # a part of each key: raise it when the meaning of any field changes

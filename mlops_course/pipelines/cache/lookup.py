@@ -10,11 +10,11 @@ import contextlib
 import os
 from collections.abc import Iterable, Iterator
 
-from .closure import find_module_file
-from .entries import CacheEntry, DamagedError, Found, History, read_entry
-from .keys import StageKey
-from .outputs import differences, output_problems
-from .store import CacheStore
+from mlops_course.pipelines.cache.closure import find_module_file
+from mlops_course.pipelines.cache.entries import CacheEntry, DamagedError, Found, History, read_entry
+from mlops_course.pipelines.cache.keys import StageKey
+from mlops_course.pipelines.cache.outputs import differences, output_problems
+from mlops_course.pipelines.cache.store import CacheStore
 
 # %% ../../../nbs/internals/09_cache_lookup.ipynb #35abe893
 def entry_problems(

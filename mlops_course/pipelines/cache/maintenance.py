@@ -10,9 +10,9 @@ import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from .entries import CacheEntry, DamagedError, read_entry
-from .lookup import entry_problems
-from .store import CacheStore, age_of, remove_tree
+from mlops_course.pipelines.cache.entries import CacheEntry, DamagedError, read_entry
+from mlops_course.pipelines.cache.lookup import entry_problems
+from mlops_course.pipelines.cache.store import CacheStore, age_of, remove_tree
 
 # %% ../../../nbs/internals/09_cache_maintenance.ipynb #f2fc28e4
 def list_entries(

@@ -16,7 +16,7 @@ from urllib.parse import unquote
 
 import msgspec
 
-from ...environment import CourseError, Settings
+from mlops_course.environment import CourseError, Settings
 from mlops_course.pipelines.cache.fingerprints import (
     Listing,
     canonical,
@@ -25,9 +25,9 @@ from mlops_course.pipelines.cache.fingerprints import (
     is_file_hash,
     list_files,
 )
-from .hashes import digest_json
-from .store import CacheStore, map_leaves, relativize, relativize_path, resolve_path
-from ...relocation import run_folders
+from mlops_course.pipelines.cache.hashes import digest_json
+from mlops_course.pipelines.cache.store import CacheStore, map_leaves, relativize, relativize_path, resolve_path
+from mlops_course.relocation import run_folders
 
 # %% ../../../nbs/internals/09_cache_outputs.ipynb #fc82a9d5
 class OutputError(CourseError):

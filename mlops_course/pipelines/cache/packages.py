@@ -13,8 +13,8 @@ import re
 import sys
 import time
 
-from ...environment import PACKAGE
-from .hashes import SETTLED_NS, HashMemo, StatSignature, path_signature
+from mlops_course.environment import PACKAGE
+from mlops_course.pipelines.cache.hashes import SETTLED_NS, HashMemo, StatSignature, path_signature
 
 # %% ../../../nbs/internals/09_cache_packages.ipynb #22441f4f
 def _record_digest(content: bytes) -> str:

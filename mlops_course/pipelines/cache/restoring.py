@@ -11,12 +11,12 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from ...environment import WorkspaceError, replacing
-from .entries import CacheEntry, copy_all
-from .fingerprints import EXECUTABLE, is_file_hash
-from .outputs import USUAL_MODES, Output, OutputError, differences
-from .store import CacheStore, resolve_path
-from ..results import stage_folder
+from mlops_course.environment import WorkspaceError, replacing
+from mlops_course.pipelines.cache.entries import CacheEntry, copy_all
+from mlops_course.pipelines.cache.fingerprints import EXECUTABLE, is_file_hash
+from mlops_course.pipelines.cache.outputs import USUAL_MODES, Output, OutputError, differences
+from mlops_course.pipelines.cache.store import CacheStore, resolve_path
+from mlops_course.pipelines.results import stage_folder
 
 # %% ../../../nbs/internals/09_cache_restoring.ipynb #9f2941d4
 def _put(store: CacheStore, output: Output, path: Path) -> None:

@@ -15,9 +15,9 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from ...environment import CourseError, Settings
-from .hashes import digest_json
-from ...relocation import local_path, read_tracking, tracking_file
+from mlops_course.environment import CourseError, Settings
+from mlops_course.pipelines.cache.hashes import digest_json
+from mlops_course.relocation import local_path, read_tracking, tracking_file
 
 
 class StateError(CourseError):

@@ -16,8 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ...environment import Settings
-from .hashes import HashMemo
+from mlops_course.environment import Settings
+from mlops_course.pipelines.cache.hashes import HashMemo
 
 # %% ../../../nbs/internals/09_cache_store.ipynb #ace9823e
 class CacheStore:

@@ -10,7 +10,7 @@ import ast
 import re
 from collections.abc import Iterator
 
-from ..notebooks import called_name, parse_cell, python_tree
+from mlops_course.pipelines.notebooks import called_name, parse_cell, python_tree
 
 # %% ../../../nbs/internals/09_cache_unfollowed.ipynb #91b2e9ea
 _LOADERS = {"spec_from_file_location", "SourceFileLoader", "load_source", "run_path", "safe_execfile", "execfile"}

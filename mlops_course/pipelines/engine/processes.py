@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 # %% ../../../nbs/internals/09_engine_processes.ipynb #7e1f0d25
-from .zygote import COOKIE, Channel, command, kill_by_cookie, make_pipe
+from mlops_course.pipelines.engine.zygote import COOKIE, Channel, command, kill_by_cookie, make_pipe
 
 # %% ../../../nbs/internals/09_engine_processes.ipynb #582cd8d1
 SHUTDOWN_GRACE_S = 5.0  # that a process has to end when nothing is left to do, or when its notebook has failed

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...environment import CourseError
+from mlops_course.environment import CourseError
 
 # %% ../../../nbs/internals/09_engine_requests.ipynb #3e0c8beb
 KINDS = ("auto", "fork", "spawn", "kernel")  # of processes

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 # %% ../../../nbs/internals/09_engine_sessions.ipynb #7e1f0d34
-from .processes import SHUTDOWN_GRACE_S, Worker, disconnect, interrupt, kill
+from mlops_course.pipelines.engine.processes import SHUTDOWN_GRACE_S, Worker, disconnect, interrupt, kill
 from mlops_course.pipelines.engine.requests import (
     Event,
     Interrupted,
@@ -27,7 +27,7 @@ from mlops_course.pipelines.engine.requests import (
     TimedOut,
     WorkerDied,
 )
-from .zygote import make_session
+from mlops_course.pipelines.engine.zygote import make_session
 
 # %% ../../../nbs/internals/09_engine_sessions.ipynb #7e1f0d01
 CANCEL_GRACE_S = 2.0  # that a cancelled notebook has to clean up

@@ -19,8 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 # %% ../../../nbs/internals/09_engine_stock.ipynb #7e1f0d54
-from ...environment import CourseError
-from .requests import Interrupted, NotebookError, Outcome, Request, WorkerDied
+from mlops_course.environment import CourseError
+from mlops_course.pipelines.engine.requests import Interrupted, NotebookError, Outcome, Request, WorkerDied
 from mlops_course.pipelines.engine.sessions import (
     CANCEL_GRACE_S,
     INTERRUPT_GRACE_S,
@@ -30,7 +30,7 @@ from mlops_course.pipelines.engine.sessions import (
     start_clock,
     start_ending,
 )
-from .zygote import COOKIE, kill_by_cookie
+from mlops_course.pipelines.engine.zygote import COOKIE, kill_by_cookie
 
 # %% ../../../nbs/internals/09_engine_stock.ipynb #e6697388
 def _new_kernel() -> tuple[Any, list[Any]]:

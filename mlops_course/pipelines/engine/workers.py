@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 # %% ../../../nbs/internals/09_engine_workers.ipynb #f6928f76
-from ...environment import CourseError, WorkspaceError
+from mlops_course.environment import CourseError, WorkspaceError
 from mlops_course.pipelines.engine.processes import (
     ForkPool,
     Pool,
@@ -48,8 +48,8 @@ from mlops_course.pipelines.engine.sessions import (
     overdue,
     start_clock,
 )
-from .stock import run_in_kernel
-from .zygote import COOKIE
+from mlops_course.pipelines.engine.stock import run_in_kernel
+from mlops_course.pipelines.engine.zygote import COOKIE
 
 # %% ../../../nbs/internals/09_engine_workers.ipynb #5954610b
 def _open_notebook(
@@ -59,7 +59,7 @@ def _open_notebook(
     from mlops_course.pipelines.engine import recording
 
     request = execution.request
-    notebook = recording.read_notebook(request.notebook, request.output, request.parameters)
+    notebook = recording.prepare_notebook(request.notebook, request.output, request.parameters)
     recorder = recording.Recorder(notebook, request.output, execution.masker, progress_bar=False)
     recorder.on_cell, execution.cells = execution.cell, len(notebook.cells)
     recorder.notebook_start()

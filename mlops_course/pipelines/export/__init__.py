@@ -9,13 +9,13 @@ __all__ = ['export', 'save_export', 'Target']
 from collections.abc import Callable
 from pathlib import Path
 
-from ...environment import write_atomic
-from ..definition import Pipeline
-from .airflow import write_airflow
-from .argo import write_argo
-from .github import write_github
-from .target import Target, check_portable
-from ..notebooks import ParameterError, suggest
+from mlops_course.environment import write_atomic
+from mlops_course.pipelines.definition import Pipeline
+from mlops_course.pipelines.export.airflow import write_airflow
+from mlops_course.pipelines.export.argo import write_argo
+from mlops_course.pipelines.export.github import write_github
+from mlops_course.pipelines.export.target import Target, check_portable
+from mlops_course.pipelines.notebooks import ParameterError, suggest
 
 _all_ = ["Target"]
 

@@ -15,12 +15,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ...environment import CourseError, load_settings
-from ..attempt import make_request, require_recorded, try_stage
-from ..definition import Pipeline, Stage, check_parameters, find_pipeline
-from .target import COMMAND, PREFIX
-from ..parameters import fill
-from ..results import ResultError, read_result, stage_folder
+from mlops_course.environment import CourseError, load_settings
+from mlops_course.pipelines.attempt import make_request, require_recorded, try_stage
+from mlops_course.pipelines.definition import Pipeline, Stage, check_parameters, find_pipeline
+from mlops_course.pipelines.export.target import COMMAND, PREFIX
+from mlops_course.pipelines.parameters import fill
+from mlops_course.pipelines.results import ResultError, read_result, stage_folder
 
 # %% ../../../nbs/internals/09_export_stage.ipynb #9b4cb48d
 def _stage_values(

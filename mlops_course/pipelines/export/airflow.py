@@ -10,10 +10,10 @@ import inspect
 import pprint
 from typing import Any
 
-from ..definition import Pipeline, Stage
-from .target import Target, locate, one_line
-from ..parameters import PARAMETER_REFERENCE, Parameter, fill
-from ..results import make_empty
+from mlops_course.pipelines.definition import Pipeline, Stage
+from mlops_course.pipelines.export.target import Target, locate, one_line
+from mlops_course.pipelines.parameters import PARAMETER_REFERENCE, Parameter, fill
+from mlops_course.pipelines.results import make_empty
 
 # %% ../../../nbs/internals/09_export_airflow.ipynb #74b5ec2c
 _TYPES = {"integer": "integer", "number": "number", "boolean": "boolean"}  # all others: string

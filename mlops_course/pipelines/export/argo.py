@@ -11,9 +11,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ..definition import Pipeline, Stage
-from .target import COMMAND, PREFIX, Target, locate, one_line, slug_names, to_yaml
-from ..notebooks import PipelineError
+from mlops_course.pipelines.definition import Pipeline, Stage
+from mlops_course.pipelines.export.target import COMMAND, PREFIX, Target, locate, one_line, slug_names, to_yaml
+from mlops_course.pipelines.notebooks import PipelineError
 
 # %% ../../../nbs/internals/09_export_argo.ipynb #9156757b
 _IMAGE, _CLAIM = "mlops-course:latest", "mlops-course-workspace"

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import mlops_course
-from ...environment import find_project
-from ..definition import Pipeline, Stage, list_pipelines
+from mlops_course.environment import find_project
+from mlops_course.pipelines.definition import Pipeline, Stage, list_pipelines
 from mlops_course.pipelines.export.target import (
     COMMAND,
     PREFIX,
@@ -27,8 +27,8 @@ from mlops_course.pipelines.export.target import (
     slug_names,
     to_yaml,
 )
-from ..notebooks import ParameterError, PipelineError
-from ..parameters import Parameter
+from mlops_course.pipelines.notebooks import ParameterError, PipelineError
+from mlops_course.pipelines.parameters import Parameter
 
 # %% ../../../nbs/internals/09_export_github.ipynb #6a0f3d21
 def _required(target: Target, root: Path | None) -> list[str]:

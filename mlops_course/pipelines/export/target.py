@@ -21,8 +21,8 @@ from urllib.parse import unquote
 import yaml
 
 import mlops_course
-from ..definition import Pipeline, Stage, list_pipelines
-from ..notebooks import ParameterError, PipelineError, suggest
+from mlops_course.pipelines.definition import Pipeline, Stage, list_pipelines
+from mlops_course.pipelines.notebooks import ParameterError, PipelineError, suggest
 
 # %% ../../../nbs/internals/09_export_target.ipynb #96d111de
 SYSTEMS = ("github", "airflow", "argo")
