@@ -205,7 +205,7 @@ def test_a_file_that_changed_before_a_stage_got_it_is_an_error(tmp_path: Path, s
         run(pipeline, settings=settings, on_event=meddle)
 
 
-# ---------------------------------------------------------------- one ledger for a backfill
+# ---------------------------------------------------------------- one list of claims for a backfill
 
 
 def write_months(folder: Path, path: Path, wait: float) -> Path:

@@ -37,10 +37,9 @@ BARS = {  # what the source is held to: the first is the least, all others are t
     "lines of pipelines": 6000,
 }
 NOT_YET = {  # what may not get worse until the bar is reached; then its entry goes
-    "share of the reference pages' code that shows something, in %": 25,
-    "pages that show with less than 15 % of their code": 7,
+    "share of the reference pages' code that shows something, in %": 26,
+    "pages that show with less than 15 % of their code": 0,
     "class ladders": 1,
-    "public names in more than one module": 3,
     "lines of pipelines": 9577,
 }
 LIMITS = BARS | NOT_YET

@@ -29,7 +29,7 @@ from mlops_course.pipelines.definition import (
     values_over,
 )
 from mlops_course.pipelines.parameters import Parameter, distinct_values, month_range
-from mlops_course.pipelines.ledger import Ledger
+from mlops_course.pipelines.claims import Claims
 from mlops_course.pipelines.notebooks import ParameterError, PipelineError
 from mlops_course.pipelines.planning import Context, Options, Planned, plan_stages
 from mlops_course.pipelines.results import ResultError, read_result, record_result
@@ -107,15 +107,15 @@ def _run(
     workers: Executor,
     width: int,
     on_event: Listener | None,
-    shared: tuple[list[RunSession], Ledger] | None = None,
+    shared: tuple[list[RunSession], Claims] | None = None,
 ) -> PipelineRun:
     """One run, on workers that may serve others too."""
     options = {name: value for name, value in vars(context.options).items() if value not in (None, False)}
     record = new_run(context.pipeline, dict(context.values), context.settings, options)
     limit = context.options.timeout or context.pipeline.timeout
     deadline = time.monotonic() + limit if limit else None
-    sessions, ledger = shared or ([], Ledger())
-    session = RunSession(context, record, workers, on_event, ledger=ledger, deadline=deadline)
+    sessions, claims = shared or ([], Claims())
+    session = RunSession(context, record, workers, on_event, claims=claims, deadline=deadline)
     sessions.append(session)
     save_run(record)
     try:
@@ -177,7 +177,7 @@ def backfill(
 # %% ../../nbs/09_pipelines.ipynb #9ad6c24e
 def _fill_all(contexts: Mapping[str, Context], on_event: Listener | None) -> list[Filled]:
     """All runs of a backfill, so many at a time, on workers that they share."""
-    first, sessions, ledger = next(iter(contexts.values())), list[RunSession](), Ledger()
+    first, sessions, claims = next(iter(contexts.values())), list[RunSession](), Claims()
     for context in contexts.values():
         require_secrets(context.wanted, context.values)
     first.settings.prepare()
@@ -188,7 +188,7 @@ def _fill_all(contexts: Mapping[str, Context], on_event: Listener | None) -> lis
         contextlib.closing(LazyExecutor(first, threads)) as workers,
         ThreadPoolExecutor(width) as pool,
     ):
-        shared = (workers, on_event, sessions, ledger)
+        shared = (workers, on_event, sessions, claims)
         futures = {value: pool.submit(_fill_one, value, each, *shared) for value, each in contexts.items()}
         return _collect(futures, sessions)
 
@@ -199,13 +199,13 @@ def _fill_one(
     workers: Executor,
     on_event: Listener | None,
     sessions: list[RunSession],
-    ledger: Ledger,
+    claims: Claims,
 ) -> Filled:
     """One run of a backfill, which reports its failure instead of raising it."""
     begin = time.perf_counter()
     status, error, before = "interrupted", "", len(sessions)
     try:
-        record = _run(context, workers, 1, on_event, (sessions, ledger))
+        record = _run(context, workers, 1, on_event, (sessions, claims))
         status = "cached" if all(stage.status == "cached" for stage in record.stages) else "done"
     except Exception as failure:  # told in the summary, so that the others go on
         status, error = ending(failure)

@@ -45,7 +45,7 @@ from mlops_course.pipelines.engine.requests import (
 from mlops_course.pipelines.executor import Executor, get_ready, modules_of
 
 # %% ../../nbs/internals/09_scheduler.ipynb #3a6dfe8f
-from mlops_course.pipelines.ledger import Ledger, Maker, claim_files, require_unchanged, withdraw_claim
+from mlops_course.pipelines.claims import Claims, Maker, claim_files, require_unchanged, withdraw_claim
 from mlops_course.pipelines.notebooks import PipelineError
 from mlops_course.pipelines.planning import Context, StageDecision, decide, look_up, path_parameters
 from mlops_course.pipelines.results import read_result, stage_folder
@@ -65,7 +65,7 @@ class RunSession:
     executor: Executor
     listener: Callable[[str, PipelineRun, StageRun | None], None] | None = None
     outputs: dict[str, Output] = field(default_factory=dict)  # made so far
-    ledger: Ledger = field(default_factory=Ledger)  # the files among them; one for all runs of a backfill
+    claims: Claims = field(default_factory=Claims)  # the files among them; one for all runs of a backfill
     deadline: float | None = None  # of the whole run, by time.monotonic()
     stopped: threading.Event = field(default_factory=threading.Event)
     reason: str = ""  # why it was stopped
@@ -204,7 +204,7 @@ def _given(session: RunSession, stage: Stage) -> list[Output]:
 
 
 def _maker(session: RunSession, decision: StageDecision) -> Maker:
-    """Who a stage is in the ledger."""
+    """Who a stage is among the claims."""
     key = decision.key.key if decision.key is not None else None
     return Maker(decision.stage.name, session.record.id, key)
 
@@ -217,7 +217,7 @@ def _beside(session: RunSession, stage: Stage) -> str:
 
 def _forget_disputed(session: RunSession) -> None:
     """No result stays in the cache whose file is another stage's as well."""
-    for maker in set(session.ledger.disputed):
+    for maker in set(session.claims.disputed):
         if maker.key is not None:
             forget_entry(session.context.cache, maker.key)
 
@@ -253,7 +253,7 @@ def _make(session: RunSession, decision: StageDecision, stage_run: StageRun) -> 
     session.save()
     session.tell("stage started", stage_run)
     memo, name, run = session.context.cache.memo, stage.name, session.record.id
-    require_unchanged(session.ledger, memo, f"before stage {name} could begin", set(stage.sources.values()), run)
+    require_unchanged(session.claims, memo, f"before stage {name} could begin", set(stage.sources.values()), run)
     get_ready(session.executor)
     begin = time.perf_counter()
     outcome = _execute(session, decision, stage_run)
@@ -263,8 +263,8 @@ def _make(session: RunSession, decision: StageDecision, stage_run: StageRun) -> 
     folder = stage_folder(session.record.folder, name)
     cache, results = session.context.cache, stage_run.results
     outputs = {each: describe_output(cache, kind, results[each], folder) for each, kind in stage.outputs.items()}
-    require_unchanged(session.ledger, memo, f"while stage {name} ran{_beside(session, stage)}", run=run)
-    claim_files(session.ledger, _maker(session, decision), outputs, _given(session, stage))
+    require_unchanged(session.claims, memo, f"while stage {name} ran{_beside(session, stage)}", run=run)
+    claim_files(session.claims, _maker(session, decision), outputs, _given(session, stage))
     _keep(session, decision, stage_run, (outputs, outcome.modules, time.perf_counter() - begin))
     _forget_disputed(session)
     stage_run.status = "done"
@@ -281,15 +281,15 @@ def _take(session: RunSession, decision: StageDecision, stage_run: StageRun) -> 
         return None
     maker, given, place = _maker(session, decision), _given(session, decision.stage), stage_run.notebook.parent
     planned = outputs_in_run(session.context.cache, entry, place, decision.stage.name)
-    claim_files(session.ledger, maker, planned, given, there=False)  # before anything is written over another's file
+    claim_files(session.claims, maker, planned, given, there=False)  # before anything is written over another's file
     try:
         entry = restore_entry(session.context.cache, entry, stage_run.notebook, decision.stage.name)
     except CourseError as error:  # pruned or damaged in this very moment
-        withdraw_claim(session.ledger, maker)
+        withdraw_claim(session.claims, maker)
         decision.reasons = [f"its kept result could not be used: {error.problem}"]
         return None
     stage_run.status, stage_run.key, stage_run.results = "cached", entry.key, entry.results
-    claim_files(session.ledger, maker, entry.outputs, given)
+    claim_files(session.claims, maker, entry.outputs, given)
     return entry.outputs
 
 # %% ../../nbs/internals/09_scheduler.ipynb #502d1e9b
