@@ -87,6 +87,10 @@ class _Module:
     file: str | None  # None: a folder without __init__.py
     folders: tuple[str, ...] = ()  # where its submodules are
 
+
+def _package(folder: Path) -> _Module:
+    return _Module(str(folder / "__init__.py"), (str(folder),))
+
 # %% ../../../nbs/internals/09_cache_closure.ipynb #f7754bee
 class _ModuleFinder:
     """Finds modules as Python does, without importing any. It looks at a name once, as long as no folder changes."""
@@ -143,10 +147,6 @@ def _module_finder(paths: Iterable[Path | str]) -> _ModuleFinder:
 def _editable_finders() -> list[Any]:
     """What setuptools has left for clones that were installed with `pip install -e`."""
     return [each for each in sys.meta_path if str(getattr(each, "__module__", "")).startswith("__editable__")]
-
-
-def _package(folder: Path) -> _Module:
-    return _Module(str(folder / "__init__.py"), (str(folder),))
 
 
 def _module(spec: ModuleSpec | None) -> _Module | None:

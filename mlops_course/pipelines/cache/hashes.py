@@ -113,9 +113,6 @@ class HashMemo:
             self._has_news = False
 
 # %% ../../../nbs/internals/09_cache_hashes.ipynb #dbe34cfe
-_MAX_FILES = 20_000  # that a memo remembers; beyond, those that are gone are dropped
-
-
 class _Memo(msgspec.Struct):
     """A memo's file."""
 
@@ -135,7 +132,7 @@ def _write_memo(path: Path, memo: _Memo) -> None:
     """Add to what others have written meanwhile. It needn't survive a power cut, so nobody waits for the disk."""
     stored = _read_memo(path)
     files, facts = stored.files | memo.files, stored.facts | memo.facts
-    if len(files) > _MAX_FILES:
+    if len(files) > 20_000:  # then those that are gone are dropped
         files = {name: known for name, known in files.items() if Path(name).exists()}
     with suppress(CourseError):
         write_atomic(path, json.dumps({"files": files, "facts": facts}, separators=(",", ":")), sync=False)

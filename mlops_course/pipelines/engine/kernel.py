@@ -265,12 +265,6 @@ class IPythonKernel(ipykernel.ipkernel.IPythonKernel):
         return reply
 
 # %% ../../../nbs/internals/09_engine_kernel.ipynb #7e1f0a18
-# The stock kernel sets these: colours for those who ask, and no pager that would wait for a key.
-_TERMINAL = {"TERM": "xterm-color", "CLICOLOR": "1", "FORCE_COLOR": "1", "CLICOLOR_FORCE": "1"}
-_TERMINAL |= {"PAGER": "cat", "GIT_PAGER": "cat"}
-_FIGURES = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
-
-
 def make_kernel(
     session: Session,  # that makes its messages
 ) -> Any:  # ipykernel's kernel; its traits are typed as if they might be None
@@ -310,6 +304,12 @@ def warm_up_errors(kernel: Any) -> None:
         kernel.shell.InteractiveTB.structured_traceback(*sys.exc_info())
 
 # %% ../../../nbs/internals/09_engine_kernel.ipynb #7e1f0a20
+# The stock kernel sets these: colours for those who ask, and no pager that would wait for a key.
+_TERMINAL = {"TERM": "xterm-color", "CLICOLOR": "1", "FORCE_COLOR": "1", "CLICOLOR_FORCE": "1"}
+_TERMINAL |= {"PAGER": "cat", "GIT_PAGER": "cat"}
+_FIGURES = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+
+
 def begin(
     order: Mapping[str, Any],  # folder, environment, arguments, paths to import from: near and others
 ) -> None:

@@ -69,7 +69,7 @@ def kill(worker: Worker) -> None:
     elif not worker.ended.is_set():
         subprocess.run(["taskkill", "/T", "/F", "/PID", str(worker.pid)], capture_output=True, check=False)
 
-
+# %% ../../../nbs/internals/09_engine_processes.ipynb #8c01cad0
 def disconnect(worker: Worker) -> str:  # what was still in its pipes
     """Close what I hold of it."""
     words = b""
@@ -120,7 +120,7 @@ def take_ready(
             raise EOFError
         return worker
 
-
+# %% ../../../nbs/internals/09_engine_processes.ipynb #a598ee2d
 def _disconnect_all(
     ready: _Ready,
 ) -> None:
@@ -248,7 +248,7 @@ class SpawnPool:
         for _ in range(number):
             threading.Thread(target=_spawn, args=[self], daemon=True, name="spawned worker").start()
 
-
+# %% ../../../nbs/internals/09_engine_processes.ipynb #2ea3046a
 def _spawn(spawns: SpawnPool) -> None:
     """Start a process, introduce it when it is ready, and see it end."""
     cookie, secret = secrets.token_hex(8), secrets.token_hex(16)
@@ -333,9 +333,7 @@ def _reap(spawns: SpawnPool, process: subprocess.Popen[bytes], worker: Worker | 
         spawns.processes.discard(process)
 
 # %% ../../../nbs/internals/09_engine_processes.ipynb #2c2fbb38
-def _close_spawns(
-    spawns: SpawnPool,
-) -> None:
+def _close_spawns(spawns: SpawnPool) -> None:
     """End all its processes."""
     with spawns.lock:
         spawns.alive = False

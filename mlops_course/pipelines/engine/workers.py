@@ -17,7 +17,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-# %% ../../../nbs/internals/09_engine_workers.ipynb #f6928f76
 from mlops_course.environment import CourseError, WorkspaceError
 from mlops_course.pipelines.engine.processes import (
     ForkPool,
@@ -30,7 +29,7 @@ from mlops_course.pipelines.engine.processes import (
     take_ready,
 )
 
-
+# %% ../../../nbs/internals/09_engine_workers.ipynb #f6928f76
 from mlops_course.pipelines.engine.requests import (
     KINDS,
     CellError,
