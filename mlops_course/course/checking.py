@@ -30,7 +30,7 @@ from mlops_course.course.lessons import (
     read_notebook,
     tags,
 )
-from mlops_course.course.running import FAILED, MIME, PASSED, UNATTEMPTED, Outcome
+from mlops_course.course.running import FAILED, MIME, PASSED, UNATTEMPTED, ExerciseOutcome
 from mlops_course.environment import CourseError
 
 # %% ../../nbs/internals/01_checking.ipynb #581b1c5b
@@ -50,7 +50,7 @@ class Report:
 
     section: int
     notebook: str
-    exercises: list[Outcome] = field(default_factory=list)
+    exercises: list[ExerciseOutcome] = field(default_factory=list)
     problems: list[StoppedCell] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)  # what the learner should know besides
     seconds: float = 0.0
@@ -271,7 +271,7 @@ def make_report(
     for exercise in plan.lesson.exercises.values():
         if plan.only not in (None, exercise.id):
             continue
-        outcome = found.get(exercise.id) or Outcome(exercise.id, FAILED, "The check didn't get this far.")
+        outcome = found.get(exercise.id) or ExerciseOutcome(exercise.id, FAILED, "The check didn't get this far.")
         if outcome.status == UNATTEMPTED and outcome.cell is None:
             outcome.message = f"Its cell is not in your notebook. mlops-course reset {exercise.id} puts it back."
         outcome.title = exercise.title
@@ -281,14 +281,15 @@ def make_report(
     return report
 
 # %% ../../nbs/internals/01_checking.ipynb #2e9b0a37
-def _outcomes(plan: CheckPlan, records: list[dict[str, Any]]) -> dict[str, Outcome]:
+def _outcomes(plan: CheckPlan, records: list[dict[str, Any]]) -> dict[str, ExerciseOutcome]:
     """The best outcome of each exercise: of two cells that answer it, the better one counts."""
     order = [UNATTEMPTED, FAILED, PASSED]
-    every = [Outcome(**{k: v for k, v in each.items() if k != "kind"}) for each in records if each["kind"] == "outcome"]
+    told = [{k: v for k, v in each.items() if k != "kind"} for each in records if each["kind"] == "outcome"]
+    every = [ExerciseOutcome(**each) for each in told]
     for number, _, exercise in plan.code():
         if number in plan.skipped and exercise:
-            every.append(Outcome(exercise, FAILED, f"Your cell {plan.skipped[number]}.", cell=number))
-    found: dict[str, Outcome] = {}
+            every.append(ExerciseOutcome(exercise, FAILED, f"Your cell {plan.skipped[number]}.", cell=number))
+    found: dict[str, ExerciseOutcome] = {}
     for outcome in every:
         if outcome.id not in found or order.index(outcome.status) >= order.index(found[outcome.id].status):
             found[outcome.id] = outcome

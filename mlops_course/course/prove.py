@@ -165,10 +165,11 @@ def summary_lines(
 def _part_lines(part: str, found: list[Proof]) -> list[str]:
     failed = [proof for proof in found if not proof.ok]
     if failed:
-        return [f"✗ {part}", *(f"    {proof.what.removeprefix(part).strip(', ')}: {proof.message}" for proof in failed)]
+        told = [(proof.what.removeprefix(part).strip(", "), proof.message) for proof in failed]
+        return [f"✗ {part}", *(f"    {': '.join(filter(None, said))}" for said in told)]
     refused = sum(" wrong answer " in proof.what for proof in found)
-    said = f"stub unattempted, {refused} wrong answers refused, solution passes"
-    return [f"✓ {part}  {said if refused else found[0].message or 'sound, broken, seen, fixed'}"]
+    holds = f"stub unattempted, {refused} wrong answers refused, solution passes"
+    return [f"✓ {part}  {holds if refused else found[0].message or 'sound, broken, seen, fixed'}"]
 
 # %% ../../nbs/internals/01_prove.ipynb #65d2aa17
 def main(

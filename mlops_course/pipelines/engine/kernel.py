@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GONE', 'Pipes', 'OutputThread', 'leave', 'Socket', 'OutStream', 'IPythonKernel', 'make_kernel', 'warm_up',
-           'warm_up_errors', 'begin', 'project_files', 'unfinished', 'peak_memory', 'Server', 'serve']
+           'warm_up_errors', 'begin', 'project_files', 'unfinished', 'peak_memory', 'Server', 'serve_notebook']
 
 # %% ../../../nbs/internals/09_engine_kernel.ipynb #7e1f0a04
 import asyncio
@@ -445,7 +445,7 @@ class Server:
         self.thread.wait()
 
 # %% ../../../nbs/internals/09_engine_kernel.ipynb #7e1f0a24
-def serve(
+def serve_notebook(
     channel: Any,  # to whoever sends the notebook
     kernel: Any,
     pipes: Sequence[tuple[int, int]],  # for stdout and stderr; empty where they can't be watched

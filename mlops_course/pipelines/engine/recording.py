@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MASK', 'HALF', 'WAIT_FOR_WORK', 'HOW', 'LANGUAGE', 'CHOOSE_KERNEL', 'OWN_KERNEL', 'ARROW', 'PLAIN', 'COLOUR',
            'Masker', 'settled', 'destination', 'printable', 'save_notebook', 'Recorder', 'save_if_due', 'write_now',
-           'Client', 'wait_for_work', 'WarmClient', 'find_kernel', 'read_notebook', 'failed_cell', 'failing_line',
+           'Client', 'wait_for_work', 'WarmClient', 'find_kernel', 'prepare_notebook', 'failed_cell', 'failing_line',
            'last_error', 'note_failure', 'usage_error', 'show_failure', 'KernelDied']
 
 # %% ../../../nbs/internals/09_engine_recording.ipynb #7a27d6d0
@@ -410,7 +410,7 @@ def _require_own_kernel(notebook: Any, path: str | Path) -> None:
         raise CourseError(problem, remedy)
 
 # %% ../../../nbs/internals/09_engine_recording.ipynb #ffcd8180
-def read_notebook(
+def prepare_notebook(
     path: str | Path,  # the source
     output: str | Path,  # where the executed one will be
     parameters: dict[str, Any],

@@ -59,7 +59,7 @@ def _open_notebook(
     from mlops_course.pipelines.engine import recording
 
     request = execution.request
-    notebook = recording.read_notebook(request.notebook, request.output, request.parameters)
+    notebook = recording.prepare_notebook(request.notebook, request.output, request.parameters)
     recorder = recording.Recorder(notebook, request.output, execution.masker, progress_bar=False)
     recorder.on_cell, execution.cells = execution.cell, len(notebook.cells)
     recorder.notebook_start()

@@ -301,7 +301,7 @@ def _become_worker(zygote: _Zygote, connection: socket.socket, pipes: list[tuple
         _ask_linux(SUBREAPER, 1)
         if os.getppid() == zygote.pid:  # else it died before I could ask to be told
             gc.enable()
-            zygote.module.serve(Channel(connection), zygote.kernel, pipes)
+            zygote.module.serve_notebook(Channel(connection), zygote.kernel, pipes)
     finally:
         os._exit(70)
 
@@ -365,7 +365,7 @@ def _be_single(options: dict[str, Any]) -> None:
     channel, session = Channel(connection), kernel.session
     channel.send([b"control", *session.serialize(session.msg("ready", {"files": files, "missing": missing}))])
     module.GONE.append(lambda: _end_all(cookie))
-    module.serve(channel, kernel, options["pipes"])
+    module.serve_notebook(channel, kernel, options["pipes"])
 
 # %% ../../../nbs/internals/09_engine_zygote.ipynb #e7a7717d
 def _end_with(watched: int, cookie: str) -> None:
