@@ -38,9 +38,8 @@ BARS = {  # what the source is held to: the first is the least, all others are t
 }
 NOT_YET = {  # what may not get worse until the bar is reached; then its entry goes
     "share of the reference pages' code that shows something, in %": 26,
-    "pages that show with less than 15 % of their code": 0,
     "class ladders": 1,
-    "lines of pipelines": 9577,
+    "lines of pipelines": 9569,
 }
 LIMITS = BARS | NOT_YET
 
