@@ -284,7 +284,7 @@ def read_wrong_answers(
                 number, answers = (ast.literal_eval(argument) for argument in node.args)
                 yield number, [WrongAnswer(label, code, words) for label, (code, words) in answers.items()]
             except (ValueError, TypeError, AttributeError) as error:
-                problem = f"{lesson.path.name}: wrong_answers is not plain text ({error})"
+                problem = f"{lesson.path.name}: wrong_answers is not plain text: {ast.unparse(node)}"
                 raise LessonError(problem, 'Write wrong_answers("5.2", {"label": ("code", "words")})') from error
 
 # %% ../../nbs/internals/01_lessons.ipynb #03c3f56c

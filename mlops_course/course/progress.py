@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from mlops_course.course.running import PASSED, UNATTEMPTED, Outcome
+from mlops_course.course.running import PASSED, UNATTEMPTED, ExerciseOutcome
 from mlops_course.environment import CourseError, workspace_error, write_atomic
 
 # %% ../../nbs/internals/01_progress.ipynb #fb801d00
@@ -155,7 +155,7 @@ def exercise_of(
 # %% ../../nbs/internals/01_progress.ipynb #0b100a11
 def note_outcomes(
     home: Path,  # the workspace
-    outcomes: Iterable[Outcome],
+    outcomes: Iterable[ExerciseOutcome],
 ) -> list[str]:  # notices for the learner
     """Keep what a check found."""
     with edit_progress(home) as document:
