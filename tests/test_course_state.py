@@ -307,7 +307,15 @@ def test_a_lesson_whose_copy_does_not_run_is_found(lesson: Lesson) -> None:
             vars(lesson)["lab"] = None
             cell.update(cell_type="code", source="mean + 1", outputs=[], execution_count=None)
     failed = [str(proof) for proof in prove(lesson) if not proof.ok]
-    assert any("copy, code cell" in line and "TypeError" in line for line in failed), failed
+    assert any("copy, code cell" in line and "needs mean of 21.1" in line for line in failed), failed
+
+
+def test_a_figure_that_no_cell_makes_is_found(lesson: Lesson) -> None:
+    saved = next(cell for cell in lesson.notebook["cells"] if "sum(delays)" in cell["source"])
+    saved["outputs"][0]["data"]["text/plain"] = "51"
+    vars(lesson)["lab"] = None
+    failed = [str(proof) for proof in prove(lesson) if not proof.ok and "lab" not in proof.what]
+    assert len(failed) == 1 and "{'text/plain': '51'} is saved" in failed[0], failed
 
 
 # ---------------------------------------------------------------- the course as a whole

@@ -287,9 +287,9 @@ def _quietly(source: str) -> BaseException | None:
 # %% ../../nbs/internals/01_running.ipynb #e356b726
 def try_answers(
     exercise: dict[str, Any],
-    answers: dict[str, str],  # label: the whole cell with a wrong answer in it
+    answers: dict[str, str],  # label: the whole cell with an answer in it; the stub has no label
 ) -> None:
-    """Judge wrong answers, and write down what would have been said to each."""
+    """Judge answers on copies of the names, and write down what would have been said to each."""
     transform = _shell().input_transformer_manager.transform_cell
     for label, source in answers.items():
         scope, error = dict(_shell().user_ns), None
@@ -301,5 +301,5 @@ def try_answers(
         except (Exception, SystemExit, TookTooLong) as raised:
             error = raised
         with time_limit(_session.seconds, _session.last_words):
-            outcome = judge_answer(exercise, scope, source, error)
-        _publish(kind="wrong", label=label, **asdict(outcome))
+            outcome = judge_answer(exercise, scope, error=error)
+        _publish(kind="tried", label=label, **asdict(outcome))
