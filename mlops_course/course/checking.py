@@ -35,7 +35,7 @@ from mlops_course.environment import CourseError
 # %% ../../nbs/internals/01_checking.ipynb #581b1c5b
 @dataclass
 class StoppedCell:
-    """A cell that raised and is no exercise."""
+    """A cell that raised and isn't an exercise."""
 
     cell: int  # which code cell, counted from 1
     message: str
@@ -239,7 +239,11 @@ def run_plan(
     environment: dict[str, str],
     seconds: float,
 ) -> list[dict[str, Any]]:  # records
-    """Run a check to its end, whatever single cells do. Raises: CheckError when no process could be started."""
+    """Run a check to its end, whatever single cells do.
+
+    Raises:
+        CheckError: no process could be started.
+    """
     records: list[dict[str, Any]] = []
     for _ in range(_ATTEMPTS):
         with tempfile.TemporaryDirectory(prefix="mlops_course_", ignore_cleanup_errors=True) as name:
@@ -293,7 +297,7 @@ def _outcomes(plan: CheckPlan, records: list[dict[str, Any]]) -> dict[str, Exerc
 
 # %% ../../nbs/internals/01_checking.ipynb #382ea394
 def _problems(plan: CheckPlan, records: list[dict[str, Any]]) -> list[StoppedCell]:
-    """The cells that raised, or ended the process, and are no exercise."""
+    """The cells that raised, or ended the process, and aren't an exercise."""
     code = {number: (cell, exercise) for number, cell, exercise in plan.code()}
     said = {record["cell"]: record["message"] for record in records if record["kind"] == "problem"}
     said |= {number: f"This cell {text}" for number, text in plan.skipped.items() if not code[number][1]}
@@ -334,7 +338,11 @@ def check_notebook(
     timeout: float | None = None,  # seconds for a cell; None: what the lesson says
     home: Path | None = None,  # the workspace that the notebook sees; None: as the environment says
 ) -> Report:
-    """Run a learner's notebook and judge its exercises. Raises: CourseError when it can't be read or run."""
+    """Run a learner's notebook and judge its exercises.
+
+    Raises:
+        CourseError: it can't be read or run.
+    """
     begin = time.monotonic()
     plan = CheckPlan(lesson, read_notebook(notebook)["cells"], only)
     seconds = timeout or float(lesson.options.get("timeout", CELL_TIMEOUT_S))
@@ -343,7 +351,7 @@ def check_notebook(
     report.seconds = round(time.monotonic() - begin, 2)
     return report
 
-
+# %% ../../nbs/internals/01_checking.ipynb #842ede82
 def notebook_variables(
     home: Path | None,  # the workspace
 ) -> dict[str, str]:

@@ -49,7 +49,7 @@ def load_yaml(
     except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         odd = isinstance(error, LookupError | AttributeError)  # `!!bool` before something else
         reason = "a value isn't what its tag says" if odd else error
-        raise PipelineError(f"{path.name} is no proper YAML: {reason}", f"Correct {path}") from error
+        raise PipelineError(f"{path.name} isn't valid YAML: {reason}", f"Correct {path}") from error
 
 # %% ../../nbs/internals/09_reading.ipynb #c8e92fd5
 def kind(

@@ -77,7 +77,7 @@ class RunSession:
         return None if self.deadline is None else max(0.0, self.deadline - time.monotonic())
 
     def tell(self, kind: str, stage: StageRun | None = None) -> None:
-        """Tell the listener, one event at a time. One that can't hear any more is no reason to fail."""
+        """Tell the listener, one event at a time. One that can't hear any more isn't a reason to fail."""
         with self.lock:
             try:
                 if self.listener is not None:
