@@ -201,6 +201,10 @@ class Settings(BaseModel):
         return self.home / "serving"
 
     @property
+    def ledger(self) -> Path:  # what changed in production, line by line; a container mounts no more than `serving`
+        return self.serving / "ledger" / "ledger.jsonl"
+
+    @property
     def tracking(self) -> str:  # where MLflow keeps its runs: a file of the workspace, unless told otherwise
         return self.tracking_uri or f"sqlite:///{(self.home / 'mlflow.db').as_posix()}"
 

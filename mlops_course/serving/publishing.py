@@ -9,7 +9,8 @@ from pathlib import Path
 
 import msgspec
 
-from mlops_course.environment import Settings, write_atomic
+from mlops_course.environment import Settings, workspace_error, write_atomic
+from mlops_course.ledger import LedgerEntry, append_entry, current_user
 from mlops_course.serving.bundle import (
     BUNDLE_REFERENCE, MODEL_FILE, BundleError, bundles_folder, case_folder, case_of, find_bundle, manifest_sha256,
     open_bundle, place_bundle,
@@ -98,10 +99,41 @@ def live_bundle(
         raise BundleError(f"{folder} is not the bundle that was published", "Publish it again, after a look at it")
     return folder
 
+# %% ../../nbs/internals/07_publishing.ipynb #07ab1e02
+def _make_live(settings: Settings, live: _Live, reason: str, by: str | None) -> None:
+    """Name another bundle as live, after a line in the ledger; the same one again changes nothing."""
+    from filelock import FileLock
+
+    path, content = live_file(settings, live.bundle), msgspec.json.encode(live)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_name("live.lock"), timeout=30):
+            old = path.read_bytes() if path.is_file() else b""
+            if old != content:
+                append_entry(settings, _publication(live, old, reason, by or current_user()))
+                write_atomic(path, content)
+    except OSError as error:
+        raise workspace_error(error, path) from error
+
+
+def _publication(live: _Live, old: bytes, reason: str, by: str) -> LedgerEntry:
+    """What the ledger says about a publication."""
+    try:
+        before = msgspec.json.decode(old, type=_Live)
+    except (msgspec.MsgspecError, UnicodeDecodeError):  # nothing was live, or nobody can tell what
+        before = None
+    return LedgerEntry(
+        event="publish", use_case=case_of(live.bundle), subject=live.bundle, by=by, reason=reason,
+        before={"live": before.bundle if before else None, "manifest": before.manifest if before else None},
+        after={"live": live.bundle, "manifest": live.manifest},
+    )  # fmt: skip
+
 # %% ../../nbs/internals/07_publishing.ipynb #bb204adc
 def publish(
     settings: Settings,  # whose workspace
     bundle: str | Path,  # a reference such as `flight-delay@3`, or a folder; one from elsewhere is copied in
+    reason: str = "asked for",  # why; the ledger keeps it
+    by: str | None = None,  # who; None: whoever runs this
 ) -> Path:  # the folder that is live now
     """Make a bundle the one of its use case that is served.
 
@@ -114,8 +146,5 @@ def publish(
     home = bundles_folder(settings) / manifest.model
     if folder.resolve() != home.resolve():
         place_bundle(home, manifest, files)
-    path = live_file(settings, manifest.model)
-    content = msgspec.json.encode(_Live(manifest.model, manifest_sha256(home)))
-    if not path.is_file() or path.read_bytes() != content:
-        write_atomic(path, content)
+    _make_live(settings, _Live(manifest.model, manifest_sha256(home)), reason, by)
     return home
