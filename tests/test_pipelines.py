@@ -235,7 +235,7 @@ def test_parameters_are_in_order(tmp_path: Path, given: dict[str, str], message:
 @pytest.mark.parametrize(
     ("order", "message"),
     [
-        ("[first < lost]", "'lost', which is no parameter. Perhaps you meant 'last'"),
+        ("[first < lost]", "'lost', which isn't a parameter. Perhaps you meant 'last'"),
         ("[first > last]", "order has 'first > last'. Write a list of lines"),
         ("[first]", "order has 'first'"),
         ("[first <]", "order has 'first <'"),
@@ -287,8 +287,8 @@ def test_a_wrong_parameter_stops_before_anything_is_made(demo: Path, tmp_path: P
         ("{total: total}}", "{total: total}, outputs: {end: value}}", "promises .* 'end', but last.ipynb records no"),
         ("{total: value}", "{total: vaule}", "output total has the kind 'vaule'.*'value'"),
         ("{total: value}", "[total]", "outputs are .'total'.. Write them as `{name: …}`"),
-        ("${limit}", "${numbers.x}", "refers to ..numbers.x., which is no parameter.*flow through `inputs`"),
-        ("${limit}", "${limi}", "refers to ..limi., which is no parameter of the pipeline.*'limit'"),
+        ("${limit}", "${numbers.x}", "refers to ..numbers.x., which isn't a parameter.*flow through `inputs`"),
+        ("${limit}", "${limi}", "refers to ..limi., which isn't a parameter of the pipeline.*'limit'"),
         ('limit: "${limit}"', 'limit: "${limit"', "without its }"),
         ('limit: "${limit}", title: "${upto} of ${limit}"', "limit: 3", "no stage uses the parameter 'limit'"),
         ('limit: "${limit}"', 'limit: "x${limit}"', r"passes limit = .*\(str\), but its notebook declares 'int'"),
@@ -298,8 +298,8 @@ def test_a_wrong_parameter_stops_before_anything_is_made(demo: Path, tmp_path: P
         ("outputs: {total: value}", "outputs: {total: value}\n    retries: 1.5", "retries is 1.5.*a whole number"),
         ("outputs: {total: value}", "outputs: {total: value}\n    secrets: KEY", "secrets is 'KEY', but should be"),
         ("stages:", "stages: none\nother:", "unknown entry 'other'"),
-        ("description: for tests", "description: [", "is no proper YAML"),
-        ("parameters: {upto:", "parameters: [upto,", "is no proper YAML"),
+        ("description: for tests", "description: [", "isn't valid YAML"),
+        ("parameters: {upto:", "parameters: [upto,", "isn't valid YAML"),
     ],
 )
 def test_a_mistake_in_the_file_is_named(demo: Path, old: str, new: str, message: str) -> None:
@@ -355,7 +355,7 @@ def test_values_from_python_are_held_against_the_same_rule(tmp_path: Path) -> No
     for value in ((1, 2), tmp_path, {1}, object(), "\ud800", {"\ud800": 1}, np.int64(3), circle, {"a": circle}):
         with pytest.raises(PipelineError, match=r"pipeline odd: stage only passes x.* a notebook can't get that"):
             Pipeline("odd", (Stage("only", tmp_path / "only.ipynb", {"x": value}),))
-    shared = [1, 2]  # twice the same list is no circle
+    shared = [1, 2]  # twice the same list isn't a circle
     for value in (2**70, -1.5, True, None, "ü", [], {}, {"a": [shared, shared, {"b": None}]}):
         Pipeline("odd", (Stage("only", tmp_path / "only.ipynb", {"x": value}),))
 
@@ -447,7 +447,7 @@ def test_after_is_order_and_touches_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("new", "message"),
     [
-        ("[erly]", "stage late comes after 'erly', which is no stage. Perhaps you meant 'early'"),
+        ("[erly]", "stage late comes after 'erly', which isn't a stage. Perhaps you meant 'early'"),
         ("[late]", "stage late comes after itself"),
         ("[last]", r"these stages wait for each other: \w+ -> \w+ -> \w+\. Take out .* `after`"),
         ("early", "after is 'early', but should be a list of names"),

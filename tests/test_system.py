@@ -181,7 +181,7 @@ def write_source(folder: Path, rows: int | None = None, **renamed: str) -> Path:
 
 @pytest.fixture(scope="module")
 def bad_deliveries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Done]]:
-    """Three runs with data that cannot be used, each in a workspace of its own, all at once."""
+    """Three runs with data that can't be used, each in a workspace of its own, all at once."""
     folder = tmp_path_factory.mktemp("bad")
     write_source(folder / "renamed", 1000, dep_delay="departure_delay")
     (folder / "picture").mkdir()

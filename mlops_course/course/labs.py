@@ -40,20 +40,16 @@ def run_steps(
     steps: list[str],  # of breaks, fix; the check follows after them
     home: Path,  # the workspace
 ) -> LabState:
-    """Prepare, take some steps, and check. Raises: LabError when a step fails or hangs."""
+    """Prepare, take some steps, and check.
+
+    Raises:
+        LabError: a step fails or hangs.
+    """
     with tempfile.TemporaryDirectory(prefix="mlops_course_") as folder:
         answer = Path(folder) / "answer.json"
         parts = [("prepare", lab.prepare), *((step, getattr(lab, step)) for step in steps), ("check", lab.check)]
         job = json.dumps({"parts": parts, "home": str(home), "answer": str(answer)})
-        command = [sys.executable, "-c", "from mlops_course.course.labs import run_child; run_child()"]
-        variables = {**os.environ, "MLOPS_COURSE_HOME": str(home), "MPLBACKEND": "agg"}
-        try:
-            done = subprocess.run(
-                command, input=job, env=variables, timeout=_STEP_SECONDS, capture_output=True, text=True, check=False
-            )
-        except subprocess.TimeoutExpired as error:
-            problem = f"the lab didn't end within {_STEP_SECONDS:g} s"
-            raise LabError(problem, "Try again when the machine is less busy") from error
+        done = _in_child(job, home)
         if not answer.is_file():
             raise _dead(done)
         said = json.loads(answer.read_text(encoding="utf-8"))
@@ -62,6 +58,18 @@ def run_steps(
     return LabState(said["sound"], said["message"])
 
 # %% ../../nbs/internals/01_labs.ipynb #5ee1097b
+def _in_child(job: str, home: Path) -> "subprocess.CompletedProcess[str]":
+    """Do a job in a process of its own, which may take its time but not for ever."""
+    command = [sys.executable, "-c", "from mlops_course.course.labs import run_child; run_child()"]
+    variables = {**os.environ, "MLOPS_COURSE_HOME": str(home), "MPLBACKEND": "agg"}
+    options: dict[str, Any] = {"timeout": _STEP_SECONDS, "capture_output": True, "text": True, "check": False}
+    try:
+        return subprocess.run(command, input=job, env=variables, **options)
+    except subprocess.TimeoutExpired as error:
+        problem = f"the lab didn't end within {_STEP_SECONDS:g} s"
+        raise LabError(problem, "Try again when the machine is less busy") from error
+
+
 def _dead(done: "subprocess.CompletedProcess[str]") -> LabError:
     """A step's process that ended without an answer."""
     last = (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -118,7 +126,11 @@ def break_lab(
     lesson: Lesson,
     home: Path,  # the workspace
 ) -> LabState:
-    """Inject the lab's fault. Raises: LabError when the workspace isn't sound before, or the fault isn't seen."""
+    """Inject the lab's fault.
+
+    Raises:
+        LabError: the workspace isn't sound before, or the fault isn't seen.
+    """
     lab = _lab_of(lesson)
     before = run_steps(lab, [], home)
     if not before.sound:
@@ -140,7 +152,11 @@ def fix_lab(
     lesson: Lesson,
     home: Path,  # the workspace
 ) -> tuple[str, LabState | None]:  # the code of the fix, and how it is afterwards; None: nothing was done, all is well
-    """Do the documented repair. Raises: LabError when nothing is broken, and never was."""
+    """Do the documented repair.
+
+    Raises:
+        LabError: nothing is broken, and never was.
+    """
     lab, note = _lab_of(lesson), _lab_note(lesson, home)
     if not _may_be_broken(note) and run_steps(lab, [], home).sound:
         if "broken" in note:

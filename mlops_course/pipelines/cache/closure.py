@@ -87,6 +87,10 @@ class _Module:
     file: str | None  # None: a folder without __init__.py
     folders: tuple[str, ...] = ()  # where its submodules are
 
+
+def _package(folder: Path) -> _Module:
+    return _Module(str(folder / "__init__.py"), (str(folder),))
+
 # %% ../../../nbs/internals/09_cache_closure.ipynb #f7754bee
 class _ModuleFinder:
     """Finds modules as Python does, without importing any. It looks at a name once, as long as no folder changes."""
@@ -145,10 +149,6 @@ def _editable_finders() -> list[Any]:
     return [each for each in sys.meta_path if str(getattr(each, "__module__", "")).startswith("__editable__")]
 
 
-def _package(folder: Path) -> _Module:
-    return _Module(str(folder / "__init__.py"), (str(folder),))
-
-# %% ../../../nbs/internals/09_cache_closure.ipynb #28231244
 def _module(spec: ModuleSpec | None) -> _Module | None:
     """What a specification says; None when there is none, or when the module isn't in a file of its own."""
     if spec is None or (spec.has_location and not os.path.isfile(str(spec.origin))):  # noqa: PTH113

@@ -105,7 +105,7 @@ def _listing(store: CacheStore, files: list[Path]) -> Listing:
         sorted((relativize_path(store.settings, path), path.stat().st_size, store.memo.hash(path)) for path in files)
     )
 
-# %% ../../../nbs/internals/09_cache_outputs.ipynb #ec15121c
+
 def _describe_tables(store: CacheStore, value: Any) -> Output:
     """References to tables, also in lists and dictionaries."""
     files: set[tuple[str, int, str]] = set()
