@@ -25,6 +25,8 @@ from mlops_course.course.checking import (
     records_of,
     run_notebook,
 )
+
+# %% ../../nbs/internals/01_prove.ipynb #5e0c81ac
 from mlops_course.course.copies import make_copy
 from mlops_course.course.labs import prove_lab
 from mlops_course.course.lessons import (
