@@ -132,6 +132,7 @@ def ever_wrong(share: float, generator: np.random.Generator, alpha: float) -> bo
     return any(not low <= share <= high for low, high in (share_interval(*look, alpha) for look in looks))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.01, 0.3])
 def test_shares_are_missed_no_more_often_than_promised_at_all_looks_together(share: float) -> None:
     generator, runs, alpha = np.random.default_rng(1), 120, 0.1

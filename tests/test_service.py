@@ -235,6 +235,7 @@ def test_it_describes_itself_for_its_own_model(service: Running, record: dict[st
 # ---------------------------------------------------------------- other models
 
 
+@pytest.mark.slow
 def test_without_a_model_it_lives_but_is_not_ready_and_it_takes_the_first_one(
     home: Path, record: dict[str, Any], key: dict[str, Any]
 ) -> None:  # fmt: skip

@@ -240,6 +240,7 @@ def enlarge(folder: Path, size: str) -> None:
     subprocess.run(["mount", "-o", f"remount,size={size}", folder], check=True)
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_at_the_first_table(tmp_path: Path) -> None:
     with small_disk(tmp_path / "small", "3M") as disk:
         done = finish(start(disk / "workspace", *TRAINING), 60)

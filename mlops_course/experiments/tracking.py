@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 from zipfile import BadZipFile
 
 # %% auto #0
-__all__ = ['TRUSTED_TYPES', 'quiet_mlflow', 'exclusive_lock', 'make_store', 'connect', 'open_store', 'explain_full_disk',
-           'run_fingerprint', 'tracked_run', 'find_tracked_run', 'run_value', 'model_signature', 'log_model',
-           'load_run_model', 'array_digest', 'rows_known_by', 'training_rows']
+__all__ = ['TRUSTED_TYPES', 'quiet_mlflow', 'exclusive_lock', 'make_store', 'connect', 'explain_full_disk', 'run_fingerprint',
+           'tracked_run', 'find_tracked_run', 'run_value', 'model_signature', 'log_model', 'load_run_model',
+           'array_digest', 'rows_known_by', 'training_rows']
 
 # %% ../../nbs/internals/06_tracking.ipynb #11b39aa9
 import numpy as np
@@ -99,18 +99,6 @@ def connect(
         return _experiment(settings, use_case)
 
 
-def open_store(
-    settings: Settings,  # where the store is
-) -> Any:  # the module `mlflow`, which works with that store from here on
-    """Point MLflow to our store, whichever use case is meant.
-
-    Raises:
-        ExperimentError: the store can't be opened.
-    """
-    with _explained(settings):
-        _open_store(settings)
-    return quiet_mlflow()
-
 # %% ../../nbs/internals/06_tracking.ipynb #fe53f178
 @contextmanager
 def _explained(settings: Settings) -> Iterator[None]:
@@ -132,7 +120,7 @@ def _without_password(text: str) -> str:
     """Addresses in the text, without the name and the password that they may hold."""
     return re.sub(r"//[^/@\s]*@", "//…@", text)
 
-
+# %% ../../nbs/internals/06_tracking.ipynb #5e0c81a7
 def _open_store(settings: Settings) -> None:
     """Make the store if need be, put its addresses right if the workspace was moved, and point MLflow to it."""
     mlflow = quiet_mlflow()
@@ -190,7 +178,7 @@ def run_fingerprint() -> dict[str, Any]:  # ready for JSON; what can't be known 
     now["machine"]["threads"] = int(threads) if threads.isdecimal() else cores()
     return now
 
-
+# %% ../../nbs/internals/06_tracking.ipynb #5e0c81aa
 @contextmanager
 def tracked_run(
     settings: Settings,  # where the store is

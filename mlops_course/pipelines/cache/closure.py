@@ -12,6 +12,7 @@ import os
 import site
 import sys
 import sysconfig
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -92,6 +93,9 @@ def _package(folder: Path) -> _Module:
     return _Module(str(folder / "__init__.py"), (str(folder),))
 
 # %% ../../../nbs/internals/09_cache_closure.ipynb #f7754bee
+_LOOKING = threading.RLock()  # stages are planned in threads, and Python has one memory of folders for all of them
+
+
 class _ModuleFinder:
     """Finds modules as Python does, without importing any. It looks at a name once, as long as no folder changes."""
 
@@ -105,11 +109,12 @@ class _ModuleFinder:
 
     def find(self, name: str) -> _Module | None:  # None: it isn't the project's
         """A module of the project by its full name."""
-        if name not in self._found:
-            found = None if name in sys.stdlib_module_names else self._search(name)
-            places = [] if found is None else [found.file] if found.file else list(found.folders)
-            self._found[name] = None if all(map(_is_installed, places)) else found
-        return self._found[name]
+        with _LOOKING:
+            if name not in self._found:
+                found = None if name in sys.stdlib_module_names else self._search(name)
+                places = [] if found is None else [found.file] if found.file else list(found.folders)
+                self._found[name] = None if all(map(_is_installed, places)) else found
+            return self._found[name]
 
     def _search(self, name: str) -> _Module | None:
         parent, _, last = name.rpartition(".")
@@ -127,9 +132,8 @@ class _ModuleFinder:
 
     def is_current(self) -> bool:
         """Whether no folder that it looked at has changed since, or had changed only just before."""
-        seen = list(self._seen.items())  # a stage in another thread may be looking at more
-        settled = all(not each or self._began - max(each[1:3]) > SETTLED_NS for _, each in seen)
-        return settled and all(path_signature(folder) == each for folder, each in seen)
+        settled = all(not each or self._began - max(each[1:3]) > SETTLED_NS for each in self._seen.values())
+        return settled and all(path_signature(folder) == each for folder, each in self._seen.items())
 
 # %% ../../../nbs/internals/09_cache_closure.ipynb #4fa40b85
 _FINDERS: dict[tuple[Any, ...], _ModuleFinder] = {}  # the last one for each path; stages of one plan share it
@@ -139,9 +143,10 @@ def _module_finder(paths: Iterable[Path | str]) -> _ModuleFinder:
     """One that looks along sys.path and then along these."""
     roots = tuple(root for root in dict.fromkeys(os.fspath(path) for path in (*sys.path, *paths)) if root)
     key = (roots, *map(id, _editable_finders()))
-    if key not in _FINDERS or not _FINDERS[key].is_current():
-        _FINDERS[key] = _ModuleFinder(roots)
-    return _FINDERS[key]
+    with _LOOKING:
+        if key not in _FINDERS or not _FINDERS[key].is_current():
+            _FINDERS[key] = _ModuleFinder(roots)
+        return _FINDERS[key]
 
 
 def _editable_finders() -> list[Any]:
