@@ -33,6 +33,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 class CourseError(Exception):
     """What went wrong and what to do next, in one line. Every error raised on purpose is one of these."""
 
+    exit_status = 1  # of a command that ends with it
+
     def __init__(
         self,
         problem: str,  # what was wrong, with the bad value

@@ -78,13 +78,13 @@ def _own_hash(line: bytes) -> str | None:
     return digest if carried == _FIELD + digest.encode() + _END else None
 
 # %% ../nbs/internals/02_ledger.ipynb #93ecdc65
-def _lines(file: BinaryIO) -> Iterator[bytes]:
-    """The lines of a file with their ends; of one that is too long, only the beginning."""
+def _lines(file: BinaryIO) -> Iterator[tuple[bytes, bool]]:
+    """The lines of a file, and whether each has an end; of one that is too long, only the beginning."""
     while line := file.readline(MAX_LINE + 1):
         rest = line
         while len(rest) > MAX_LINE and not rest.endswith(b"\n"):
             rest = file.readline(MAX_LINE + 1)
-        yield line
+        yield line, rest.endswith(b"\n")
 
 
 def _defect(line: bytes, entry: LedgerEntry | None, last: LedgerEntry | None) -> str:
@@ -125,17 +125,48 @@ class _Line(NamedTuple):
 def _inspect(file: BinaryIO) -> Iterator[_Line]:
     """Each line with what is wrong with it. An unfinished last one is left out: it may be being written."""
     last: LedgerEntry | None = None
-    for place, line in enumerate(_lines(file), 1):
-        if line.endswith(b"\n") or len(line) > MAX_LINE:
+    for place, (line, finished) in enumerate(_lines(file), 1):
+        if finished:
             text = line[:-1] if len(line) <= MAX_LINE else line
             entry = _decode(text)
             yield _Line(place, entry, _defect(text, entry, last))
             last = entry or last
+        elif len(line) > MAX_LINE:  # nobody writes such a line
+            problem = f"it has no end after more than {MAX_LINE:,} bytes: mlops-course ledger repair sets it aside"
+            yield _Line(place, None, problem)
+
+# %% ../nbs/internals/02_ledger.ipynb #1a91cd08
+_AT_ONCE = 64_000_000  # bytes of a ledger that is read in one piece
+_STAMP = b',"format":%d,"time":"' % _FORMAT
+_TIME = 24  # bytes of a time
+
+
+class _Sound(NamedTuple):
+    """A ledger whose lines are what this version writes, each in its place."""
+
+    lines: list[bytes]  # without their ends
+    times: list[bytes]
+
+
+def _read_sound(file: BinaryIO) -> _Sound | None:
+    """All lines, and when they were written; None: something may be wrong, so each has to be looked at."""
+    size = _whole_size(file)
+    unfinished = file.seek(0, os.SEEK_END) - size
+    if size > _AT_ONCE or unfinished > MAX_LINE:
+        return None
+    file.seek(0)
+    lines, times, previous = file.read(size).split(b"\n")[:-1], list[bytes](), b""
+    for number, line in enumerate(lines, 1):
+        content, seal, end = line[:-_SEAL], line[-_SEAL:], b'","number":%d,"previous":"%s"' % (number, previous)
+        previous = hashlib.sha256(content).hexdigest().encode()
+        stamp = content[-len(end) - _TIME - len(_STAMP) : -len(end)]
+        sealed = seal == _FIELD + previous + _END and len(line) < MAX_LINE
+        if not (sealed and content.endswith(end) and stamp.startswith(_STAMP)):
+            return None
+        times.append(stamp[-_TIME:])
+    return _Sound(lines, times) if times == sorted(times) else None
 
 # %% ../nbs/internals/02_ledger.ipynb #1a91cd09
-_AT_ONCE = 64_000_000  # bytes of a ledger that is read in one piece
-
-
 def read_ledger(
     settings: Settings,  # whose workspace
 ) -> list[LedgerEntry]:  # oldest first; empty: nothing was written down yet
@@ -147,50 +178,20 @@ def read_ledger(
     with _open_file(settings.ledger) as file:
         if file is None:
             return []
-        found = _read_whole(file)
-        if found is None:  # line by line, to say what is wrong, and where
-            file.seek(0)
-            found = []
-            for place, entry, defect in _inspect(file):
-                if entry is None or defect:
-                    raise LedgerError(f"line {place} of {settings.ledger}: {defect}", "Run: mlops-course ledger verify")
-                found.append(entry)
+        if sound := _read_sound(file):
+            return [_DECODER.decode(line) for line in sound.lines]
+        file.seek(0)
+        found = []
+        for place, entry, defect in _inspect(file):
+            if entry is None or defect:
+                raise LedgerError(f"line {place} of {settings.ledger}: {defect}", "Run: mlops-course ledger verify")
+            found.append(entry)
     if later := [entry.number for entry in found if entry.format > _FORMAT]:
         problem = f"line {later[0]} of {settings.ledger} has a later format than {_FORMAT}, which this version reads"
         raise LedgerError(problem, "Use a newer version of mlops_course")
     return found
 
-
-def _read_whole(file: BinaryIO) -> list[LedgerEntry] | None:
-    """All entries, if nothing is wrong with them. The same checks as for each line, several times as fast."""
-    size = _whole_size(file)
-    if size > _AT_ONCE:
-        return None
-    file.seek(0)
-    content = file.read(size)
-    lines = content.split(b"\n")[:-1]
-    try:
-        entries = _DECODER.decode_lines(content)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        return None
-    return entries if len(entries) == len(lines) and _is_chain(lines, entries) else None
-
-
-def _is_chain(lines: list[bytes], entries: list[LedgerEntry]) -> bool:
-    """Whether each line is what was written, and follows the one before it."""
-    times = [entry.time for entry in entries]
-    return (
-        max(map(len, lines), default=0) < MAX_LINE
-        and [entry.number for entry in entries] == list(range(1, len(entries) + 1))
-        and [entry.previous for entry in entries] == ["", *(entry.hash for entry in entries)][: len(entries)]
-        and times == sorted(times)
-        and all(
-            hashlib.sha256(line[:-_SEAL]).hexdigest() == entry.hash
-            for line, entry in zip(lines, entries, strict=True)
-        )
-    )  # fmt: skip
-
-
+# %% ../nbs/internals/02_ledger.ipynb #1a91cd10
 @contextlib.contextmanager
 def _open_file(path: Path) -> Iterator[BinaryIO | None]:
     """The file, opened for reading; None: there is none yet."""
@@ -365,7 +366,7 @@ def verify_ledger(
         lines = list(_inspect(file))
         found = [LedgerDefect(place, defect) for place, _, defect in lines if defect]
         torn = file.seek(0, os.SEEK_END) - _whole_size(file)
-    if torn:
+    if 0 < torn <= MAX_LINE:
         problem = f"it was cut off after {torn:,} bytes: the next change sets it aside, or mlops-course ledger repair"
         found.append(LedgerDefect(len(lines) + 1, problem))
     return found
@@ -411,13 +412,24 @@ def list_periods(
 
 
 def find_period(
-    entries: Iterable[LedgerEntry],  # of a ledger, oldest first
+    settings: Settings,  # whose workspace
     use_case: str,  # its name
     time: str,  # as `read_moment` returns it
     name: str = "champion",  # what is asked for
 ) -> Period:
-    """Find what a name meant at a moment; a change at that very millisecond counts."""
-    found = [entry for entry in entries if entry.use_case == use_case and name in entry.after]
-    place = bisect_right(found, time, key=lambda entry: entry.time)
-    since, until = found[place - 1] if place else None, found[place] if place < len(found) else None
+    """Find what a name meant at a moment; a change at that very millisecond counts.
+
+    Raises:
+        LedgerError: a line was edited, removed, added or moved, or a newer version wrote it.
+    """
+    with _open_file(settings.ledger) as file:
+        sound = _read_sound(file) if file else None
+    if sound is None:
+        entries = read_ledger(settings)
+        sound = _Sound([msgspec.json.encode(entry) for entry in entries], [entry.time.encode() for entry in entries])
+    place = bisect_right(sound.times, time.encode())
+    parts = (map(_DECODER.decode, part) for part in (reversed(sound.lines[:place]), sound.lines[place:]))
+    since, until = (
+        next((entry for entry in part if entry.use_case == use_case and name in entry.after), None) for part in parts
+    )
     return Period(since.after[name] if since else None, since, until)

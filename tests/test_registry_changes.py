@@ -5,15 +5,28 @@ import shutil
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 
 import pytest
 import registry_helpers
 from conftest import free_port
-from registry_helpers import OPERATIONS, add_run, add_versions, all_aliases, make_database, named, serve_postgres
+from registry_helpers import (
+    OPERATIONS,
+    add_run,
+    add_versions,
+    all_aliases,
+    make_database,
+    make_history,
+    named,
+    run_crowd,
+    serve_postgres,
+)
+from typer.testing import CliRunner
 
+from mlops_course.commands import as_group
+from mlops_course.commands.models import ledger_commands
 from mlops_course.environment import Settings
 from mlops_course.ledger import LedgerError, list_periods, read_ledger, verify_ledger
 from mlops_course.project import flight_delay
@@ -34,7 +47,7 @@ from mlops_course.registry import (
     versions,
 )
 from mlops_course.registry.changes import list_models
-from mlops_course.registry.store import missing_head
+from mlops_course.registry.store import check_registry, repair_registry
 
 
 @pytest.fixture(scope="session")
@@ -44,10 +57,12 @@ def postgres() -> Iterator[str]:
 
 
 @pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.system)])
-def settings(request: pytest.FixtureRequest, tmp_path: Path) -> Settings:
-    """A workspace whose registry is a file in it, or a database on a server."""
+def settings(request: pytest.FixtureRequest, tmp_path: Path, empty_store: Path) -> Settings:
+    """A workspace whose registry is a file in it, or a database on a server; nothing is registered yet."""
     home = tmp_path / "workspace"
     if request.param == "sqlite":
+        home.mkdir()
+        shutil.copy(empty_store, home / "mlflow.db")
         return Settings(home=home)
     return Settings(home=home, tracking_uri=make_database(request.getfixturevalue("postgres"), tmp_path.name))
 
@@ -56,9 +71,7 @@ def settings(request: pytest.FixtureRequest, tmp_path: Path) -> Settings:
 def template(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     """A workspace with a file of its own and five versions, of which the first three became champion."""
     settings = Settings(home=tmp_path_factory.mktemp("template") / "workspace")
-    add_versions(settings, 5)
-    for number in (1, 2, 3):
-        promote(settings, flight_delay, named(number), f"better than {number - 1}", by="ann")
+    make_history(settings)
     return settings
 
 
@@ -84,24 +97,16 @@ def test_from_registration_to_the_way_back(settings: Settings) -> None:
     assert events == [
         ("promote", named(1), "ann", "eve"), ("promote", named(3), "bob", ""), ("rollback", named(1), "eve", ""),
     ]  # fmt: skip
-    assert (verify_ledger(settings), missing_head(settings, flight_delay)) == ([], None)
+    assert verify_ledger(settings) == check_registry(settings) == []
     digests = [(entry.before["model_digest"], entry.after["model_digest"]) for entry in read_ledger(settings)[3:-1]]
     assert digests == [(None, "d1"), ("d1", "d3"), ("d3", "d1")]
 
 
 @pytest.mark.slow
 def test_a_crowd_that_registers_and_promotes_loses_nothing(settings: Settings) -> None:
-    open_registry(settings, flight_delay)
-    variables = {**os.environ, "MLOPS_COURSE_HOME": str(settings.home), "MLOPS_COURSE_TRACKING_URI": settings.tracking}
-    command = [sys.executable, registry_helpers.__file__, "crowd"]
-    crowd = [
-        subprocess.Popen([*command, f"w{each}", "25"], env=variables, stderr=subprocess.PIPE, text=True)
-        for each in range(8)
-    ]
-    ended = [(process.communicate(timeout=1500)[1], process.returncode) for process in crowd]
-    assert [status for _, status in ended] == [0] * 8, ended
+    run_crowd(settings, "crowd", 25)
     entries = read_ledger(settings)
-    assert verify_ledger(settings) == []
+    assert verify_ledger(settings) == check_registry(settings) == []
     registered = [entry.after["model_digest"] for entry in entries if entry.event == "register"]
     assert sorted(map(str, registered)) == sorted(f"w{each}-{number}" for each in range(8) for number in range(25))
     assert {version.tags["model_digest"] for version in versions(settings, flight_delay)} == set(registered)
@@ -112,13 +117,35 @@ def test_a_crowd_that_registers_and_promotes_loses_nothing(settings: Settings) -
 
 
 @pytest.mark.slow
+def test_of_a_crowd_that_promotes_each_wins_or_is_told_who_won(settings: Settings) -> None:
+    add_versions(settings, 5)
+    found = run_crowd(settings, "race", 25)
+    entries = [entry for entry in read_ledger(settings) if entry.event == "promote"]
+    assert verify_ledger(settings) == check_registry(settings) == []
+    won = [reason for outcomes in found for kind, reason in outcomes if kind == "won"]
+    lost = [message for outcomes in found for kind, message in outcomes if kind == "lost"]
+    assert len(won) + len(lost) == 8 * 25
+    assert sorted(won) == sorted(entry.reason for entry in entries), "who was told that they won did win"
+    assert len(lost) > 20, "they were in each other's way"
+    assert [entry.before["champion"] for entry in entries] == [None, *(entry.subject for entry in entries[:-1])]
+    winners = {f"{entry.by} promoted it at {entry.time} ({entry.reason})": entry.subject for entry in entries}
+    for message in lost:
+        who, _, change = message.partition(". ")[0].partition(": ")
+        assert who.split()[0] == winners[change], "the one who is named made it champion"
+    assert all_aliases(settings)["champion"] == champion_reference(settings, flight_delay) == entries[-1].subject
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="fork is for Linux")
 @pytest.mark.parametrize("operation", list(OPERATIONS))
-def test_whoever_is_killed_at_any_step_leaves_it_before_or_after(operation: str, tmp_path: Path) -> None:
-    command = [sys.executable, registry_helpers.__file__, operation, str(tmp_path)]
+@pytest.mark.parametrize("how", ["steps", "moments"])
+def test_whoever_is_killed_leaves_it_before_or_after(how: str, operation: str, tmp_path: Path) -> None:
+    command = [sys.executable, registry_helpers.__file__, how, operation, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1700)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert int(done.stdout) > 40, "so many lines are steps"
+    killed, unfinished = map(int, done.stdout.split())
+    assert killed > (40 if how == "steps" else 15), "so many lines are steps, or so many moments came in time"
+    assert unfinished > 0 or how == "moments", "some left something to be finished"
 
 
 # ---------------------------------------------------------------- who wins, and the way back
@@ -189,20 +216,74 @@ def test_an_alias_that_was_moved_by_hand_is_written_down_as_that(local: Settings
 
 
 def test_a_workspace_older_than_its_ledger_goes_on(local: Settings) -> None:
+    client = open_registry(local, flight_delay)
     shutil.rmtree(local.ledger.parent)
-    assert missing_head(local, flight_delay) is not None
+    client.delete_registered_model_tag("flight-delay", "ledger.head")
     assert champion_reference(local, flight_delay) == named(3)
     (line,) = read_ledger(local)
-    assert (line.event, line.after["champion"], "isn't here" in line.reason) == ("adopt", named(3), True)
-    assert missing_head(local, flight_delay) is None
+    assert (line.event, line.by, line.after["champion"]) == ("adopt", "unknown", named(3))
+    assert "before this ledger began" in line.reason
+    assert verify_ledger(local) == check_registry(local) == []
     assert promote(local, flight_delay, named(4), "better") == named(3)
 
 
-def test_lines_that_are_missing_at_the_end_are_known_to_the_registry(local: Settings) -> None:
+@pytest.mark.parametrize("left", [0, 1, 7])
+def test_lines_that_are_missing_at_the_end_are_known_to_the_registry(local: Settings, left: int) -> None:
     lines = local.ledger.read_bytes().splitlines(keepends=True)
-    local.ledger.write_bytes(b"".join(lines[:-2]))
+    last = read_ledger(local)[-1].hash
+    local.ledger.write_bytes(b"".join(lines[:left]))
     assert verify_ledger(local) == [], "the chain alone can't show it"
-    assert missing_head(local, flight_delay) is not None
+    (missing,) = check_registry(local)
+    assert last[:12] in missing
+    with pytest.warns(UserWarning, match="a line that isn't in the ledger"):
+        assert champion_reference(local, flight_delay) == named(3), "who scores goes on"
+    refused = r"isn't in the ledger.*Restore the ledger from a copy"
+    with pytest.raises(LedgerError, match=refused):
+        promote(local, flight_delay, named(4), "better")
+    with pytest.raises(LedgerError, match=refused):
+        roll_back(local, flight_delay, "complaints")
+    assert local.ledger.read_bytes() == b"".join(lines[:left]), "nobody covers it up"
+    local.ledger.write_bytes(b"".join(lines))
+    assert check_registry(local) == [], "the copy is back"
+
+
+def test_a_person_takes_over_what_the_registry_says_when_lines_are_lost(local: Settings) -> None:
+    lines = local.ledger.read_bytes().splitlines(keepends=True)
+    local.ledger.write_bytes(b"".join(lines[:-1]))
+    (done,) = repair_registry(local, by="eve")
+    last = read_ledger(local)[-1]
+    assert (last.event, last.by, last.before["champion"], last.after["champion"]) == (
+        "adopt", "eve", named(2), named(3),
+    )  # fmt: skip
+    assert done == f"line {last.number} was added, by eve: {last.reason}"
+    assert repair_registry(local) == check_registry(local) == verify_ledger(local) == []
+    assert promote(local, flight_delay, named(4), "better") == named(3)
+
+
+def test_two_workspaces_with_a_ledger_each_do_not_change_one_registry(local: Settings, tmp_path: Path) -> None:
+    other = Settings(home=tmp_path / "other", tracking_uri=local.tracking)
+    with pytest.raises(LedgerError, match="another workspace uses this registry"):
+        promote(other, flight_delay, named(4), "better")
+    assert read_ledger(other) == []
+    assert champion_reference(local, flight_delay) == named(3)
+
+
+def test_a_registry_that_is_behind_is_brought_up_and_one_that_is_ahead_is_written_down(local: Settings) -> None:
+    before = shutil.copytree(local.home, local.home.with_name("before"))
+    promote(local, flight_delay, named(4), "better", by="ann")
+    promote(local, flight_delay, named(5), "better still", by="ann")
+    shutil.copy(before / "mlflow.db", local.home / "mlflow.db")
+    assert check_registry(local) == [
+        "the registry of flight-delay is 2 lines behind the ledger: whoever opens it next brings it up to date"
+    ]
+    assert repair_registry(local) == ["the registry of flight-delay was brought up to line 10: promote flight-delay@5"]
+    client = open_registry(local, flight_delay)
+    client.set_registered_model_alias("flight-delay", "champion", "1")
+    (moved,) = check_registry(local)
+    assert moved.endswith("changed past the ledger: champion is flight-delay@1, not flight-delay@5")
+    assert repair_registry(local) == ["line 11 was added, by unknown: it was moved past the ledger"]
+    assert check_registry(local) == verify_ledger(local) == []
+    assert champion_reference(local, flight_delay) == named(1)
 
 
 def test_a_model_that_was_deleted_in_mlflow_leaves_nobody_in_production(local: Settings) -> None:
@@ -218,7 +299,7 @@ def test_a_model_that_was_deleted_in_mlflow_leaves_nobody_in_production(local: S
 
 def test_an_edited_ledger_stops_those_who_change_something_and_nobody_else(local: Settings) -> None:
     local.ledger.write_bytes(local.ledger.read_bytes().replace(b"better than 1", b"better than 9"))
-    with pytest.warns(UserWarning, match="can't be held against its ledger"):
+    with pytest.warns(UserWarning, match="can't be checked against its ledger"):
         assert champion_reference(local, flight_delay) == named(3)
     with pytest.raises(LedgerError, match="was edited"):
         promote(local, flight_delay, named(4), "better")
@@ -232,6 +313,26 @@ def test_a_moved_workspace_has_its_history(local: Settings, tmp_path: Path) -> N
     assert roll_back(moved, flight_delay, "complaints") == named(2)
     assert champion_at(moved, flight_delay, datetime.fromisoformat(when)).value == named(2)
     assert str(tmp_path) not in moved.ledger.read_text(encoding="utf-8")
+
+
+DAMAGES: dict[str, tuple[Callable[[list[bytes]], list[bytes]], str]] = {
+    "edited": (lambda lines: [lines[0].replace(b"ann", b"bob"), *lines[1:]], "line 1: it was edited"),
+    "removed": (lambda lines: [*lines[:3], *lines[4:]], "line 4: number 5 follows number 3"),
+    "reordered": (lambda lines: [lines[1], lines[0], *lines[2:]], "line 1: number 2 follows number 0"),
+    "torn": (lambda lines: [*lines[:-1], lines[-1][:-9]], "line 8: it was cut off"),
+    "the last one removed": (lambda lines: lines[:-1], "has followed a line that isn't in the ledger"),
+    "all removed": (lambda lines: [], "has followed a line that isn't in the ledger"),
+}
+
+
+@pytest.mark.parametrize("damage", list(DAMAGES))
+def test_the_command_finds_whatever_happened_to_the_ledger(local: Settings, damage: str) -> None:
+    change, told = DAMAGES[damage]
+    verify = ["verify", "--home", str(local.home)]
+    assert CliRunner().invoke(as_group(ledger_commands), verify).exit_code == 0
+    local.ledger.write_bytes(b"".join(change(local.ledger.read_bytes().splitlines(keepends=True))))
+    done = CliRunner().invoke(as_group(ledger_commands), verify)
+    assert (done.exit_code, told in done.output) == (1, True), done.output
 
 
 # ---------------------------------------------------------------- what others ran into

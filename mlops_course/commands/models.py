@@ -6,6 +6,7 @@
 __all__ = ['models_commands', 'ledger_commands']
 
 # %% ../../nbs/internals/cli_models.ipynb #8c6fe068
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,12 +15,13 @@ from mlops_course.commands import AsJson, Home, find_case, settings_of
 from mlops_course.console import print_all, print_json, show, table
 
 if TYPE_CHECKING:
+    from mlops_course.environment import Settings
     from mlops_course.ledger import LedgerEntry, Period
     from mlops_course.project import UseCase
 
 # %% ../../nbs/internals/cli_models.ipynb #d85fdd73
 models_commands = typer.Typer(no_args_is_help=True, help="Look at models; promote one, go back, delete one.")
-ledger_commands = typer.Typer(no_args_is_help=True, help="Look at what changed production, and whether it is whole.")
+ledger_commands = typer.Typer(no_args_is_help=True, help="Show each change of production; verify, repair.")
 
 _Case = Annotated[str | None, typer.Option("--use-case", help="As module:name. Default: the course's own.")]
 _Because = Annotated[str, typer.Option("--reason", help="Why; the ledger keeps it.")]
@@ -55,32 +57,61 @@ def _show_ledger(home: Home = None, as_json: AsJson = False) -> None:
         print_all(table("#line,when,what,subject,by,why", [_line(entry) for entry in entries]))
 
 # %% ../../nbs/internals/cli_models.ipynb #576f8d71
+def _differences(settings: "Settings") -> list[str]:
+    """In what the ledger differs from what is live and from MLflow; where a service runs, that isn't installed."""
+    from mlops_course.serving.publishing import check_live
+
+    live = check_live(settings)
+    if find_spec("mlflow") is None:
+        return live
+    from mlops_course.registry.store import check_registry
+
+    return live + check_registry(settings)
+
+
 @ledger_commands.command("verify")
 def _verify(home: Home = None, as_json: AsJson = False) -> None:
-    """Look for lines that were edited, removed, moved or cut off. Exit status 1 when one is found."""
+    """Look for lines that were edited, removed, moved or cut off. Exit status 1 when one is found.
+
+    What is live, and MLflow's registry, know how the ledger ended: they are compared with it.
+    """
     from mlops_course.ledger import verify_ledger
 
     settings = settings_of(home)
-    defects = verify_ledger(settings)
+    found: list[tuple[int | None, str]] = [*verify_ledger(settings)]
+    if not found:
+        found = [(None, problem) for problem in _differences(settings)]
     if as_json:
-        print_json([defect._asdict() for defect in defects])
+        print_json([{"line": line, "problem": problem} for line, problem in found])
     else:
-        found = [f"line {defect.line}: {defect.problem}" for defect in defects]
-        typer.echo("\n".join(found) or f"{settings.ledger} is whole")
-    if defects:
+        told = [f"line {line}: {problem}" if line else problem for line, problem in found]
+        typer.echo("\n".join(told) or f"{settings.ledger} is whole")
+    if found:
         raise typer.Exit(1)
 
-
+# %% ../../nbs/internals/cli_models.ipynb #576f8d72
 @ledger_commands.command("repair")
-def _repair(home: Home = None, as_json: AsJson = False) -> None:
-    """Set a last line aside that was cut off; it is kept in a file beside the ledger."""
-    from mlops_course.ledger import repair_ledger
+def _repair(by: _By = None, home: Home = None, as_json: AsJson = False) -> None:
+    """Finish what was cut short, and write down what the ledger lacks. What is served stays.
 
-    kept = repair_ledger(settings_of(home))
+    A last line that was cut off is kept in a file beside the ledger. A line that was edited can't be repaired.
+    """
+    from mlops_course.ledger import repair_ledger
+    from mlops_course.serving.publishing import repair_live
+
+    settings = settings_of(home)
+    kept = repair_ledger(settings)
+    if kept and not as_json:
+        typer.echo(f"the unfinished line is kept in {kept}")  # also when a line before it can't be repaired
+    done = repair_live(settings, by)
+    if find_spec("mlflow"):
+        from mlops_course.registry.store import repair_registry
+
+        done += repair_registry(settings, by)
     if as_json:
-        print_json({"set_aside": kept})
-    else:
-        typer.echo(f"the unfinished line is kept in {kept}" if kept else "no line is unfinished")
+        print_json({"set_aside": kept, "done": done})
+    elif done or not kept:
+        typer.echo("\n".join(done) or "nothing had to be repaired")
 
 # %% ../../nbs/internals/cli_models.ipynb #bf25f06d
 def _tell_period(period: "Period") -> str:
@@ -102,10 +133,10 @@ def _at(
     """Say which version was champion at a moment. Exit status 4: none was."""
     import msgspec
 
-    from mlops_course.ledger import find_period, read_ledger, read_moment
+    from mlops_course.ledger import find_period, read_moment
 
     time = read_moment(moment)
-    period = find_period(read_ledger(settings_of(home)), _case(use_case).name, time)
+    period = find_period(settings_of(home), _case(use_case).name, time)
     if as_json:
         ends = {name: msgspec.to_builtins(getattr(period, name)) for name in ("since", "until")}
         print_json({"moment": time, "champion": period.value, "exact": period.exact, **ends})

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 from zipfile import BadZipFile
 
 # %% auto #0
-__all__ = ['TRUSTED_TYPES', 'quiet_mlflow', 'exclusive_lock', 'make_store', 'connect', 'explain_full_disk', 'run_fingerprint',
-           'tracked_run', 'find_tracked_run', 'run_value', 'model_signature', 'log_model', 'load_run_model',
-           'array_digest', 'rows_known_by', 'training_rows']
+__all__ = ['TRUSTED_TYPES', 'quiet_mlflow', 'exclusive_lock', 'make_store', 'connect', 'open_store', 'explain_full_disk',
+           'run_fingerprint', 'tracked_run', 'find_tracked_run', 'run_value', 'model_signature', 'log_model',
+           'load_run_model', 'array_digest', 'rows_known_by', 'training_rows']
 
 # %% ../../nbs/internals/06_tracking.ipynb #11b39aa9
 import numpy as np
@@ -94,8 +94,8 @@ def connect(
     Raises:
         ExperimentError: the store can't be opened.
     """
+    open_store(settings)
     with _explained(settings):
-        _open_store(settings)
         return _experiment(settings, use_case)
 
 
@@ -121,15 +121,22 @@ def _without_password(text: str) -> str:
     return re.sub(r"//[^/@\s]*@", "//…@", text)
 
 # %% ../../nbs/internals/06_tracking.ipynb #5e0c81a7
-def _open_store(settings: Settings) -> None:
-    """Make the store if need be, put its addresses right if the workspace was moved, and point MLflow to it."""
-    mlflow = quiet_mlflow()
-    make_store(settings)
-    relocate(settings)
-    if mlflow.get_tracking_uri() != settings.tracking:
-        _clear_artifact_cache()
-    mlflow.set_tracking_uri(settings.tracking)
-    mlflow.set_registry_uri(settings.tracking)
+def open_store(
+    settings: Settings,  # where the store is
+) -> None:
+    """Make the store if need be, put its addresses right if the workspace was moved, and point MLflow to it.
+
+    Raises:
+        ExperimentError: the store can't be opened.
+    """
+    with _explained(settings):
+        mlflow = quiet_mlflow()
+        make_store(settings)
+        relocate(settings)
+        if mlflow.get_tracking_uri() != settings.tracking:
+            _clear_artifact_cache()
+        mlflow.set_tracking_uri(settings.tracking)
+        mlflow.set_registry_uri(settings.tracking)
 
 
 def _clear_artifact_cache() -> None:

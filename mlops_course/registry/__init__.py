@@ -63,7 +63,8 @@ def register(
         version = known[0] if known else _new_version(registry.client, use_case, run)
         reference = f"{use_case.name}@{version.version}"
         if registry.state.aliases[CHALLENGER] != reference:
-            reason = "the model is there already" if known else f"trained by the run {run_id}"
+            again = registry.state.digest(reference) is not None
+            reason = "the model is there already" if again else f"trained by the run {run_id}"
             registry.record("register", reference, reason, {CHALLENGER: reference, "model_digest": content}, by)
     return reference
 
@@ -303,4 +304,4 @@ def champion_at(
     Raises:
         LedgerError: the ledger was edited, so it can't be trusted.
     """
-    return find_period(read_ledger(settings), use_case.name, as_time(moment))
+    return find_period(settings, use_case.name, as_time(moment))

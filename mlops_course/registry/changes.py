@@ -78,7 +78,7 @@ def roll_back(
         if target is None or champion is None:
             nowhere = f"no version was champion before {champion}, or it was deleted"
             raise RegistryError(nowhere if champion else "nobody is champion", "Promote a version by its number")
-        after = {CHAMPION: target, PREVIOUS: before, "model_digest": registry.state.digest(target)}
+        after = {CHAMPION: target, PREVIOUS: before, "model_digest": registry.digest(target)}
         registry.record("rollback", target, reason, after, by, approver)
     return target
 
@@ -117,21 +117,22 @@ def delete_version(
             return
         if version is None:
             raise RegistryError(f"there is no version {reference!r}", f"Write a number, such as {use_case.name}@3")
-        if needed := _needed_by(registry, reference):
-            raise RegistryError(f"{reference} is {needed}", "Promote or publish another version first")
+        _refuse_needed(registry, reference)
         registry.record("delete", f"{name}@{version.version}", reason, {}, by, approver)
 
 
-def _needed_by(registry: RegistryWriter, reference: str) -> str:
-    """What a version is needed for; nothing when it may go."""
+def _refuse_needed(registry: RegistryWriter, reference: str) -> None:
+    """Let nobody delete a version that an alias names, or that is served."""
     found = aliases_of(registry.client.get_registered_model(registry.use_case.name))
     if names := sorted(alias for alias, version in found.items() if version == reference):
-        return " and ".join(names)
+        remedy = "Promote another version first" if CHAMPION in names else "Move that alias to another version first"
+        raise RegistryError(f"{reference} is {' and '.join(names)}", remedy)
     try:
         live = live_bundle(for_case(registry.settings, reference))
     except CourseError:  # what is live is damaged, so it isn't known which version it was
         live = None
-    return "live" if live is not None and live.name == reference else ""
+    if live is not None and live.name == reference:
+        raise RegistryError(f"{reference} is live", "Publish another version first")
 
 # %% ../../nbs/internals/08_changes.ipynb #0ce403df
 def describe_version(

@@ -6,24 +6,27 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mlops_course.environment import CourseError, Settings
 from mlops_course.experiments import connect, exclusive_lock, quiet_mlflow
+from mlops_course.experiments.tracking import open_store
 from mlops_course.ledger import LedgerEntry, LedgerError, append_entry, current_user, read_ledger
 from mlops_course.project import UseCase
+from mlops_course.relocation import tracking_file
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion, RegisteredModel
+    from mlflow.store.entities import PagedList
     from mlflow.tracking import MlflowClient
 
 # %% auto #0
 __all__ = ['CHAMPION', 'CHALLENGER', 'PREVIOUS', 'RegistryError', 'PromotionConflict', 'RegistryState', 'replay_ledger',
            'version_of_reference', 'search_versions', 'aliases_of', 'open_registry', 'RegistryWriter',
-           'changing_registry', 'missing_head']
+           'changing_registry', 'check_registry', 'repair_registry']
 
 # %% ../../nbs/internals/08_store.ipynb #fb2fb303
 class RegistryError(CourseError):
@@ -33,7 +36,7 @@ class RegistryError(CourseError):
 class PromotionConflict(RegistryError):
     """Somebody else was faster."""
 
-    exit_status = 3  # of a command that ends with it
+    exit_status = 3  # decide again, with the present champion
 
 
 CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
@@ -60,12 +63,17 @@ class RegistryState:
         return any(entry.event == "delete" and entry.subject == reference for entry in self.entries)
 
 
+def _is_about_registry(entry: LedgerEntry) -> bool:
+    """Whether an entry tells of the registry, and not of what is live."""
+    return entry.event in _EVENTS and "live" not in entry.after
+
+
 def replay_ledger(
     entries: Iterable[LedgerEntry],  # of a ledger, oldest first
     use_case: str,  # its name
 ) -> RegistryState:
     """Follow the ledger from its first line to its last."""
-    own = tuple(entry for entry in entries if entry.use_case == use_case and entry.event in _EVENTS)
+    own = tuple(entry for entry in entries if entry.use_case == use_case and _is_about_registry(entry))
     aliases, champions = dict[str, str | None].fromkeys(_ALIASES), list[str]()
     for entry in own:
         aliases |= {name: value for name, value in entry.after.items() if name in aliases}
@@ -112,16 +120,22 @@ def version_of_reference(
         return None
 
 
+def _every_page(search: Callable[..., PagedList[Any]], *about: str) -> list[Any]:
+    """All that MLflow finds, on however many pages."""
+    page = search(*about)
+    found = list(page)
+    while page.token:
+        page = search(*about, page_token=page.token)
+        found += page
+    return found
+
+
 def search_versions(
     client: MlflowClient,  # of the registry
     name: str,  # of the model
 ) -> list[ModelVersion]:  # oldest first; without their aliases, which a search leaves out
     """List all versions of a model, on however many pages MLflow tells them."""
-    page = client.search_model_versions(f"name = '{name}'")
-    found = list(page)
-    while page.token:
-        page = client.search_model_versions(f"name = '{name}'", page_token=page.token)
-        found += page
+    found = _every_page(client.search_model_versions, f"name = '{name}'")
     return sorted(found, key=lambda version: int(version.version))
 
 
@@ -175,37 +189,50 @@ def _agree(found: RegisteredModel | None, state: RegistryState) -> bool:
     return _head(found) == last and all(there.get(alias) == reference for alias, reference in state.aliases.items())
 
 
+def _lost(found: RegisteredModel | None, state: RegistryState) -> str:
+    """What to say when MLflow has followed an entry that the ledger lacks; nothing otherwise."""
+    head = _head(found)
+    if found is None or head in ("", *(entry.hash for entry in state.entries)):
+        return ""
+    why = "lines were removed, or another workspace uses this registry"
+    return f"the registry of {found.name} has followed a line that isn't in the ledger, {head[:12]}…: {why}"
+
+# %% ../../nbs/internals/08_store.ipynb #46f5e016
 def _reconcile(
     settings: Settings,  # whose workspace; its lock is held
-    use_case: UseCase,  # whose models
+    name: str,  # of the model
     client: MlflowClient,  # of the registry
+    accepted_by: str | None = None,  # who takes over what MLflow says, although lines are missing; None: nobody
 ) -> RegistryState:  # as it is now, in both
     """Finish what a killed process began, and write down what was moved past the ledger."""
-    state, found = replay_ledger(read_ledger(settings), use_case.name), _registered(client, use_case.name)
+    state, found = replay_ledger(read_ledger(settings), name), _registered(client, name)
     if _agree(found, state):
         return state
-    hashes = [entry.hash for entry in state.entries]
-    head, count = _head(found), len(hashes)
+    if lost := _lost(found, state):
+        if accepted_by is None:
+            raise LedgerError(lost, "Restore the ledger from a copy; without one, run: mlops-course ledger repair")
+        return _adopt(settings, client, name, state, lost, accepted_by)
+    if behind := _behind(found, state):
+        _apply(client, name, aliases_of(found), state, behind)
+        if _agree(_registered(client, name), state):
+            return state
+    why = "it was moved past the ledger" if state.entries else "it was so before this ledger began"
+    return _adopt(settings, client, name, state, why)
+
+
+def _behind(found: RegisteredModel | None, state: RegistryState) -> int:
+    """How many of the last entries MLflow hasn't followed yet."""
+    hashes, head = [entry.hash for entry in state.entries], _head(found)
     if head in hashes:
-        count -= hashes.index(head) + 1
-    elif head or count > 1:  # another registry: what was deleted in the old one may have another meaning here
-        count = 0
-    if count:
-        _apply(client, use_case.name, aliases_of(found), state, count)
-        found = _registered(client, use_case.name)
-    if _agree(found, state):
-        return state
-    known = head in ("", *hashes)
-    seen = "it was moved past the ledger" if hashes else "it was so before this ledger began"
-    why = seen if known else f"the registry follows an entry that isn't here, {head[:12]}…"
-    return _adopt(settings, use_case, client, state, why)
+        return len(hashes) - hashes.index(head) - 1
+    return len(hashes) if len(hashes) == 1 else 0  # more, and no tag: it began anew, and its numbers mean other models
 
 
 def _adopt(
-    settings: Settings, use_case: UseCase, client: MlflowClient, state: RegistryState, why: str
+    settings: Settings, client: MlflowClient, name: str, state: RegistryState, why: str, by: str = "unknown"
 ) -> RegistryState:
     """Write down what MLflow says, and that nobody wrote it down before."""
-    there = aliases_of(_registered(client, use_case.name))
+    there = aliases_of(_registered(client, name))
     have = {alias: there.get(alias) for alias in _ALIASES}
     versions = {reference: version_of_reference(client, reference) for reference in have.values()}
     after = {alias: reference if versions[reference] else None for alias, reference in have.items()}
@@ -213,12 +240,12 @@ def _adopt(
     champion = versions[after[CHAMPION]] if after[CHAMPION] else None
     digest = {"model_digest": champion.tags.get("model_digest")} if champion and CHAMPION in changed else {}
     what = LedgerEntry(
-        event="adopt", use_case=use_case.name, subject=after[CHAMPION] or use_case.name, by="unknown", reason=why,
+        event="adopt", use_case=name, subject=after[CHAMPION] or name, by=by, reason=why,
         before={alias: state.aliases[alias] for alias in changed}, after={**changed, **digest},
     )  # fmt: skip
     entry = append_entry(settings, what)
-    now = replay_ledger([*state.entries, entry], use_case.name)
-    _apply(client, use_case.name, there, now, 1)
+    now = replay_ledger([*state.entries, entry], name)
+    _apply(client, name, there, now, 1)
     return now
 
 # %% ../../nbs/internals/08_store.ipynb #56022717
@@ -233,9 +260,9 @@ def open_registry(
         state = replay_ledger(read_ledger(settings), use_case.name)
         if not _agree(_registered(client, use_case.name), state):
             with exclusive_lock(settings.prepare()):
-                _reconcile(settings, use_case, client)
+                _reconcile(settings, use_case.name, client)
     except LedgerError as error:
-        warnings.warn(f"the registry can't be held against its ledger: {error}", stacklevel=2)
+        warnings.warn(f"the registry can't be checked against its ledger: {error}", stacklevel=2)
     return client
 
 # %% ../../nbs/internals/08_store.ipynb #4a57a66d
@@ -252,7 +279,7 @@ class RegistryWriter:
         """A version by its number, or by one of the three aliases, if it is there."""
         return version_of_reference(self.client, self.state.aliases.get(reference or "", reference))
 
-    def _digest(self, reference: str | None) -> str | None:
+    def digest(self, reference: str | None) -> str | None:
         """The digest of a version's model, from the ledger or from MLflow."""
         version = None if (known := self.state.digest(reference)) else self.version(reference)
         return version.tags.get("model_digest") if version else known
@@ -267,7 +294,7 @@ class RegistryWriter:
         what = LedgerEntry(
             event=event, use_case=self.use_case.name, subject=subject, by=by or current_user(), reason=reason,
             approver=approver, after=changed,
-            before={name: before.get(name) for name in changed} | {"model_digest": self._digest(replaced)},
+            before={name: before.get(name) for name in changed} | {"model_digest": self.digest(replaced)},
         )  # fmt: skip
         entry = append_entry(self.settings, what)
         self.state = replay_ledger([*self.state.entries, entry], self.use_case.name)
@@ -283,19 +310,82 @@ def changing_registry(
     """Be the only one who changes the registry.
 
     Raises:
-        LedgerError: the ledger was edited, so nobody can say what is so.
+        LedgerError: the ledger was edited, or its last lines are missing, so nobody can say what is so.
     """
     connect(settings, use_case)
     client = quiet_mlflow().MlflowClient()
     with exclusive_lock(settings.prepare()):
-        yield RegistryWriter(settings, use_case, client, _reconcile(settings, use_case, client))
+        yield RegistryWriter(settings, use_case, client, _reconcile(settings, use_case.name, client))
 
 # %% ../../nbs/internals/08_store.ipynb #fea35dc8
-def missing_head(
+def _look(settings: Settings) -> dict[str, tuple[RegisteredModel | None, RegistryState]]:
+    """What MLflow and the ledger say about each model that follows the ledger; nothing when there is no store yet."""
+    path = tracking_file(settings)
+    if path is not None and not path.exists():
+        return {}
+    open_store(settings)
+    entries, client = read_ledger(settings), quiet_mlflow().MlflowClient()
+    there = {model.name: model for model in _every_page(client.search_registered_models)}
+    names = {entry.use_case for entry in entries if _is_about_registry(entry)}
+    names |= {name for name, model in there.items() if _head(model)}
+    return {name: (there.get(name), replay_ledger(entries, name)) for name in sorted(names)}
+
+
+def _difference(name: str, found: RegisteredModel | None, state: RegistryState) -> str:
+    """In what MLflow differs from the ledger; nothing when they say the same."""
+    if _agree(found, state):
+        return ""
+    if lost := _lost(found, state):
+        return lost
+    if behind := _behind(found, state):
+        many = "a line" if behind == 1 else f"{behind} lines"
+        return f"the registry of {name} is {many} behind the ledger: whoever opens it next brings it up to date"
+    there = aliases_of(found)
+    moved = [alias for alias, reference in state.aliases.items() if there.get(alias) != reference]
+    told = [f"{alias} is {there.get(alias, 'nobody')}, not {state.aliases[alias] or 'nobody'}" for alias in moved]
+    return f"the registry of {name} was changed past the ledger: {'; '.join(told) or 'its tag is gone'}"
+
+# %% ../../nbs/internals/08_store.ipynb #fea35dc9
+def _differences(settings: Settings) -> dict[str, str]:
+    """In what MLflow differs from the ledger, by model."""
+    found = {name: _difference(name, model, state) for name, (model, state) in _look(settings).items()}
+    return {name: difference for name, difference in found.items() if difference}
+
+
+def check_registry(
     settings: Settings,  # where the store is
-    use_case: UseCase,  # whose models
-) -> str | None:  # the hash of an entry that the registry has followed, and that isn't in the ledger; None: all is well
-    """Ask MLflow how the ledger ended. Nothing is changed or repaired."""
-    connect(settings, use_case)
-    head = _head(_registered(quiet_mlflow().MlflowClient(), use_case.name))
-    return None if head in ("", *(entry.hash for entry in read_ledger(settings))) else head
+) -> list[str]:  # in words, in what it differs; empty: it says what the ledger says
+    """Compare MLflow's registry with the ledger, model by model. Neither is changed.
+
+    Raises:
+        LedgerError: the ledger itself is damaged.
+        ExperimentError: the store can't be opened.
+    """
+    if not _differences(settings):
+        return []
+    with exclusive_lock(settings.prepare()):  # somebody may have been in the middle of a change
+        return list(_differences(settings).values())
+
+
+def repair_registry(
+    settings: Settings,  # where the store is
+    by: str | None = None,  # who takes over what MLflow says, where lines are missing; None: whoever runs this
+) -> list[str]:  # in words, what was done; empty: nothing had to be
+    """Make the registry and the ledger say the same again.
+
+    Raises:
+        LedgerError: the ledger itself is damaged.
+        ExperimentError: the store can't be opened.
+    """
+    return [_settle(settings, name, by or current_user()) for name in _differences(settings)]
+
+
+def _settle(settings: Settings, name: str, by: str) -> str:
+    """Reconcile one model; say what that did."""
+    open_store(settings)
+    with exclusive_lock(settings.prepare()):
+        lines = len(read_ledger(settings))
+        last = _reconcile(settings, name, quiet_mlflow().MlflowClient(), by).entries[-1]
+    if last.number > lines:
+        return f"line {last.number} was added, by {last.by}: {last.reason}"
+    return f"the registry of {name} was brought up to line {last.number}: {last.event} {last.subject}"
