@@ -121,14 +121,14 @@ def join_crowd(settings: Settings, who: str, times: int) -> None:
 
 
 def join_race(settings: Settings, who: str, times: int) -> None:
-    """Replace the champion that was seen, again and again; print what came of each attempt."""
+    """Replace the champion that was seen, again and again; print what came of it: won, lost, or had it already."""
     chance = random.Random(who)
     for each in range(times):
         seen, reason = champion_reference(settings, flight_delay), f"number {each} of {who}"
         chosen = chance.choice([named(number) for number in range(1, 6) if named(number) != seen])
         try:
-            promote(settings, flight_delay, chosen, reason, by=who, expected=seen)
-            print(json.dumps(("won", reason)))
+            before = promote(settings, flight_delay, chosen, reason, by=who, expected=seen)
+            print(json.dumps(("had" if before == chosen else "won", reason)))
         except PromotionConflict as error:
             print(json.dumps(("lost", str(error))))
 

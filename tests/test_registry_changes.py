@@ -122,9 +122,9 @@ def test_of_a_crowd_that_promotes_each_wins_or_is_told_who_won(settings: Setting
     found = run_crowd(settings, "race", 25)
     entries = [entry for entry in read_ledger(settings) if entry.event == "promote"]
     assert verify_ledger(settings) == check_registry(settings) == []
-    won = [reason for outcomes in found for kind, reason in outcomes if kind == "won"]
-    lost = [message for outcomes in found for kind, message in outcomes if kind == "lost"]
-    assert len(won) + len(lost) == 8 * 25
+    outcomes = [outcome for outcomes in found for outcome in outcomes]
+    assert len(outcomes) == 8 * 25
+    won, lost = ([said for kind, said in outcomes if kind == wanted] for wanted in ("won", "lost"))
     assert sorted(won) == sorted(entry.reason for entry in entries), "who was told that they won did win"
     assert len(lost) > 20, "they were in each other's way"
     assert [entry.before["champion"] for entry in entries] == [None, *(entry.subject for entry in entries[:-1])]

@@ -217,7 +217,8 @@ def _promote(
     expected = None if replaces == "nobody" else replaces
     before = promote(settings, case, reference, reason, by, approver, expected)
     now = champion_reference(settings, case)
-    _tell({"champion": now, "previous": before}, f"{now} is champion, after {before or 'nobody'}", as_json)
+    done = f"{now} is champion, after {before or 'nobody'}" if now != before else f"{now} is champion already"
+    _tell({"champion": now, "previous": before}, done, as_json)
 
 # %% ../../nbs/internals/cli_models.ipynb #e29be219
 @models_commands.command("rollback")

@@ -61,9 +61,18 @@ def quiet_mlflow() -> Any:  # the module `mlflow`
 def exclusive_lock(
     settings: Settings,  # whose workspace
 ) -> Iterator[None]:
-    """Wait until no other process is in such a block; the system lets the next one in even when this one is killed."""
-    with closing(sqlite3.connect(settings.home / ".tracking.lock", timeout=120, isolation_level=None)) as lock:
-        lock.execute("BEGIN EXCLUSIVE")
+    """Wait until no other process is in such a block; the system lets the next one in even when this one is killed.
+
+    Raises:
+        ExperimentError: another process is in it for two minutes.
+    """
+    path = settings.home / ".tracking.lock"
+    with closing(sqlite3.connect(path, timeout=120, isolation_level=None)) as lock:
+        try:
+            lock.execute("BEGIN EXCLUSIVE")
+        except sqlite3.OperationalError as error:
+            remedy = "See which process holds it, then try again"
+            raise ExperimentError(f"can't lock {path}: {error}", remedy) from error
         yield
 
 # %% ../../nbs/internals/06_tracking.ipynb #acd55a09
@@ -113,6 +122,8 @@ def _explained(settings: Settings) -> Iterator[None]:
         problem = f"can't open the tracking store {settings.tracking}: {reason}"
         given = settings.tracking_uri is not None
         remedy = "Check MLOPS_COURSE_TRACKING_URI" if given else "Look at that file, or move it away to begin anew"
+        if isinstance(error, ModuleNotFoundError) and error.name == "psycopg2":
+            remedy = "Run: pip install 'mlops_course[cluster]'"
         raise ExperimentError(_without_password(problem), remedy) from error
 
 

@@ -143,7 +143,7 @@ def promote(
     by: str | None = None,  # who; None: whoever runs this
     approver: str = "",  # who agreed
     expected: str | None = ANY,  # the champion that it is to replace; None: there is to be none
-) -> str | None:  # the version that was champion before, if there was one
+) -> str | None:  # the version that was champion before, if there was one; the chosen one: it was champion already
     """Make a version the champion; the one before it stays, so that the way back is one call.
 
     Raises:
