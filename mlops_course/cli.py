@@ -32,7 +32,9 @@ def describe_error(
     from mlops_course.environment import CourseError
 
     if isinstance(error, CourseError):
-        return str(error), error.exit_status
+        from mlops_course.pipelines import ParameterError
+
+        return str(error), 2 if isinstance(error, ParameterError) else error.exit_status
     text = " ".join(f"unexpected {type(error).__name__}: {error}".split())
     return f"{text}. This is a bug; add --debug to see where", 1
 

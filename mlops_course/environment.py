@@ -51,7 +51,7 @@ class CourseError(Exception):
         """A copy has the same fields, whatever a subclass takes to make it: so errors can leave another process."""
         return _copy_error, (type(self), self.args), self.__dict__
 
-
+# %% ../nbs/02_environment.ipynb #48c402cf
 def _copy_error(kind: type[CourseError], arguments: tuple[object, ...]) -> CourseError:
     """An error of a class, without making it as that class would."""
     error = kind.__new__(kind)

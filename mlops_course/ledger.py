@@ -70,7 +70,7 @@ def _sealed(content: bytes) -> bytes:
     """A line of this content, which ends in its hash."""
     return content + _FIELD + hashlib.sha256(content).hexdigest().encode() + _END + b"\n"
 
-
+# %% ../nbs/internals/02_ledger.ipynb #ae900b17
 def _own_hash(line: bytes) -> str | None:
     """The hash that a line carries, if it is the right one."""
     content, carried = line[:-_SEAL], line[-_SEAL:]
@@ -121,7 +121,7 @@ class _Line(NamedTuple):
     entry: LedgerEntry | None
     defect: str  # empty: none
 
-
+# %% ../nbs/internals/02_ledger.ipynb #a49900de
 def _inspect(file: BinaryIO) -> Iterator[_Line]:
     """Each line with what is wrong with it. An unfinished last one is left out: it may be being written."""
     last: LedgerEntry | None = None
@@ -147,7 +147,7 @@ class _Sound(NamedTuple):
     lines: list[bytes]  # without their ends
     times: list[bytes]
 
-
+# %% ../nbs/internals/02_ledger.ipynb #0912fbb0
 def _read_sound(file: BinaryIO) -> _Sound | None:
     """All lines, and when they were written; None: something may be wrong, so each has to be looked at."""
     size = _whole_size(file)
@@ -230,7 +230,7 @@ def read_moment(
         raise LedgerError(f"{text} is still to come: it is {now[:19]}Z now", "Ask for a moment that is over")
     return time
 
-
+# %% ../nbs/internals/02_ledger.ipynb #4bc54b5f
 def current_user() -> str:
     """Who runs this program, as the operating system knows it."""
     try:
@@ -289,7 +289,7 @@ def _writing(path: Path) -> Iterator[BinaryIO]:
     except OSError as error:
         raise workspace_error(error, path) from error
 
-
+# %% ../nbs/internals/02_ledger.ipynb #4b633788
 def _last_entry(file: BinaryIO) -> LedgerEntry | None:
     """The entry that the next one follows; None: there is none yet."""
     size = _whole_size(file)
@@ -322,7 +322,7 @@ def append_entry(
         _write_line(file, line)
     return _DECODER.decode(line)
 
-
+# %% ../nbs/internals/02_ledger.ipynb #59b2d3f6
 def _next_time(last: LedgerEntry | None, moment: datetime | None) -> str:
     """The time of the next line."""
     earliest = last.time if last else ""
@@ -371,7 +371,7 @@ def verify_ledger(
         found.append(LedgerDefect(len(lines) + 1, problem))
     return found
 
-
+# %% ../nbs/internals/02_ledger.ipynb #c7fcb3b8
 def repair_ledger(
     settings: Settings,  # whose workspace
 ) -> Path | None:  # where the unfinished line is kept; None: there is none
@@ -410,7 +410,7 @@ def list_periods(
     first = Period(None, None, ends[0])
     return [first, *(Period(entry.after[name], entry, end) for entry, end in zip(found, ends[1:], strict=True))]
 
-
+# %% ../nbs/internals/02_ledger.ipynb #b022748a
 def find_period(
     settings: Settings,  # whose workspace
     use_case: str,  # its name

@@ -749,7 +749,7 @@ def test_a_driver_that_is_not_installed_is_named_with_what_installs_it(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "psycopg2", None)
-    elsewhere = Settings(home=settings.home, tracking_uri="postgresql://ann:secret@localhost:9/runs")
+    elsewhere = Settings(home=settings.home, tracking_uri="postgresql+psycopg2://ann:secret@localhost:9/runs")
     with pytest.raises(ExperimentError, match=r"psycopg2.*pip install 'mlops_course\[cluster\]'") as caught:
         connect(elsewhere, flight_delay)
     assert "secret" not in str(caught.value)

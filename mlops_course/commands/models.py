@@ -68,7 +68,7 @@ def _differences(settings: "Settings") -> list[str]:
 
     return live + check_registry(settings)
 
-
+# %% ../../nbs/internals/cli_models.ipynb #a8bd416a
 @ledger_commands.command("verify")
 def _verify(home: Home = None, as_json: AsJson = False) -> None:
     """Look for lines that were edited, removed, moved or cut off. Exit status 1 when one is found.
@@ -122,7 +122,7 @@ def _tell_period(period: "Period") -> str:
     about = f"{period.value}, since {since.time}{until}: {_line(since)[4]} ({since.reason})"
     return about if period.exact else f"{about}; its end was seen later, and may have been earlier"
 
-
+# %% ../../nbs/internals/cli_models.ipynb #edca0a25
 @models_commands.command("at")
 def _at(
     moment: Annotated[str, typer.Argument(help="Such as 2013-11-05T12:00, which is UTC.")],
@@ -159,7 +159,7 @@ def _list(use_case: _Case = None, home: Home = None, as_json: AsJson = False) ->
     rows = [[line.get(name) for name in names] for line in found]
     print_all(table("version,aliases,registered,first,last,promoted because", rows))
 
-
+# %% ../../nbs/internals/cli_models.ipynb #dd6b88b7
 @models_commands.command("show")
 def _show(reference: _Model, use_case: _Case = None, home: Home = None, as_json: AsJson = False) -> None:
     """Show what is known of a version, and what was done with it."""
@@ -177,7 +177,7 @@ def _show(reference: _Model, use_case: _Case = None, home: Home = None, as_json:
     print_all(table("what,value", [[name, show(value)] for name, value in about.items()]))
     print_all(table("#line,when,what,subject,by,why", [_line(entry) for entry in lines]))
 
-
+# %% ../../nbs/internals/cli_models.ipynb #288dd744
 @models_commands.command("compare")
 def _compare(
     one: _Model, other: _Model = "champion", use_case: _Case = None, home: Home = None, as_json: AsJson = False
@@ -237,7 +237,7 @@ def _roll_back(
     now = roll_back(settings_of(home), _case(use_case), reason, bad, by, approver)
     _tell({"champion": now}, f"{now} is champion again", as_json)
 
-
+# %% ../../nbs/internals/cli_models.ipynb #5e18ef23
 @models_commands.command("delete")
 def _delete(
     reference: Annotated[str, typer.Argument(help="A version, name@number, that no alias names.")],

@@ -28,8 +28,6 @@ class PipelineError(CourseError):
 class ParameterError(PipelineError):
     """What a pipeline is run with is unknown, missing, or not of its type."""
 
-    exit_status = 2  # wrong usage
-
 
 def suggest(
     name: str,  # what was written

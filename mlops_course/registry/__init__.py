@@ -23,6 +23,13 @@ from mlops_course.serving.bundle import BundleError, bundles_folder, read_bundle
 from mlops_course.serving.inference import Predictor, load_predictor
 from mlops_course.serving.packaging import Origin, write_bundle
 
+# %% auto #0
+__all__ = ['versions', 'register', 'find_version', 'champion_reference', 'promote', 'package', 'load_scorer', 'score_month',
+           'fair_rivals', 'PromotionDecision', 'decide_promotion', 'register_and_promote', 'champion_history',
+           'champion_at', 'CHALLENGER', 'CHAMPION', 'PREVIOUS', 'PromotionConflict', 'RegistryError', 'open_registry',
+           'ANY', 'compare_versions', 'delete_version', 'roll_back']
+
+# %% ../../nbs/08_versioning.ipynb #72c96acf
 if TYPE_CHECKING:
     import pandas as pd
     from mlflow.entities import Run
@@ -32,12 +39,6 @@ if TYPE_CHECKING:
 
 _all_ = ["CHALLENGER", "CHAMPION", "PREVIOUS", "PromotionConflict", "RegistryError", "open_registry"]
 _all_ += ["ANY", "compare_versions", "delete_version", "roll_back"]
-
-# %% auto #0
-__all__ = ['versions', 'register', 'find_version', 'champion_reference', 'promote', 'package', 'load_scorer', 'score_month',
-           'fair_rivals', 'PromotionDecision', 'decide_promotion', 'register_and_promote', 'champion_history',
-           'champion_at', 'CHALLENGER', 'CHAMPION', 'PREVIOUS', 'PromotionConflict', 'RegistryError', 'open_registry',
-           'ANY', 'compare_versions', 'delete_version', 'roll_back']
 
 # %% ../../nbs/08_versioning.ipynb #f11cd60c
 def versions(
@@ -100,7 +101,7 @@ def find_version(
     """
     return _lookup(open_registry(settings, use_case), use_case, reference)
 
-
+# %% ../../nbs/08_versioning.ipynb #3bd786c8
 def _lookup(client: MlflowClient, use_case: UseCase, reference: str) -> ModelVersion:
     """A version by its alias or number, in a registry that is open."""
     from mlflow.exceptions import MlflowException

@@ -44,7 +44,7 @@ def require_champion(
         problem = f"{champion or 'nobody'} is champion, not {expected or 'nobody'}: {_last_change(registry.state)}"
         raise PromotionConflict(problem, "Compare with the present champion, then decide again")
 
-
+# %% ../../nbs/internals/08_changes.ipynb #021c4e2c
 def _last_change(state: RegistryState) -> str:
     """Who changed the champion last, when and why."""
     changes = [entry for entry in state.entries if CHAMPION in entry.after]
@@ -74,27 +74,26 @@ def roll_back(
         if bad != CHAMPION and champion and _was_taken_out(registry.state, bad):
             return champion
         require_champion(registry, ANY if bad == CHAMPION else bad)
-        target, before = _ways_back(registry)
-        if target is None or champion is None:
-            nowhere = f"no version was champion before {champion}, or it was deleted"
-            raise RegistryError(nowhere if champion else "nobody is champion", "Promote a version by its number")
+        target, before = _ways_back(registry, champion)
         after = {CHAMPION: target, PREVIOUS: before, "model_digest": registry.digest(target)}
         registry.record("rollback", target, reason, after, by, approver)
     return target
 
-
+# %% ../../nbs/internals/08_changes.ipynb #6c7a72f0
 def _was_taken_out(state: RegistryState, bad: str) -> bool:
     """Whether the last change of champion was a rollback from that version."""
     changes = [entry for entry in state.entries if CHAMPION in entry.after]
     return bool(changes) and changes[-1].event == "rollback" and changes[-1].before.get(CHAMPION) == bad
 
 
-def _ways_back(registry: RegistryWriter) -> tuple[str | None, str | None]:
+def _ways_back(registry: RegistryWriter, champion: str | None) -> tuple[str, str | None]:
     """The version to go back to, and the one that a further rollback would go to."""
-    state = registry.state
-    earlier = [each for each in reversed(state.champions[:-1]) if each != state.aliases[CHAMPION]]
+    earlier = [each for each in reversed(registry.state.champions[:-1]) if each != champion]
     there = list(dict.fromkeys(each for each in earlier if registry.version(each)))
-    return (*there, None, None)[0], (*there, None, None)[1]
+    if champion is None or not there:
+        nowhere = f"no version was champion before {champion}, or it was deleted"
+        raise RegistryError(nowhere if champion else "nobody is champion", "Promote a version by its number")
+    return there[0], there[1] if len(there) > 1 else None
 
 # %% ../../nbs/internals/08_changes.ipynb #38a44be1
 def delete_version(
@@ -120,7 +119,7 @@ def delete_version(
         _refuse_needed(registry, reference)
         registry.record("delete", f"{name}@{version.version}", reason, {}, by, approver)
 
-
+# %% ../../nbs/internals/08_changes.ipynb #7c9b2164
 def _refuse_needed(registry: RegistryWriter, reference: str) -> None:
     """Let nobody delete a version that an alias names, or that is served."""
     found = aliases_of(registry.client.get_registered_model(registry.use_case.name))
@@ -157,7 +156,7 @@ def describe_version(
     tags = {name: value for name, value in run.data.tags.items() if not name.startswith("mlflow.")}
     return about | tags | run.data.params | run.data.metrics
 
-
+# %% ../../nbs/internals/08_changes.ipynb #afa9cba0
 def _aliases(client: MlflowClient, use_case: UseCase) -> dict[str, str]:
     """What each alias names; a use case without a model has none."""
     from mlflow.exceptions import MlflowException

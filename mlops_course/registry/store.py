@@ -67,7 +67,7 @@ def _is_about_registry(entry: LedgerEntry) -> bool:
     """Whether an entry tells of the registry, and not of what is live."""
     return entry.event in _EVENTS and "live" not in entry.after
 
-
+# %% ../../nbs/internals/08_store.ipynb #2e98779d
 def replay_ledger(
     entries: Iterable[LedgerEntry],  # of a ledger, oldest first
     use_case: str,  # its name
@@ -103,7 +103,7 @@ def _registered(client: MlflowClient, name: str) -> RegisteredModel | None:
             raise
         return None
 
-
+# %% ../../nbs/internals/08_store.ipynb #b431576d
 def version_of_reference(
     client: MlflowClient,  # of the registry
     reference: str | None,  # such as `flight-delay@3`
@@ -129,7 +129,7 @@ def _every_page(search: Callable[..., PagedList[Any]], *about: str) -> list[Any]
         found += page
     return found
 
-
+# %% ../../nbs/internals/08_store.ipynb #c137cb2e
 def search_versions(
     client: MlflowClient,  # of the registry
     name: str,  # of the model
@@ -157,7 +157,7 @@ def _if_there() -> Iterator[None]:
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise
 
-
+# %% ../../nbs/internals/08_store.ipynb #2922aaba
 def _apply(client: MlflowClient, name: str, have: Mapping[str, str | None], state: RegistryState, count: int) -> None:
     """Do in MLflow what the last entries say, so many of them."""
     for entry in state.entries[len(state.entries) - count :]:
@@ -219,7 +219,7 @@ def _reconcile(
     why = "it was moved past the ledger" if state.entries else "it was so before this ledger began"
     return _adopt(settings, client, name, state, why)
 
-
+# %% ../../nbs/internals/08_store.ipynb #698172c3
 def _behind(found: RegisteredModel | None, state: RegistryState) -> int:
     """How many of the last entries MLflow hasn't followed yet."""
     hashes, head = [entry.hash for entry in state.entries], _head(found)
@@ -227,7 +227,7 @@ def _behind(found: RegisteredModel | None, state: RegistryState) -> int:
         return len(hashes) - hashes.index(head) - 1
     return len(hashes) if len(hashes) == 1 else 0  # more, and no tag: it began anew, and its numbers mean other models
 
-
+# %% ../../nbs/internals/08_store.ipynb #2aa52df6
 def _adopt(
     settings: Settings, client: MlflowClient, name: str, state: RegistryState, why: str, by: str = "unknown"
 ) -> RegistryState:
@@ -301,7 +301,7 @@ class RegistryWriter:
         _apply(self.client, self.use_case.name, before, self.state, 1)
         return entry
 
-
+# %% ../../nbs/internals/08_store.ipynb #022ceaa4
 @contextmanager
 def changing_registry(
     settings: Settings,  # where the store is
@@ -330,7 +330,7 @@ def _look(settings: Settings) -> dict[str, tuple[RegisteredModel | None, Registr
     names |= {name for name, model in there.items() if _head(model)}
     return {name: (there.get(name), replay_ledger(entries, name)) for name in sorted(names)}
 
-
+# %% ../../nbs/internals/08_store.ipynb #a3e2f969
 def _difference(name: str, found: RegisteredModel | None, state: RegistryState) -> str:
     """In what MLflow differs from the ledger; nothing when they say the same."""
     if _agree(found, state):
@@ -366,7 +366,7 @@ def check_registry(
     with exclusive_lock(settings.prepare()):  # somebody may have been in the middle of a change
         return list(_differences(settings).values())
 
-
+# %% ../../nbs/internals/08_store.ipynb #6bd9d9cb
 def repair_registry(
     settings: Settings,  # where the store is
     by: str | None = None,  # who takes over what MLflow says, where lines are missing; None: whoever runs this

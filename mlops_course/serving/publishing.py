@@ -121,7 +121,7 @@ def _content(path: Path) -> bytes:
     """What is in a file; nothing if there is none."""
     return path.read_bytes() if path.is_file() else b""
 
-
+# %% ../../nbs/internals/07_publishing.ipynb #d0702d66
 def _make_live(settings: Settings, live: _Live, reason: str, by: str | None) -> None:
     """Name another bundle as live, after a line in the ledger; the same one again changes nothing."""
     path, content = live_file(settings, live.bundle), msgspec.json.encode(live)
@@ -182,7 +182,7 @@ def _shown(said: Mapping[str, str | None]) -> str:
     """A bundle in a sentence."""
     return f"{said['live']} with the manifest {(said.get('manifest') or '')[:12]}…" if said["live"] else "no bundle"
 
-
+# %% ../../nbs/internals/07_publishing.ipynb #140b269a
 def check_live(
     settings: Settings,  # whose workspace
 ) -> list[str]:  # in words, in what it differs; empty: what is live is what the ledger says
@@ -198,7 +198,7 @@ def check_live(
                 found.append(f"{difference}: its publisher was killed, or lines were removed")
     return found
 
-
+# %% ../../nbs/internals/07_publishing.ipynb #be83bcac
 def repair_live(
     settings: Settings,  # whose workspace
     by: str | None = None,  # who takes it over; None: whoever runs this
