@@ -26,12 +26,7 @@ from mlops_course.pipelines.cache.fingerprints import KeyInputError
 from mlops_course.pipelines.cache.hashes import SETTLED_NS, HashMemo, StatSignature, digest_json, path_signature
 from mlops_course.pipelines.cache.unfollowed import unfollowed, unfollowed_in_cell
 from mlops_course.pipelines.notebooks import (
-    NotebookFormatError,
-    all_imports,
-    code_cells,
-    parse_cell,
-    python_tree,
-    top_imports,
+    NotebookFormatError, all_imports, code_cells, parse_cell, python_tree, top_imports,
 )
 
 # %% ../../../nbs/internals/09_cache_closure.ipynb #161c4614
@@ -92,10 +87,10 @@ class _Module:
 def _package(folder: Path) -> _Module:
     return _Module(str(folder / "__init__.py"), (str(folder),))
 
-# %% ../../../nbs/internals/09_cache_closure.ipynb #f7754bee
+
 _LOOKING = threading.RLock()  # stages are planned in threads, and Python has one memory of folders for all of them
 
-
+# %% ../../../nbs/internals/09_cache_closure.ipynb #f7754bee
 class _ModuleFinder:
     """Finds modules as Python does, without importing any. It looks at a name once, as long as no folder changes."""
 
