@@ -170,7 +170,8 @@ def read_on(
         _understand(connection, data[start:end])
         start = end
     progress.unread = b"" if progress.refused else data[start:]
-    (connection.flow.pause_reading if progress.unread else connection.flow.resume_reading)()
+    if progress.unread:  # it is resumed, as usual, when a response is complete or an app asks for a body
+        connection.flow.pause_reading()
 
 # %% ../../nbs/internals/07_server.ipynb #6f0bad05
 def _understand(connection: Connection, data: bytes) -> None:
