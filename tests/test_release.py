@@ -713,6 +713,11 @@ def test_a_release_whose_file_is_damaged_or_gone_can_be_rolled_back(settings: Se
     create_release(settings, "canary", STABLE, CANDIDATE)  # and the next one can begin
 
 
+def test_where_nothing_was_released_nothing_is_rolled_back(settings: Settings) -> None:
+    with pytest.raises(ReleaseError, match="there was no release"):
+        roll_back_release(settings, "the desks complain")
+
+
 @pytest.mark.parametrize("text", [b"", b"{}", b"\xff"])
 def test_what_the_history_does_not_know_is_not_rolled_back(settings: Settings, text: bytes) -> None:
     path = write_atomic(settings.serving / "flight-delay" / "release.json", text)

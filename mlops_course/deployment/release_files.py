@@ -245,9 +245,11 @@ def roll_back_by_history(
     """Roll back a release whose own file is damaged or gone.
 
     Raises:
-        ReleaseError: nothing is served, or the state is locked.
+        ReleaseError: the state is locked.
         BundleError: the stable version's bundle is damaged.
     """
+    if release_folder(settings) is None:
+        return None
     with _release_lock(settings):
         last = next(iter(read_release_history(settings)[::-1]), None)
         if last is None or last["status"] != "running":
