@@ -25,7 +25,9 @@ from typing import Any
 from mlops_course import environment
 from mlops_course.environment import PACKAGE
 from mlops_course.pipelines.cache.fingerprints import KeyInputError
-from mlops_course.pipelines.cache.hashes import SETTLED_NS, HashMemo, StatSignature, digest_json, path_signature
+from mlops_course.pipelines.cache.hashes import (
+    SETTLED_NS, HashMemo, StatSignature, digest_json, last_change, path_signature,
+)
 from mlops_course.pipelines.cache.unfollowed import unfollowed, unfollowed_in_cell
 from mlops_course.pipelines.notebooks import (
     NotebookFormatError, all_imports, code_cells, parse_cell, python_tree, top_imports,
@@ -272,8 +274,8 @@ def drop_stale_bytecode(
     """Delete bytecode that is older than its source: Python would take some of it for new."""
     for file in files:
         with suppress(OSError, NotImplementedError):  # it was never compiled, or it isn't mine to delete
-            bytecode, source = Path(cache_from_source(file)), Path(file).stat()
-            if bytecode.stat().st_mtime_ns <= max(source.st_mtime_ns, source.st_ctime_ns):
+            bytecode = Path(cache_from_source(file))
+            if bytecode.stat().st_mtime_ns <= last_change(Path(file).stat()):
                 bytecode.unlink()
 
 # %% ../../../nbs/internals/09_cache_closure.ipynb #aa9732ad
