@@ -198,7 +198,7 @@ def test_it_knows_its_model(service: Running) -> None:
     assert found["reference"] == FIRST
     assert found["data"] == {"features": "flight-delay/features@1"}
     assert found["threshold"] == pytest.approx(40 / 150)
-    assert {"python", "packages", "commit"} <= set(found["fingerprint"])
+    assert found["fingerprint"]["commit"]
     assert found["card"].startswith(f"# Model card: {FIRST}")
     assert {each["name"] for each in found["features"]} >= {"carrier", "distance"}
 

@@ -35,6 +35,17 @@ class LabState:
     sound: bool
     symptom: str = ""
 
+# %% ../../nbs/internals/01_labs.ipynb #cc53ccfe
+def _symptom(sound: Callable[[Settings], object], settings: Settings) -> str:
+    """What a check finds; empty: nothing."""
+    try:
+        sound(settings)
+    except AssertionError as error:
+        return str(error) or "the check failed without a message"
+    except Exception as error:  # a fault can show itself as any error
+        return f"{type(error).__name__}: {error}"
+    return ""
+
 # %% ../../nbs/internals/01_labs.ipynb #a3d4a136
 def run_steps(
     lab: Lab,
@@ -97,17 +108,6 @@ def _do(parts: list[list[str]], home: Path) -> dict[str, Any]:
         if name == "check":
             symptoms.append(_symptom(scope["sound"], settings))
     return {"failed": "", "symptoms": symptoms}
-
-
-def _symptom(sound: Callable[[Settings], object], settings: Settings) -> str:
-    """What a check finds; empty: nothing."""
-    try:
-        sound(settings)
-    except AssertionError as error:
-        return str(error) or "the check failed without a message"
-    except Exception as error:  # a fault can show itself as any error
-        return f"{type(error).__name__}: {error}"
-    return ""
 
 # %% ../../nbs/internals/01_labs.ipynb #d96a1a82
 def _lab_of(lesson: Lesson) -> Lab:

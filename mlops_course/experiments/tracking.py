@@ -75,6 +75,27 @@ def exclusive_lock(
             raise ExperimentError(f"can't lock {path}: {error}", remedy) from error
         yield
 
+# %% ../../nbs/internals/06_tracking.ipynb #5d1c07ab
+@contextmanager
+def _without_waiting(
+    database: Path,  # an SQLite file that may be lost
+) -> Iterator[None]:
+    """In this block SQLAlchemy's connections to one file don't wait for the disk."""
+    from sqlalchemy import event
+    from sqlalchemy.engine import Engine
+
+    def relax(connection: Any, _: object) -> None:
+        if isinstance(connection, sqlite3.Connection):
+            file = connection.execute("PRAGMA database_list").fetchone()[2]
+            if file and Path(file).resolve() == database.resolve():
+                connection.execute("PRAGMA synchronous = OFF")
+
+    event.listen(Engine, "connect", relax)
+    try:
+        yield
+    finally:
+        event.remove(Engine, "connect", relax)
+
 # %% ../../nbs/internals/06_tracking.ipynb #acd55a09
 def make_store(
     settings: Settings,  # where the store is
@@ -90,7 +111,8 @@ def make_store(
     with exclusive_lock(settings.prepare()), TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         if not path.exists():
             new = Path(folder) / "new.db"
-            SqlAlchemyStore(f"sqlite:///{new.as_posix()}", settings.artifacts.as_uri()).engine.dispose()
+            with _without_waiting(new):
+                SqlAlchemyStore(f"sqlite:///{new.as_posix()}", settings.artifacts.as_uri()).engine.dispose()
             write_atomic(path, new.read_bytes())
 
 # %% ../../nbs/internals/06_tracking.ipynb #5c7c404e
