@@ -496,6 +496,7 @@ def test_half_a_month_is_refused_until_the_rest_has_come(
     assert full_desk.check(FEBRUARY).changed == []
 
 
+@pytest.mark.slow
 def test_every_real_month_is_whole_beside_the_others(settings: Settings) -> None:
     """The thinnest day, the shortest month and the stormiest one are no reason to call a person."""
     year = months("2013-01", "2013-12")

@@ -26,6 +26,7 @@ def run(notebook: Path, target: Path) -> list[Cell]:
     return [cell for cell in read_notebook(target)["cells"] if not parameters & tags(cell)]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_the_checks_in_a_learners_copy_say_unattempted_in_a_stock_kernel(tmp_path: Path) -> None:
     """For the shortest lesson: all copies are made alike, and what `mlops-course check` says of each is tested too."""

@@ -25,6 +25,8 @@ from mlops_course.course.checking import (
     records_of,
     run_notebook,
 )
+
+# %% ../../nbs/internals/01_prove.ipynb #5e0c81ac
 from mlops_course.course.copies import make_copy
 from mlops_course.course.labs import prove_lab
 from mlops_course.course.lessons import (
@@ -62,20 +64,22 @@ def _calls_before(exercise: Exercise, source: str) -> list[str]:
     return [f"{RUNNING}.try_answers({exercise.to_judge()!r}, {answers!r})"]
 
 
+def _judging(name: str, calls: list[str]) -> list[dict[str, Any]]:
+    return [{**cell, "id": f"judge-{name}"} for cell in as_notebook(calls)["cells"]]
+
+
 def _proof_notebook(plan: CheckPlan, environment: dict[str, str], last_words: Path) -> dict[str, Any]:
     """The lesson's own cells, and among them the calls that judge; a lesson's cell keeps its number as its id."""
     seconds = float(plan.lesson.options.get("timeout", CELL_TIMEOUT_S))
     notebook = as_notebook([f"{RUNNING}.prepare_process({environment!r}, {seconds!r}, {str(last_words)!r})"])
-    judging = iter(range(1, 1_000))
     for number, cell, which in plan.code():
         exercise = plan.lesson.exercises[which] if which else None
         if plan.only and not is_run(cell):
             continue
         before = _calls_before(exercise, cell["source"]) if exercise and plan.only in (None, which) else []
         after = [f"{RUNNING}.run_check({number}, {exercise.to_judge()!r}, {cell['source']!r})"] if exercise else []
-        calls = [{**each, "id": f"judge-{next(judging)}"} for each in as_notebook(before + after)["cells"]]
         own = {**cell, "id": f"code-{number}", "outputs": [], "execution_count": None}
-        notebook["cells"] += [*calls[: len(before)], own, *calls[len(before) :]]
+        notebook["cells"] += [*_judging(f"before-{number}", before), own, *_judging(f"after-{number}", after)]
     return notebook
 
 # %% ../../nbs/internals/01_prove.ipynb #b7be1c7d

@@ -21,6 +21,7 @@ from mlops_course.environment import CourseError, Settings, WorkspaceError
 
 if TYPE_CHECKING:
     import pyarrow
+    from deltalake import DeltaTable
 
     from mlops_course.project import UseCase
 
@@ -463,27 +464,34 @@ def _write(
             remedy = "Nothing was changed; free some space if the disk is full, and run again"
             raise WorkspaceError(f"can't write the table {name}: {_one_line(error)}", remedy) from error
 
-# %% ../../nbs/internals/05_tables.ipynb #ec151dda
+# %% ../../nbs/internals/05_tables.ipynb #5e0c81ab
 _WRITE_ATTEMPTS = 5  # at writing months that another run writes, too
 _KEEP_LOG = {"delta.enableExpiredLogCleanup": "false"}  # else versions are forgotten after 30 days and 100 writes
 
 
+def _make_table(location: str, schema: pyarrow.Schema, by: str) -> DeltaTable:
+    """The table, made now if it isn't there."""
+    from deltalake import DeltaTable
+    from deltalake.exceptions import DeltaError
+
+    try:
+        if not DeltaTable.is_deltatable(location):
+            DeltaTable.create(location, schema, mode="ignore", partition_by=[by], configuration=_KEEP_LOG)
+    except DeltaError:
+        if not DeltaTable.is_deltatable(location):  # else another run has made it just now
+            raise
+    return DeltaTable(location)
+
+# %% ../../nbs/internals/05_tables.ipynb #ec151dda
 def _overwrite(
     location: str, name: str, rows: pyarrow.Table, by: str, changed: list[str], derived: bool,
     sources: Mapping[str, str],
 ) -> None:  # fmt: skip
     """Make the table if need be, and replace months in it."""
     import pyarrow
-    from deltalake import CommitProperties, DeltaTable, write_deltalake
-    from deltalake.exceptions import DeltaError
+    from deltalake import CommitProperties, write_deltalake
 
-    try:
-        if not DeltaTable.is_deltatable(location):
-            DeltaTable.create(location, rows.schema, mode="ignore", partition_by=[by], configuration=_KEEP_LOG)
-    except DeltaError:
-        if not DeltaTable.is_deltatable(location):  # else another run has made it just now
-            raise
-    table = DeltaTable(location)
+    table = _make_table(location, rows.schema, by)
     schema = pyarrow.schema(table.schema().to_arrow())
     about = CommitProperties(custom_metadata={"sources": json.dumps(dict(sources), sort_keys=True)})
     if derived and _differs(rows, schema):

@@ -61,10 +61,40 @@ def quiet_mlflow() -> Any:  # the module `mlflow`
 def exclusive_lock(
     settings: Settings,  # whose workspace
 ) -> Iterator[None]:
-    """Wait until no other process is in such a block; the system lets the next one in even when this one is killed."""
-    with closing(sqlite3.connect(settings.home / ".tracking.lock", timeout=120, isolation_level=None)) as lock:
-        lock.execute("BEGIN EXCLUSIVE")
+    """Wait until no other process is in such a block; the system lets the next one in even when this one is killed.
+
+    Raises:
+        ExperimentError: another process is in it for two minutes.
+    """
+    path = settings.home / ".tracking.lock"
+    with closing(sqlite3.connect(path, timeout=120, isolation_level=None)) as lock:
+        try:
+            lock.execute("BEGIN EXCLUSIVE")
+        except sqlite3.OperationalError as error:
+            remedy = "See which process holds it, then try again"
+            raise ExperimentError(f"can't lock {path}: {error}", remedy) from error
         yield
+
+# %% ../../nbs/internals/06_tracking.ipynb #5d1c07ab
+@contextmanager
+def _without_waiting(
+    database: Path,  # an SQLite file that may be lost
+) -> Iterator[None]:
+    """In this block SQLAlchemy's connections to one file don't wait for the disk."""
+    from sqlalchemy import event
+    from sqlalchemy.engine import Engine
+
+    def relax(connection: Any, _: object) -> None:
+        if isinstance(connection, sqlite3.Connection):
+            file = connection.execute("PRAGMA database_list").fetchone()[2]
+            if file and Path(file).resolve() == database.resolve():
+                connection.execute("PRAGMA synchronous = OFF")
+
+    event.listen(Engine, "connect", relax)
+    try:
+        yield
+    finally:
+        event.remove(Engine, "connect", relax)
 
 # %% ../../nbs/internals/06_tracking.ipynb #acd55a09
 def make_store(
@@ -81,7 +111,8 @@ def make_store(
     with exclusive_lock(settings.prepare()), TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         if not path.exists():
             new = Path(folder) / "new.db"
-            SqlAlchemyStore(f"sqlite:///{new.as_posix()}", settings.artifacts.as_uri()).engine.dispose()
+            with _without_waiting(new):
+                SqlAlchemyStore(f"sqlite:///{new.as_posix()}", settings.artifacts.as_uri()).engine.dispose()
             write_atomic(path, new.read_bytes())
 
 # %% ../../nbs/internals/06_tracking.ipynb #5c7c404e
@@ -94,22 +125,10 @@ def connect(
     Raises:
         ExperimentError: the store can't be opened.
     """
+    open_store(settings)
     with _explained(settings):
-        _open_store(settings)
         return _experiment(settings, use_case)
 
-
-def open_store(
-    settings: Settings,  # where the store is
-) -> Any:  # the module `mlflow`, which works with that store from here on
-    """Point MLflow to our store, whichever use case is meant.
-
-    Raises:
-        ExperimentError: the store can't be opened.
-    """
-    with _explained(settings):
-        _open_store(settings)
-    return quiet_mlflow()
 
 # %% ../../nbs/internals/06_tracking.ipynb #fe53f178
 @contextmanager
@@ -125,6 +144,8 @@ def _explained(settings: Settings) -> Iterator[None]:
         problem = f"can't open the tracking store {settings.tracking}: {reason}"
         given = settings.tracking_uri is not None
         remedy = "Check MLOPS_COURSE_TRACKING_URI" if given else "Look at that file, or move it away to begin anew"
+        if isinstance(error, ModuleNotFoundError) and error.name == "psycopg2":
+            remedy = "Run: pip install 'mlops_course[cluster]'"
         raise ExperimentError(_without_password(problem), remedy) from error
 
 
@@ -132,16 +153,23 @@ def _without_password(text: str) -> str:
     """Addresses in the text, without the name and the password that they may hold."""
     return re.sub(r"//[^/@\s]*@", "//…@", text)
 
+# %% ../../nbs/internals/06_tracking.ipynb #5e0c81a7
+def open_store(
+    settings: Settings,  # where the store is
+) -> None:
+    """Make the store if need be, put its addresses right if the workspace was moved, and point MLflow to it.
 
-def _open_store(settings: Settings) -> None:
-    """Make the store if need be, put its addresses right if the workspace was moved, and point MLflow to it."""
-    mlflow = quiet_mlflow()
-    make_store(settings)
-    relocate(settings)
-    if mlflow.get_tracking_uri() != settings.tracking:
-        _clear_artifact_cache()
-    mlflow.set_tracking_uri(settings.tracking)
-    mlflow.set_registry_uri(settings.tracking)
+    Raises:
+        ExperimentError: the store can't be opened.
+    """
+    with _explained(settings):
+        mlflow = quiet_mlflow()
+        make_store(settings)
+        relocate(settings)
+        if mlflow.get_tracking_uri() != settings.tracking:
+            _clear_artifact_cache()
+        mlflow.set_tracking_uri(settings.tracking)
+        mlflow.set_registry_uri(settings.tracking)
 
 
 def _clear_artifact_cache() -> None:
@@ -190,7 +218,7 @@ def run_fingerprint() -> dict[str, Any]:  # ready for JSON; what can't be known 
     now["machine"]["threads"] = int(threads) if threads.isdecimal() else cores()
     return now
 
-
+# %% ../../nbs/internals/06_tracking.ipynb #5e0c81aa
 @contextmanager
 def tracked_run(
     settings: Settings,  # where the store is

@@ -18,15 +18,7 @@ from typing import Any
 
 from mlops_course.environment import CourseError, write_atomic
 from mlops_course.pipelines.engine.requests import (
-    CellError,
-    Event,
-    Interrupted,
-    NotebookError,
-    Outcome,
-    Place,
-    Request,
-    TimedOut,
-    WorkerDied,
+    CellError, Event, Interrupted, NotebookError, Outcome, Place, Request, TimedOut, WorkerDied,
 )
 from mlops_course.pipelines.engine.workers import Workers
 

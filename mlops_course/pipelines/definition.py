@@ -17,12 +17,7 @@ from typing import Annotated, Any, Literal, cast
 from mlops_course.environment import notebooks_folder
 from mlops_course.pipelines.notebooks import ParameterError, PipelineError, notebook_parameters, recorded_names, suggest
 from mlops_course.pipelines.parameters import (
-    TYPES,
-    Parameter,
-    check_passable,
-    fill,
-    references,
-    spell_out,
+    TYPES, Parameter, check_passable, fill, references, spell_out,
 )
 from mlops_course.pipelines.reading import kind, load_yaml, read_part, read_value, say
 

@@ -6,19 +6,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlops_course.data import read_table, replace_months, table_name
-from mlops_course.environment import CourseError, Settings, cores
-from mlops_course.experiments import (
-    Evaluation, connect, exclusive_lock, find_tracked_run, load_run_model, quiet_mlflow, run_value, training_rows,
-)
+from mlops_course.environment import Settings, cores
+from mlops_course.experiments import Evaluation, find_tracked_run, load_run_model, run_value, training_rows
+from mlops_course.ledger import Period, as_time, find_period, list_periods, read_ledger
 from mlops_course.project import UseCase
+from mlops_course.registry.changes import ANY, compare_versions, delete_version, require_champion, roll_back
+from mlops_course.registry.store import (
+    CHALLENGER, CHAMPION, PREVIOUS, PromotionConflict, RegistryError, changing_registry, open_registry, search_versions,
+)
 from mlops_course.serving.bundle import BundleError, bundles_folder, read_bundle
 from mlops_course.serving.inference import Predictor, load_predictor
 from mlops_course.serving.packaging import Origin, write_bundle
 
+# %% auto #0
+__all__ = ['versions', 'register', 'find_version', 'champion_reference', 'promote', 'package', 'load_scorer', 'score_month',
+           'fair_rivals', 'PromotionDecision', 'decide_promotion', 'register_and_promote', 'champion_history',
+           'champion_at', 'CHALLENGER', 'CHAMPION', 'PREVIOUS', 'PromotionConflict', 'RegistryError', 'open_registry',
+           'ANY', 'compare_versions', 'delete_version', 'roll_back']
+
+# %% ../../nbs/08_versioning.ipynb #72c96acf
 if TYPE_CHECKING:
     import pandas as pd
     from mlflow.entities import Run
@@ -26,86 +37,84 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
     from sklearn.pipeline import Pipeline
 
-# %% auto #0
-__all__ = ['CHAMPION', 'CHALLENGER', 'RegistryError', 'open_registry', 'versions', 'register', 'find_version',
-           'champion_reference', 'promote', 'package', 'load_scorer', 'score_month', 'fair_rivals', 'PromotionDecision',
-           'decide_promotion', 'register_and_promote']
+_all_ = ["CHALLENGER", "CHAMPION", "PREVIOUS", "PromotionConflict", "RegistryError", "open_registry"]
+_all_ += ["ANY", "compare_versions", "delete_version", "roll_back"]
 
 # %% ../../nbs/08_versioning.ipynb #f11cd60c
-class RegistryError(CourseError):
-    """There is no such model, or it can't be used."""
-
-
-CHAMPION, CHALLENGER = "champion", "challenger"  # aliases: in production, and the newest candidate
-
-
-def open_registry(
-    settings: Settings,  # where the store is
-    use_case: UseCase,  # its name is the name of the model
-) -> MlflowClient:  # a client of MLflow's registry
-    """Open the registry."""
-    connect(settings, use_case)
-    return quiet_mlflow().MlflowClient()
-
-
 def versions(
     settings: Settings,  # where the store is
     use_case: UseCase,  # whose models
 ) -> list[ModelVersion]:  # oldest first
     """List all registered versions of the use case's model."""
-    found = open_registry(settings, use_case).search_model_versions(f"name = '{use_case.name}'")
-    return sorted(found, key=lambda version: int(version.version))
+    return search_versions(open_registry(settings, use_case), use_case.name)
 
 # %% ../../nbs/08_versioning.ipynb #314a9848
 def register(
     settings: Settings,  # where the store is
     use_case: UseCase,  # whose model
     run_id: str,  # the run that trained it
+    by: str | None = None,  # who; None: whoever runs this
 ) -> str:  # reference to the version, such as `flight-delay@3`
     """Give a run's model a version, and call it the challenger; the same model never gets a second version."""
     run = find_tracked_run(settings, use_case, run_id)
     content = run_value(run, "model_digest")
-    with exclusive_lock(settings):  # two runs that end together: one looks and registers, then the other
-        known = [each for each in versions(settings, use_case) if each.tags.get("model_digest") == content]
-        version = known[0] if known else _new_version(open_registry(settings, use_case), use_case, run)
-    open_registry(settings, use_case).set_registered_model_alias(use_case.name, CHALLENGER, version.version)
-    return f"{use_case.name}@{version.version}"
+    with changing_registry(settings, use_case) as registry:  # two runs that end together: one, then the other
+        query = f"name = '{use_case.name}' and tags.model_digest = '{content}'"
+        known = sorted(registry.client.search_model_versions(query), key=lambda each: int(each.version))
+        version = known[0] if known else _new_version(registry.client, use_case, run)
+        reference = f"{use_case.name}@{version.version}"
+        if registry.state.aliases[CHALLENGER] != reference:
+            again = registry.state.digest(reference) is not None
+            reason = "the model is there already" if again else f"trained by the run {run_id}"
+            registry.record("register", reference, reason, {CHALLENGER: reference, "model_digest": content}, by)
+    return reference
 
 # %% ../../nbs/08_versioning.ipynb #8f02d182
 def _new_version(client: MlflowClient, use_case: UseCase, run: Run) -> ModelVersion:
     """The next version; the first one makes the model, too."""
     from mlflow.exceptions import MlflowException
 
+    tags = {name: run_value(run, name) for name in ("model_digest", "first", "last")}
+    about = (use_case.name, run_value(run, "model_uri"), run.info.run_id, tags)
+    try:
+        return client.create_model_version(*about)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
     try:
         client.create_registered_model(use_case.name, description=use_case.question)
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    tags = {name: run_value(run, name) for name in ("model_digest", "first", "last")}
-    return client.create_model_version(use_case.name, run_value(run, "model_uri"), run_id=run.info.run_id, tags=tags)
+    return client.create_model_version(*about)
 
 # %% ../../nbs/08_versioning.ipynb #f43e86cc
 def find_version(
     settings: Settings,  # where the store is
     use_case: UseCase,  # whose model
-    reference: str,  # `champion`, `challenger`, or a version such as `flight-delay@3`
+    reference: str,  # `champion`, `challenger`, `previous`, or a version such as `flight-delay@3`
 ) -> ModelVersion:  # the version
     """Find a version by its alias or number.
 
     Raises:
         RegistryError: there is no such version.
     """
+    return _lookup(open_registry(settings, use_case), use_case, reference)
+
+# %% ../../nbs/08_versioning.ipynb #3bd786c8
+def _lookup(client: MlflowClient, use_case: UseCase, reference: str) -> ModelVersion:
+    """A version by its alias or number, in a registry that is open."""
     from mlflow.exceptions import MlflowException
 
     name, separator, number = reference.partition("@")
-    client = open_registry(settings, use_case)
     try:
         if separator and name == use_case.name and number.isdigit():
             return client.get_model_version(name, number)
         if not separator:
             return client.get_model_version_by_alias(use_case.name, reference)
     except MlflowException as error:
-        there = ", ".join(f"{version.name}@{version.version}" for version in versions(settings, use_case)) or "none yet"
+        known = search_versions(client, use_case.name)
+        there = ", ".join(f"{version.name}@{version.version}" for version in known) or "none yet"
         problem = f"there is no model {reference!r}; registered are {there}"
         raise RegistryError(problem, "Run the training pipeline first") from error
     raise RegistryError(f"{reference!r} is not a model of {use_case.name}", f"Write champion, or {use_case.name}@3")
@@ -132,13 +141,23 @@ def promote(
     use_case: UseCase,  # whose model
     reference: str,  # the version to put into production
     reason: str,  # why; it is kept with the version
-) -> str | None:  # the version that was champion before, if there was one
-    """Make a version the champion; the one before it stays, so that the way back is one call."""
-    chosen = find_version(settings, use_case, reference)
-    before = champion_reference(settings, use_case)
-    client = open_registry(settings, use_case)
-    client.set_registered_model_alias(use_case.name, CHAMPION, chosen.version)
-    client.set_model_version_tag(use_case.name, chosen.version, "promoted_because", reason)
+    by: str | None = None,  # who; None: whoever runs this
+    approver: str = "",  # who agreed
+    expected: str | None = ANY,  # the champion that it is to replace; None: there is to be none
+) -> str | None:  # the version that was champion before, if there was one; the chosen one: it was champion already
+    """Make a version the champion; the one before it stays, so that the way back is one call.
+
+    Raises:
+        RegistryError: there is no such version.
+        PromotionConflict: another version is champion than the expected one.
+    """
+    with changing_registry(settings, use_case) as registry:
+        chosen, before = _lookup(registry.client, use_case, reference), registry.state.aliases[CHAMPION]
+        name = f"{use_case.name}@{chosen.version}"
+        if before != name:
+            require_champion(registry, expected)
+            after = {CHAMPION: name, PREVIOUS: before, "model_digest": chosen.tags.get("model_digest")}
+            registry.record("promote", name, reason, after, by, approver)
     return before
 
 # %% ../../nbs/08_versioning.ipynb #0a4c9d3e
@@ -265,6 +284,27 @@ def register_and_promote(
     reference = register(settings, use_case, run_id)
     champion = champion_reference(settings, use_case)
     if promote_it and champion != reference:
-        promote(settings, use_case, reference, reason)
+        promote(settings, use_case, reference, reason, expected=champion)
         return {"model": reference, "champion": reference, "previous": champion, "promoted": True}
     return {"model": reference, "champion": champion, "previous": champion, "promoted": False}
+
+# %% ../../nbs/08_versioning.ipynb #08a5e002
+def champion_history(
+    settings: Settings,  # whose workspace
+    use_case: UseCase,  # whose champions
+) -> list[Period]:  # oldest first; the first one is without a champion
+    """List who was champion, from when to when, and why."""
+    return list_periods(read_ledger(settings), use_case.name)
+
+
+def champion_at(
+    settings: Settings,  # whose workspace
+    use_case: UseCase,  # whose champion
+    moment: datetime,  # without a time zone: UTC
+) -> Period:  # its `value` is the champion; None: there was none
+    """Find the champion of a moment, to the millisecond.
+
+    Raises:
+        LedgerError: the ledger was edited, so it can't be trusted.
+    """
+    return find_period(settings, use_case.name, as_time(moment))

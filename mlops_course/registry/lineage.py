@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlops_course.data import newest_reference, read_table, table_name, table_version
 from mlops_course.environment import CourseError, Settings
-from mlops_course.experiments import connect
+from mlops_course.experiments import connect, quiet_mlflow
 from mlops_course.experiments.tracking import open_store
 from mlops_course.project import UseCase
 from mlops_course.registry.data_versions import list_tables, resolve_version, table_history
@@ -106,7 +106,8 @@ def run_facts(
     run: Run,  # any run
 ) -> dict[str, Any]:  # its `fingerprint.json`; empty: it has none
     """Read which code, packages and machine a run had."""
-    mlflow = open_store(settings)
+    open_store(settings)
+    mlflow = quiet_mlflow()
     try:
         return dict(mlflow.artifacts.load_dict(f"{run.info.artifact_uri}/fingerprint.json"))
     except (mlflow.MlflowException, OSError, ValueError):
@@ -118,7 +119,8 @@ def _model_part(settings: Settings, use_case: UseCase) -> tuple[list[Thing], lis
     things: list[Thing] = []
     edges: list[tuple[str, str]] = []
     connect(settings, use_case)
-    client = open_store(settings).MlflowClient()
+    open_store(settings)
+    client = quiet_mlflow().MlflowClient()
     for version in client.search_model_versions(f"name = '{use_case.name}'", max_results=10_000):
         aliases = sorted(client.get_model_version(version.name, version.version).aliases)
         model = Thing("model", f"{version.name}@{version.version}", {"aliases": aliases})

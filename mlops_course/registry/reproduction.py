@@ -18,9 +18,10 @@ import msgspec
 from mlops_course.data import build_features, labelled_features, read_table, split_reference
 from mlops_course.environment import CourseError, Settings
 from mlops_course.experiments import (
-    TrainingConfig, array_digest, connect, evaluate, find_tracked_run, run_value, scores, train, training_rows,
+    TrainingConfig, array_digest, connect, evaluate, find_tracked_run, quiet_mlflow, run_value, scores, train,
+    training_rows,
 )
-from mlops_course.experiments.tracking import open_store, run_fingerprint
+from mlops_course.experiments.tracking import run_fingerprint
 from mlops_course.project import UseCase
 from mlops_course.registry.data_versions import require_readable, table_history
 from mlops_course.registry.lineage import LineageError, run_facts
@@ -200,7 +201,7 @@ def _compare_bundle(
 def _registered_run(settings: Settings, use_case: UseCase, reference: str) -> tuple[str, Run]:
     """A version's reference and the run that trained it."""
     connect(settings, use_case)
-    mlflow = open_store(settings)
+    mlflow = quiet_mlflow()
     name, at, number = reference.partition("@")
     client = mlflow.MlflowClient()
     try:

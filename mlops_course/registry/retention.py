@@ -16,7 +16,7 @@ import msgspec
 
 from mlops_course.data import DataError, split_reference
 from mlops_course.environment import Settings, workspace_error
-from mlops_course.experiments import exclusive_lock
+from mlops_course.experiments import exclusive_lock, quiet_mlflow
 from mlops_course.experiments.tracking import open_store
 from mlops_course.registry.data_versions import (
     DataVersion, list_tables, newest_version, read_notes, table_history, table_states, write_notes,
@@ -52,7 +52,8 @@ def _by_models(settings: Settings) -> References:
     path = tracking_file(settings)
     if path is not None and not path.exists():
         return found
-    client = open_store(settings).MlflowClient()
+    open_store(settings)
+    client = quiet_mlflow().MlflowClient()
     for version in client.search_model_versions(max_results=10_000):
         tags = client.get_run(version.run_id).data.tags if version.run_id else {}
         name = f"model {version.name}@{version.version}"

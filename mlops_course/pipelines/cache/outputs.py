@@ -18,12 +18,7 @@ import msgspec
 
 from mlops_course.environment import CourseError, Settings
 from mlops_course.pipelines.cache.fingerprints import (
-    Listing,
-    canonical,
-    content_hash,
-    cyclic_links,
-    is_file_hash,
-    list_files,
+    Listing, canonical, content_hash, cyclic_links, is_file_hash, list_files,
 )
 from mlops_course.pipelines.cache.hashes import digest_json
 from mlops_course.pipelines.cache.store import CacheStore, map_leaves, relativize, relativize_path, resolve_path

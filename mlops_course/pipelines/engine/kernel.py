@@ -54,7 +54,6 @@ class Pipes:
 
     def __init__(self) -> None:
         self.ends: dict[int, tuple[str, codecs.IncrementalDecoder]] = {}
-        self.looked = 0.0
 
     def open(self, pairs: Iterable[tuple[int, int]]) -> None:
         """Put a pipe behind each of the two."""
@@ -66,8 +65,9 @@ class Pipes:
 
     def drain(self) -> list[tuple[str, str]]:  # name of the stream, text
         """What is in the pipes now. Bounded, since somebody may write for ever."""
-        found, self.looked = [], _NOW()
-        for end, (name, decoder) in self.ends.items():
+        found = []
+        for end in select.select(self.ends, [], [], 0)[0]:
+            name, decoder = self.ends[end]
             for _ in range(32):
                 try:
                     data = os.read(end, _PIPE)
@@ -192,9 +192,9 @@ class OutStream(iostream.OutStream):
         """Take text. Raises: TypeError when it is anything else."""
         if isinstance(string, str) and not self._is_master_process():
             return _write_all(self.number, string.encode("utf-8", "backslashreplace"))
-        if _NOW() - self.thread.pipes.looked > 0.001:
+        with self.thread.lock:  # what is in the pipes was written before this
             self.thread.drain()
-        written = self.take(string)
+            written = self.take(string)
         if self.size > _BATCH:
             self.flush()
         return written
