@@ -16,12 +16,14 @@ import pandas as pd
 import pytest
 from conftest import Quarter, settings_in
 from deltalake import DeltaTable, write_deltalake
+from filelock import FileLock
 from typer.testing import CliRunner
 
 from mlops_course.cli import app
 from mlops_course.data import DataError, newest_reference, read_table, replace_months, table_version
-from mlops_course.environment import CourseError, Settings
+from mlops_course.environment import CourseError, Settings, WorkspaceError
 from mlops_course.experiments import TrainingConfig, evaluate_run, train_run
+from mlops_course.ledger import LedgerEntry, append_entry, read_ledger, verify_ledger
 from mlops_course.project import flight_delay
 from mlops_course.registry import champion_reference, package, promote, register, score_month
 from mlops_course.registry.data_diff import compare_distributions, diff_versions, distance, table_key
@@ -30,7 +32,6 @@ from mlops_course.registry.data_versions import (
     read_notes,
     remove_tag,
     resolve_version,
-    restore_version,
     table_history,
     tag_version,
 )
@@ -44,7 +45,16 @@ from mlops_course.registry.lineage import (
 )
 from mlops_course.registry.openlineage import openlineage_events
 from mlops_course.registry.reproduction import reproduce_model
-from mlops_course.registry.retention import find_references, plan_prune, prune_versions, version_references
+from mlops_course.registry.restoring import restore_version
+from mlops_course.registry.retention import (
+    find_references,
+    number_ranges,
+    plan_prune,
+    prune_versions,
+    read_ranges,
+    version_references,
+)
+from mlops_course.registry.table_ledger import check_tables, repair_tables
 
 pytestmark = pytest.mark.filterwarnings("ignore:Series.values returning:DeprecationWarning")  # inside pyarrow
 JANUARY, FEBRUARY, MARCH = "2013-01", "2013-02", "2013-03"
@@ -270,6 +280,137 @@ def test_a_version_that_lost_a_file_is_not_restored(toy: Settings) -> None:
         restore_version(toy, f"{FLIGHTS}@1", "too late")
     gone = {version.reference: version.gone for version in table_history(toy, FLIGHTS)}
     assert "files are gone" in gone[f"{FLIGHTS}@1"] and gone[f"{FLIGHTS}@4"] == ""
+
+
+# ---------------------------------------------------------------- the ledger
+
+
+def told(settings: Settings) -> list[tuple[str, str, str]]:
+    """Event, subject and person of each line of the ledger, which has to be whole."""
+    assert verify_ledger(settings) == []
+    return [(entry.event, entry.subject, entry.by) for entry in read_ledger(settings)]
+
+
+def write_line(settings: Settings, wanted: int, by: str = "ann") -> LedgerEntry:
+    """The line of a restore whose process is killed right after it: the same one that a whole restore writes."""
+    copy = settings_in(shutil.copytree(settings.home, settings.home.parent / "copy"))
+    restore_version(copy, f"{FLIGHTS}@{wanted}", "cut short", by=by)
+    line = append_entry(settings, read_ledger(copy)[-1])
+    shutil.rmtree(copy.home)
+    return line
+
+
+def test_who_restores_or_prunes_is_in_the_ledger(toy: Settings) -> None:
+    restore_version(toy, f"{FLIGHTS}@2", "March was wrong", by="ann", approver="eve")
+    restore_version(toy, f"{FLIGHTS}@2", "again", by="ann")
+    tag_version(toy, f"{FLIGHTS}@4", "gates")
+    prune_versions(toy, [FLIGHTS], 0.0, by="bob", reason="the disk is full")
+    prune_versions(toy, [FLIGHTS], 0.0, by="bob")
+    restored, pruned = read_ledger(toy)
+    assert (restored.event, restored.subject, restored.use_case) == ("restore", f"{FLIGHTS}@2", "toy")
+    assert (restored.by, restored.approver, restored.reason) == ("ann", "eve", "March was wrong")
+    assert [side["version"] for side in (restored.before, restored.after)] == [f"{FLIGHTS}@4", f"{FLIGHTS}@5"]
+    assert restored.before["content"] != restored.after["content"]
+    assert (pruned.event, pruned.subject, pruned.by, pruned.reason) == ("prune", FLIGHTS, "bob", "the disk is full")
+    assert (pruned.before, pruned.after) == ({"pruned": ""}, {"pruned": "0-3"})
+    assert check_tables(toy) == repair_tables(toy) == verify_ledger(toy) == []
+
+
+def test_a_restore_that_was_cut_short_is_completed_by_whoever_comes_next(toy: Settings) -> None:
+    write_line(toy, 1)
+    assert check_tables(toy) == [f"line 1 says that {FLIGHTS}@5 holds {FLIGHTS}@1, and there is no {FLIGHTS}@5"]
+    assert not restore_version(toy, f"{FLIGHTS}@1", "again", by="bob").changed
+    assert (table_version(toy, FLIGHTS), check_tables(toy)) == (5, [])
+    write_line(toy, 2)
+    prune_versions(toy, [FLIGHTS], 0.0, by="bob")
+    assert table_version(toy, FLIGHTS) == 6 and table_history(toy, FLIGHTS)[-1].what == "version 2 restored"
+    assert told(toy) == [
+        ("restore", f"{FLIGHTS}@1", "ann"),
+        ("restore", f"{FLIGHTS}@2", "ann"),
+        ("prune", FLIGHTS, "bob"),
+    ]
+
+
+def test_a_restore_that_came_too_late_is_taken_back(toy: Settings) -> None:
+    write_line(toy, 1)
+    newer = rows_of(MARCH, 9).assign(gate="A1")
+    replace_months(toy, FLIGHTS, newer)
+    assert check_tables(toy) == [f"line 1 says that {FLIGHTS}@5 holds {FLIGHTS}@1, and somebody else wrote {FLIGHTS}@5"]
+    (done,) = repair_tables(toy, by="eve")
+    assert done.startswith("line 2 was added: line 1 says that") and check_tables(toy) == []
+    assert told(toy) == [("restore", f"{FLIGHTS}@1", "ann"), ("adopt", FLIGHTS, "eve")]
+    assert read_table(toy, f"{FLIGHTS}@5", [MARCH])["delay"].tolist() == [9], "what was written stays"
+
+
+def test_whoever_writes_while_a_restore_waits_for_the_ledger_keeps_their_rows(toy: Settings) -> None:
+    restore_version(toy, f"{FLIGHTS}@1", "so that there is a ledger", by="ann")
+    with ThreadPoolExecutor(1) as pool:
+        with FileLock(toy.ledger.with_name("ledger.lock")):
+            waiting = pool.submit(restore_version, toy, f"{FLIGHTS}@4", "too slow", "bob")
+            time.sleep(1)
+            replace_months(toy, FLIGHTS, rows_of(MARCH, 9))
+        with pytest.raises(WorkspaceError, match="somebody else wrote to toy/flights"):
+            waiting.result()
+    assert told(toy)[1:] == [("restore", f"{FLIGHTS}@4", "bob"), ("adopt", FLIGHTS, "bob")]
+    assert read_table(toy, newest_reference(toy, FLIGHTS), [MARCH])["delay"].tolist() == [9]
+    assert check_tables(toy) == []
+
+
+def test_a_table_that_was_made_anew_is_not_restored_from_an_old_line(toy: Settings) -> None:
+    write_line(toy, 1)
+    shutil.rmtree(toy.data / FLIGHTS)
+    assert check_tables(toy) and len(repair_tables(toy)) == 1 and check_tables(toy) == []
+    assert read_ledger(toy)[-1].after == {"version": None, "content": None}
+    for number in range(4):
+        replace_months(toy, FLIGHTS, rows_of(JANUARY, number))
+    line = write_line(toy, 1)
+    shutil.rmtree(toy.data / FLIGHTS)
+    for number in range(4):
+        replace_months(toy, FLIGHTS, rows_of(JANUARY, number))
+    assert line.before["version"] == newest_reference(toy, FLIGHTS), "the number fits, and the content doesn't"
+    assert len(repair_tables(toy)) == 1 and table_version(toy, FLIGHTS) == 4 and check_tables(toy) == []
+
+
+def test_what_was_restored_past_the_ledger_or_is_missing_in_it_is_seen(toy: Settings) -> None:
+    DeltaTable(str(toy.data / FLIGHTS)).restore(1)
+    assert check_tables(toy) == [f"{FLIGHTS}@5 was made by a restore that isn't in the ledger"]
+    repair_tables(toy)
+    restore_version(toy, f"{FLIGHTS}@4", "back", by="ann")
+    prune_versions(toy, [FLIGHTS], 0.0, by="ann")
+    lines = toy.ledger.read_bytes().splitlines(keepends=True)
+    toy.ledger.write_bytes(b"".join(lines[:1]))
+    assert check_tables(toy) == [
+        f"{FLIGHTS}@6 was made by a restore that isn't in the ledger",
+        f"{FLIGHTS}@0-5 was pruned, and the ledger doesn't say so",
+    ]
+    assert len(repair_tables(toy, "eve")) == 2 and check_tables(toy) == []
+
+
+def test_a_prune_that_was_cut_short_is_proved_anew(toy: Settings) -> None:
+    copy = settings_in(shutil.copytree(toy.home, toy.home.parent / "copy"))
+    prune_versions(copy, [FLIGHTS], 0.0, by="ann")
+    line = read_ledger(copy)[-1]
+    append_entry(toy, line)
+    assert check_tables(toy) == [f"the ledger says that {FLIGHTS}@0-3 was pruned, and that didn't happen"]
+    tag_version(toy, f"{FLIGHTS}@1", "golden")
+    prune_versions(toy, [FLIGHTS], 0.0, by="bob")
+    assert len(read_table(toy, f"{FLIGHTS}@1")) == 3
+    assert told(toy) == [("prune", FLIGHTS, "ann"), ("adopt", FLIGHTS, "unknown"), ("prune", FLIGHTS, "bob")]
+    assert read_ledger(toy)[-1].after == {"pruned": "0, 2-3"} and check_tables(toy) == []
+
+
+def test_a_damaged_ledger_stops_whoever_wants_to_change_a_table(toy: Settings) -> None:
+    restore_version(toy, f"{FLIGHTS}@1", "back", by="ann")
+    toy.ledger.write_bytes(toy.ledger.read_bytes().replace(b"back", b"hack"))
+    for call in (lambda: restore_version(toy, f"{FLIGHTS}@4", "x"), lambda: prune_versions(toy, [FLIGHTS], 0.0)):
+        with pytest.raises(CourseError, match="it was edited"):
+            call()
+    assert table_version(toy, FLIGHTS) == 5 and read_notes(toy, FLIGHTS).pruned == ()
+
+
+@pytest.mark.parametrize("numbers", [(), (0,), (0, 1), (3, 5, 6, 7, 9), tuple(range(0, 2000, 2)), (7, 8, 100)])
+def test_numbers_are_written_shortly_and_read_again(numbers: tuple[int, ...]) -> None:
+    assert read_ranges(number_ranges(numbers)) == numbers
 
 
 # ---------------------------------------------------------------- two at once, and foreign hands

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 data_commands = typer.Typer(no_args_is_help=True, help="Look at versions of tables; compare, tag, restore or prune.")
 lineage_commands = typer.Typer()
 _Case = Annotated[str | None, typer.Option("--use-case", help="As module:name. Default: the course's own.")]
-_Because = Annotated[str, typer.Option("--reason", help="Why; the table's log keeps it.")]
+_Because = Annotated[str, typer.Option("--reason", help="Why; the ledger keeps it.")]
+_By = Annotated[str | None, typer.Option("--by", help="Who does it. Default: the system's user.")]
+_Approver = Annotated[str, typer.Option("--approver", help="Who agreed.")]
 
 
 def _case(name: str | None) -> "UseCase":
@@ -113,15 +115,18 @@ def _tag(
 def _restore(
     versions: Annotated[list[str], typer.Argument(help="What is to be the newest again: name@3 or name@tag.")],
     reason: _Because,
+    by: _By = None,
+    approver: _Approver = "",
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
     """Bring back old versions: rows, columns and types. Nothing is lost, and doing it again changes nothing."""
-    from mlops_course.registry.data_versions import resolve_version, restore_version
+    from mlops_course.registry.data_versions import resolve_version
+    from mlops_course.registry.restoring import restore_version
 
     settings = settings_of(home)
     wanted = [resolve_version(settings, version) for version in versions]  # all of them are there, or none is touched
-    done = [restore_version(settings, version, reason) for version in wanted]
+    done = [restore_version(settings, version, reason, by, approver) for version in wanted]
     if as_json:
         print_json([vars(each) for each in done])
         return
@@ -151,6 +156,8 @@ def _prune(
     tables: Annotated[list[str] | None, typer.Argument(help="Names. Default: all tables.")] = None,
     days: Annotated[float, typer.Option(min=0, help="Younger versions stay.")] = 7.0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go, and why the rest stays.")] = False,
+    reason: Annotated[str, typer.Option("--reason", help="Why; the ledger keeps it. Default: they are unused.")] = "",
+    by: _By = None,
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
@@ -163,7 +170,7 @@ def _prune(
     if dry_run:
         fates = plan_prune(settings, tables or (), **options)
     else:
-        done = prune_versions(settings, tables or (), **options)
+        done = prune_versions(settings, tables or (), **options, reason=reason, by=by)
         fates, files, size = done.fates, done.files, done.bytes
     if as_json:
         print_json({"versions": [vars(fate) for fate in fates], "files": files, "bytes": size})

@@ -58,22 +58,23 @@ def _show_ledger(home: Home = None, as_json: AsJson = False) -> None:
 
 # %% ../../nbs/internals/cli_models.ipynb #576f8d71
 def _differences(settings: "Settings") -> list[str]:
-    """In what the ledger differs from what is live and from MLflow; where a service runs, that isn't installed."""
+    """In what the ledger differs from what is live, MLflow and the tables; where a service runs, it is alone."""
     from mlops_course.serving.publishing import check_live
 
     live = check_live(settings)
     if find_spec("mlflow") is None:
         return live
     from mlops_course.registry.store import check_registry
+    from mlops_course.registry.table_ledger import check_tables
 
-    return live + check_registry(settings)
+    return live + check_registry(settings) + check_tables(settings)
 
 # %% ../../nbs/internals/cli_models.ipynb #a8bd416a
 @ledger_commands.command("verify")
 def _verify(home: Home = None, as_json: AsJson = False) -> None:
     """Look for lines that were edited, removed, moved or cut off. Exit status 1 when one is found.
 
-    What is live, and MLflow's registry, know how the ledger ended: they are compared with it.
+    What is live, MLflow's registry and the tables know how the ledger ended: they are compared with it.
     """
     from mlops_course.ledger import verify_ledger
 
@@ -106,8 +107,9 @@ def _repair(by: _By = None, home: Home = None, as_json: AsJson = False) -> None:
     done = repair_live(settings, by)
     if find_spec("mlflow"):
         from mlops_course.registry.store import repair_registry
+        from mlops_course.registry.table_ledger import repair_tables
 
-        done += repair_registry(settings, by)
+        done += repair_registry(settings, by) + repair_tables(settings, by)
     if as_json:
         print_json({"set_aside": kept, "done": done})
     elif done or not kept:

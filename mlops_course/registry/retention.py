@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -18,15 +18,18 @@ from mlops_course.data import DataError, split_reference
 from mlops_course.environment import Settings, workspace_error
 from mlops_course.experiments import exclusive_lock, quiet_mlflow
 from mlops_course.experiments.tracking import open_store
+from mlops_course.ledger import LedgerEntry, append_entry, current_user, read_ledger
 from mlops_course.registry.data_versions import (
     DataVersion, list_tables, newest_version, read_notes, table_history, table_states, write_notes,
 )
+from mlops_course.registry.restoring import last_line, settle_restore
 from mlops_course.relocation import tracking_file
 from mlops_course.serving.bundle import bundles_folder, read_bundle
 
 # %% auto #0
 __all__ = ['References', 'OtherReferences', 'WEEK', 'find_references', 'no_others', 'version_references', 'VersionFate',
-           'plan_prune', 'PrunedVersions', 'prune_versions']
+           'plan_prune', 'number_ranges', 'read_ranges', 'prune_difference', 'settle_prune', 'PrunedVersions',
+           'prune_versions']
 
 # %% ../../nbs/internals/08_retention.ipynb #34b10e01
 References = dict[str, list[str]]  # reference to a version -> who refers to it, in words
@@ -201,6 +204,75 @@ def plan_prune(
             fates.append(VersionFate(reference, reference in found, reasons, size))
     return fates
 
+# %% ../../nbs/internals/08_retention.ipynb #5a0f1c01
+def number_ranges(
+    numbers: Iterable[int],  # such as 0, 2, 3, 4; each once, ascending
+) -> str:  # such as `0, 2-4`
+    """Write numbers so that those that follow each other are put together."""
+    found: list[list[int]] = []
+    for number in numbers:
+        if found and number == found[-1][-1] + 1:
+            found[-1] = [found[-1][0], number]
+        else:
+            found.append([number])
+    return ", ".join("-".join(map(str, each)) for each in found)
+
+
+def read_ranges(
+    text: str,  # from `number_ranges`
+) -> tuple[int, ...]:  # ascending
+    """Read numbers that `number_ranges` wrote."""
+    ends = [[int(end) for end in part.split("-")] for part in text.split(", ") if part]
+    return tuple(number for end in ends for number in range(end[0], end[-1] + 1))
+
+# %% ../../nbs/internals/08_retention.ipynb #5a0f1c04
+def _said_pruned(name: str, entries: Sequence[LedgerEntry]) -> tuple[int, ...]:
+    """Which versions of a table the ledger says were given up."""
+    line = last_line(entries, name, "pruned")
+    return read_ranges((line.after["pruned"] or "") if line else "")
+
+
+def prune_difference(
+    settings: Settings,  # where the workspace is
+    name: str,  # of the table
+    entries: Sequence[LedgerEntry],  # of the ledger
+) -> str:  # in words; empty: there is none
+    """Say in what a table differs from the last line of the ledger about its pruned versions."""
+    said, pruned = {*_said_pruned(name, entries)}, {*read_notes(settings, name).pruned}
+    told = []
+    if missing := sorted(said - pruned):
+        told.append(f"the ledger says that {name}@{number_ranges(missing)} was pruned, and that didn't happen")
+    if unknown := sorted(pruned - said):
+        told.append(f"{name}@{number_ranges(unknown)} was pruned, and the ledger doesn't say so")
+    return "; ".join(told)
+
+# %% ../../nbs/internals/08_retention.ipynb #5a0f1c05
+def _prune_line(name: str, before: Iterable[int], after: Iterable[int], by: str, reason: str) -> LedgerEntry:
+    """Which versions of a table are given up, before and after."""
+    return LedgerEntry(
+        event="prune", use_case=name.partition("/")[0], subject=name, by=by, reason=reason,
+        before={"pruned": number_ranges(before)}, after={"pruned": number_ranges(after)},
+    )  # fmt: skip
+
+
+def settle_prune(
+    settings: Settings,  # where the workspace is; its `exclusive_lock` is held
+    name: str,  # of the table
+    by: str = "unknown",  # who takes over what is written down at the table
+) -> str:  # what was done, in words; empty: nothing had to be
+    """Write down which versions of a table were given up, where the ledger says something else.
+
+    Raises:
+        LedgerError: the ledger is damaged.
+        WorkspaceError: the workspace can't be written to.
+    """
+    entries = read_ledger(settings)
+    difference = prune_difference(settings, name, entries)
+    if not difference:
+        return ""
+    line = _prune_line(name, _said_pruned(name, entries), read_notes(settings, name).pruned, by, difference)
+    return f"line {append_entry(settings, msgspec.structs.replace(line, event='adopt')).number} was added: {difference}"
+
 # %% ../../nbs/internals/08_retention.ipynb #56899d8f
 @dataclass(frozen=True)
 class PrunedVersions:
@@ -216,6 +288,8 @@ def prune_versions(
     names: Iterable[str] = (),  # tables; empty: all
     older_than: float = WEEK,  # seconds; younger versions stay
     others: OtherReferences = no_others,  # who else refers to versions; it is called when nobody can register a model
+    reason: str = "",  # why; the ledger keeps it; empty: because nothing refers to them
+    by: str | None = None,  # who; None: whoever runs this
 ) -> PrunedVersions:
     """Delete the files of versions that nothing refers to; what was interrupted before is completed.
 
@@ -223,25 +297,40 @@ def prune_versions(
         DataError: there is no such table, one is damaged, or a version that has to stay lacks a file.
         BundleError: a bundle is damaged, so nobody knows what it refers to.
         ExperimentError: the registry can't be opened.
+        LedgerError: the ledger is damaged.
         WorkspaceError: a file can't be deleted.
     """
     wanted = list(names) or list_tables(settings)
+    who, why = by or current_user(), reason or f"older than {older_than / 86400:g} days, and nothing refers to it"
     with exclusive_lock(settings):
+        for name in wanted:
+            settle_restore(settings, name)
         fates = plan_prune(settings, wanted, older_than, others)
-        done = [_prune_table(settings, name, [fate.reference for fate in fates if not fate.keep]) for name in wanted]
+        going = [fate.reference for fate in fates if not fate.keep]
+        done = [_prune_table(settings, name, going, who, why) for name in wanted]
         _look_again(settings, [fate.reference for fate in fates if fate.keep])
     return PrunedVersions(fates, sum(files for files, _ in done), sum(size for _, size in done))
 
 # %% ../../nbs/internals/08_retention.ipynb #8548505e
-def _prune_table(settings: Settings, name: str, going: list[str]) -> tuple[int, int]:
-    """Give up versions of a table: note it, delete their files, look at those that stay."""
-    for left in (settings.data / name).glob("._versions.json.*"):  # of a process that was killed
-        left.unlink(missing_ok=True)
-    notes = read_notes(settings, name)
-    numbers = {split_reference(each)[1] for each in going if split_reference(each)[0] == name}
+def _give_up(settings: Settings, name: str, numbers: set[int], by: str, reason: str) -> tuple[int, ...]:
+    """Write down which versions of a table go, in the ledger, then at the table; all that went, with earlier ones."""
+    notes, said = read_notes(settings, name), _said_pruned(name, read_ledger(settings))
     pruned = tuple(sorted({*notes.pruned, *numbers}))
+    if said != pruned:
+        settle_prune(settings, name)
+    if pruned not in (said, notes.pruned):
+        append_entry(settings, _prune_line(name, notes.pruned, pruned, by, reason))
     if pruned != notes.pruned:
         write_notes(settings, name, msgspec.structs.replace(notes, pruned=pruned))
+    return pruned
+
+
+def _prune_table(settings: Settings, name: str, going: list[str], by: str, reason: str) -> tuple[int, int]:
+    """Give up versions of a table, and delete their files."""
+    for left in (settings.data / name).glob("._versions.json.*"):  # of a process that was killed
+        left.unlink(missing_ok=True)
+    numbers = {split_reference(each)[1] for each in going if split_reference(each)[0] == name}
+    pruned = _give_up(settings, name, numbers, by, reason)
     staying, goners = _split_files(settings, name, pruned)
     files = freed = 0
     for path in sorted(goners - staying):

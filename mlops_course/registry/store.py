@@ -63,9 +63,12 @@ class RegistryState:
         return any(entry.event == "delete" and entry.subject == reference for entry in self.entries)
 
 
+_OTHERS = {"live", "content", "pruned"}  # what entries tell of that are about what is served, or about tables
+
+
 def _is_about_registry(entry: LedgerEntry) -> bool:
-    """Whether an entry tells of the registry, and not of what is live."""
-    return entry.event in _EVENTS and "live" not in entry.after
+    """Whether an entry tells of the registry."""
+    return entry.event in _EVENTS and not _OTHERS & entry.after.keys()
 
 # %% ../../nbs/internals/08_store.ipynb #2e98779d
 def replay_ledger(
