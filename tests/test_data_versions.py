@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import numpy as np
@@ -17,10 +18,11 @@ import pytest
 from conftest import Quarter, settings_in
 from deltalake import DeltaTable, write_deltalake
 from filelock import FileLock
+from service_helpers import Running, serving, until
 from typer.testing import CliRunner
 
 from mlops_course.cli import app
-from mlops_course.data import DataError, newest_reference, read_table, replace_months, table_version
+from mlops_course.data import DataError, build_features, newest_reference, read_table, replace_months, table_version
 from mlops_course.environment import CourseError, Settings, WorkspaceError
 from mlops_course.experiments import TrainingConfig, evaluate_run, train_run
 from mlops_course.ledger import LedgerEntry, append_entry, read_ledger, verify_ledger
@@ -54,7 +56,10 @@ from mlops_course.registry.retention import (
     read_ranges,
     version_references,
 )
+from mlops_course.registry.store import check_registry
 from mlops_course.registry.table_ledger import check_tables, repair_tables
+from mlops_course.serving import materialise, publish
+from mlops_course.serving.publishing import check_live
 
 pytestmark = pytest.mark.filterwarnings("ignore:Series.values returning:DeprecationWarning")  # inside pyarrow
 JANUARY, FEBRUARY, MARCH = "2013-01", "2013-02", "2013-03"
@@ -564,22 +569,94 @@ def test_a_damaged_bundle_or_registry_stops_everything(product: Quarter) -> None
     assert sorted(product.settings.data.rglob("*.parquet")) == files
 
 
-def test_the_exact_metric_comes_back_with_the_data(product: Quarter) -> None:
-    """Somebody overwrote a month, and a model was promoted from that: the old data give the old figures."""
-    settings = product.settings
-    before = evaluate_run(settings, flight_delay, train(product), MARCH, MARCH).metrics
-    overwrite_everything(product)
-    worse = replace(product, features="flight-delay/features@2", tables={"flights": "flight-delay/flights@2"})
-    promote(settings, flight_delay, register(settings, flight_delay, train(worse)), "wrongly")
-    assert champion_reference(settings, flight_delay) == "flight-delay@2"
-    assert evaluate_run(settings, flight_delay, train(worse), MARCH, MARCH).metrics != before
-    restored = [restore_version(settings, reference, "overwritten") for reference in (product.features, product.rows)]
-    again = replace(product, features=restored[0].now, tables={"flights": restored[1].now})
-    assert evaluate_run(settings, flight_delay, train(again), MARCH, MARCH).metrics == before
+# ---------------------------------------------------------------- go back
 
 
-def train(own: Quarter) -> str:
-    return train_run(own.settings, flight_delay, own.features, own.rows, JANUARY, FEBRUARY, SMALL)
+def command(settings: Settings, *words: str, status: int = 0) -> Any:
+    """A command of `mlops-course` in a process of its own; what it printed as JSON."""
+    program = [sys.executable, "-c", "from mlops_course.cli import main; main()", *words]
+    done = subprocess.run([*program, "--home", str(settings.home), "--json"], capture_output=True, text=True)
+    assert done.returncode == status, (words, done.stdout, done.stderr)
+    return json.loads(done.stdout)
+
+
+def serve_next(own: Quarter, reason: str) -> str:
+    """Train on the newest data, promote, package and publish, as somebody does who suspects nothing."""
+    run = train_run(own.settings, flight_delay, own.features, own.rows, JANUARY, FEBRUARY, SMALL)
+    model = register(own.settings, flight_delay, run)
+    promote(own.settings, flight_delay, model, reason, by="ann")
+    package(own.settings, flight_delay, model)
+    publish(own.settings, model, reason, by="ann")
+    return model
+
+
+def overwrite_february(own: Quarter) -> Quarter:
+    """A supplier has turned the sign of the delays: February says the opposite now, and its features follow."""
+    february = read_table(own.settings, own.rows, [FEBRUARY])
+    flights, _ = replace_months(own.settings, "flight-delay/flights", february.assign(arr_delay=-february["arr_delay"]))
+    tables = {**own.tables, "flights": flights}
+    return replace(own, tables=tables, features=build_features(own.settings, flight_delay, tables, JANUARY, MARCH))
+
+
+@pytest.mark.slow
+def test_from_bad_data_and_a_bad_model_back_to_what_was_working(product: Quarter) -> None:
+    settings, data = product.settings, [product.rows, product.features]
+    publish(settings, "flight-delay@1", "the first one", by="ann")
+    materialise(settings, flight_delay, product.features, [MARCH])
+    working = figures(product, "flight-delay@1")
+    with serving(settings.home) as service:
+        record = service.client.get("/examples").json()[0]["record"]
+        right = ask(service, record)
+        bad = overwrite_february(product)
+        assert serve_next(bad, "newer data") == "flight-delay@2"
+        until(lambda: ask(service, record)["model"] == "flight-delay@2")
+        assert ask(service, record)["score"] != right["score"]
+        assert figures(bad, "flight-delay@2") != working, "that is why somebody looks"
+
+        graph = lineage_graph(settings, flight_delay)
+        story = lineage_of(*find_thing(settings, flight_delay, graph, "champion"), forth=False)
+        assert {f"data {bad.rows}", f"data {bad.features}"} <= {*story.things}, "it was made from what was written last"
+        found = diff_versions(settings, product.rows, bad.rows, table_key(flight_delay, "flight-delay/flights"))
+        assert found.months == (FEBRUARY,) and [*found.cells] == ["arr_delay"]
+
+        because = ("--reason", "February has the wrong sign")
+        restored = command(settings, "data", "restore", *data, *because, "--by", "eve")
+        assert [each["wanted"] for each in restored] == data and all(each["changed"] for each in restored)
+        command(settings, "models", "rollback", "flight-delay@2", *because, "--by", "eve")
+        command(settings, "publish", "flight-delay@1", *because)
+        until(lambda: ask(service, record)["model"] == "flight-delay@1")
+        assert ask(service, record) == right
+
+    again = replace(product, features=restored[1]["now"], tables={**product.tables, "flights": restored[0]["now"]})
+    assert figures(again, "champion") == working, "to the last digit"
+    told = [(entry.event, entry.subject) for entry in read_ledger(settings) if entry.reason == because[1]]
+    assert told == [
+        *(("restore", each) for each in data),
+        ("rollback", "flight-delay@1"),
+        ("publish", "flight-delay@1"),
+    ]
+    assert verify_ledger(settings) == check_live(settings) == check_registry(settings) == check_tables(settings) == []
+    graph = lineage_graph(settings, flight_delay)
+    back = lineage_of(*find_thing(settings, flight_delay, graph, restored[0]["now"]), forth=False)
+    assert f"data {product.rows}" in back.things and f"data {bad.rows}" not in back.things
+
+
+def figures(own: Quarter, model: str) -> dict[str, float]:
+    """What a model is worth on the data of a workspace: trained on them anew, it is the same model, and so are they."""
+    run = train_run(own.settings, flight_delay, own.features, own.rows, JANUARY, FEBRUARY, SMALL)
+    assert register(own.settings, flight_delay, run) == str(named(own.settings, model))
+    return evaluate_run(own.settings, flight_delay, run, MARCH, MARCH).metrics
+
+
+def named(settings: Settings, model: str) -> str:
+    """The version that is meant, such as the champion."""
+    return str(champion_reference(settings, flight_delay)) if model == "champion" else model
+
+
+def ask(service: Running, record: dict[str, Any]) -> dict[str, Any]:
+    """What the service says about a flight; the time and the number of the request don't matter."""
+    answer = service.ask(record=record).json()
+    return {name: answer[name] for name in ("model", "score", "warned") if name in answer} or answer
 
 
 # ---------------------------------------------------------------- killed
