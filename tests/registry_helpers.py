@@ -10,14 +10,13 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
+from kill_helpers import begin_child, end_of, kill_after_change, run_child
 
 from mlops_course.environment import Settings
 from mlops_course.experiments import connect, quiet_mlflow
@@ -149,8 +148,9 @@ def run_crowd(settings: Settings, task: str, times: int) -> list[list[Any]]:
 
 
 def make_history(settings: Settings) -> None:
-    """Five versions, of which the first three became champion: eight lines."""
+    """Five versions, of which the first three became champion: eight lines; and the run of another model."""
     add_versions(settings, 5)
+    add_run(settings, "new")
     for number in (1, 2, 3):
         promote(settings, flight_delay, named(number), f"better than {number - 1}", by="ann")
 
@@ -182,47 +182,6 @@ OPERATIONS: dict[str, tuple[Callable[[Settings], Any], str, dict[str, str]]] = {
         BEFORE,
     ),
 }
-STEPS = {  # the functions whose every line is a step: those that change something
-    "register", "_new_version", "record", "append_entry", "_write_line", "_apply", "_make_live", "write_atomic",
-    "replacing",
-}  # fmt: skip
-
-
-def die_at(step: int) -> None:
-    """From here on, the process kills itself before that line of the functions that change something."""
-    lines = count(1)
-
-    def line(frame: FrameType, event: str, _: Any) -> Any:
-        if event == "line" and next(lines) == step:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return line
-
-    def call(frame: FrameType, event: str, _: Any) -> Any:
-        code = frame.f_code
-        return line if code.co_name in STEPS and "mlops_course" in code.co_filename else None
-
-    sys.settrace(call)
-
-
-def begin_child(task: Callable[[], None]) -> int:
-    """Do a task in a process of its own; its number."""
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            task()
-            status = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stderr.flush()
-            os._exit(status)
-    return child
-
-
-def end_of(child: int) -> int:
-    """What became of a process: 0, or the negative number of the signal that killed it."""
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def judge(settings: Settings, name: str) -> bool:
@@ -260,44 +219,49 @@ def repair_or_agree(settings: Settings) -> bool:
 class Killing:
     """One operation, killed in one new workspace after the other."""
 
-    def __init__(self, name: str, folder: Path) -> None:
-        import mlflow.store.model_registry.sqlalchemy_store
-        import mlflow.store.tracking.sqlalchemy_store  # noqa: F401 (so that the children needn't import it)
-
-        quiet_mlflow()
-        self.name, self.home = name, Settings(home=folder / "workspace")
-        self.template, self.unfinished = Settings(home=folder / "template"), folder / "unfinished"
-        assert end_of(begin_child(self.prepare)) == 0
+    def __init__(self, name: str, template: Path, folder: Path) -> None:
+        self.name, self.template, self.home = name, template, Settings(home=folder / "workspace")
+        self.unfinished = folder / "unfinished"
         self.killed = 0
+        elsewhere = Settings(home=shutil.copytree(template, folder / "elsewhere"))
+        OPERATIONS[name][0](elsewhere)  # so that the children needn't import MLflow
 
-    def prepare(self) -> None:
-        """The workspace as it is before."""
-        make_history(self.template)
-        add_run(self.template, "new")
-
-    def attempt(self, step: int | None = None, seconds: float | None = None) -> float | None:
-        """Do it in a new workspace, and kill it at a step or after a time; how long it took, if it wasn't killed."""
+    def begin_anew(self) -> None:
+        """A new workspace in the old one's place."""
         shutil.rmtree(self.home.home, ignore_errors=True)
-        shutil.copytree(self.template.home, self.home.home)
+        shutil.copytree(self.template, self.home.home)
 
-        def work() -> None:
-            if step:
-                die_at(step)
-            OPERATIONS[self.name][0](self.home)
+    def work(self) -> None:
+        """Do it."""
+        OPERATIONS[self.name][0](self.home)
 
-        begin, child = time.perf_counter(), begin_child(work)
+    def kill_after(self, number: int) -> bool:
+        """Do it in a new workspace, and kill it after so many changes on the disk; whether there are so many."""
+        self.begin_anew()
+        killed = kill_after_change(number, self.home.home, self.work)
+        self.look(killed, f"after change {number}")
+        return killed
+
+    def kill_within(self, seconds: float | None) -> float:
+        """Do it in a new workspace, and kill it after a time, or never; how long it lasted."""
+        self.begin_anew()
+        begin, child = time.perf_counter(), begin_child(self.work)
         if seconds is not None:
             time.sleep(seconds)
             os.kill(child, signal.SIGKILL)
         ended = end_of(child)
         took = time.perf_counter() - begin
         assert ended in (0, -signal.SIGKILL), ended
-        assert end_of(begin_child(self.judge)) == 0, f"{self.name} was killed at {step or seconds}"
-        self.killed += ended != 0
-        return took if ended == 0 else None
+        self.look(ended != 0, f"after {seconds} s")
+        return took
+
+    def look(self, killed: bool, when: str) -> None:
+        """Judge in a child, so that no connection to the database is left in this process."""
+        assert end_of(begin_child(self.judge)) == 0, f"{self.name} was killed {when}"
+        self.killed += killed
 
     def judge(self) -> None:
-        """In a child, so that no connection to the database is left in this process."""
+        """Note whether something was left to be finished."""
         if judge(self.home, self.name):
             with self.unfinished.open("a", encoding="utf-8") as file:
                 file.write("once\n")
@@ -308,45 +272,39 @@ class Killing:
         print(self.killed, times)
 
 
-def kill_at_each_step(killing: Killing) -> None:
-    """At the first step, in a new workspace at the second one, and so on, until it isn't killed any more."""
-    for step in count(1):
-        if killing.attempt(step=step) is not None:
+def kill_at_each_change(killing: Killing) -> None:
+    """After the first change on the disk, in a new workspace after the second one, and so on."""
+    for number in count(1):
+        if not killing.kill_after(number):
             return
 
 
-def kill_at_moments(killing: Killing, rounds: int = 20) -> None:
+def kill_at_moments(killing: Killing, rounds: int = 30) -> None:
     """At any moment, also within the system's calls, of the disk and of the database."""
-    took = min(killing.attempt() or 0 for _ in range(3))
+    took = min(killing.kill_within(None) for _ in range(3))
     chance = random.Random(2013)
     for _ in range(rounds):
-        killing.attempt(seconds=chance.uniform(0, took))
+        killing.kill_within(chance.uniform(0, took))
 
 
 def kill_publications(settings: Settings, old: str, new: str) -> None:
-    """Publish, killed at each step in turn; what is live is one of the two, and the ledger says which."""
-    killed = unfinished = 0
-    for step in count(1):
-        assert end_of(begin_child(lambda: publish(settings, old) and None)) == 0
-
-        def attempt(step: int = step) -> None:
-            die_at(step)
-            publish(settings, new)
-
-        ended = end_of(begin_child(attempt))
-        assert ended in (0, -signal.SIGKILL), ended
+    """Publish, killed after each change in turn; what is live is one of the two, and the ledger says which."""
+    unfinished = 0
+    for number in count(1):
+        run_child(lambda: publish(settings, old))
+        killed = kill_after_change(number, settings.home, lambda: publish(settings, new))
         live = live_bundle(settings)
         assert live is not None and live.name in (old, new)
         wrong = [defect.problem for defect in verify_ledger(settings)] or check_live(settings)
         kept, done = repair_ledger(settings), repair_live(settings, by="eve")
-        assert bool(wrong) == bool(kept or done), (step, wrong, kept, done)
+        assert bool(wrong) == bool(kept or done), (number, wrong, kept, done)
         assert (live_bundle(settings), read_ledger(settings)[-1].after["live"]) == (live, live.name), "it stays"
-        killed, unfinished = killed + (ended != 0), unfinished + bool(done)
-        assert end_of(begin_child(lambda: publish(settings, new) and None)) == 0
+        unfinished += bool(done)
+        run_child(lambda: publish(settings, new))
         assert (live_bundle(settings) or live).name == read_ledger(settings)[-1].after["live"] == new
         assert verify_ledger(settings) == check_live(settings) == []
-        if ended == 0:
-            print(killed, unfinished)
+        if not killed:
+            print(number - 1, unfinished)
             return
 
 
@@ -359,6 +317,6 @@ if __name__ == "__main__":
     elif task == "publish":
         kill_publications(Settings(), *words)
     else:
-        kills = Killing(words[0], Path(words[1]))
-        kill_at_each_step(kills) if task == "steps" else kill_at_moments(kills)
+        kills = Killing(words[0], Path(words[1]), Path(words[2]))
+        kill_at_each_change(kills) if task == "changes" else kill_at_moments(kills)
         kills.say()

@@ -570,10 +570,10 @@ def test_what_is_live_is_compared_with_the_ledger(own: Path, settings: Settings)
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="fork is for Linux")
-def test_a_publisher_that_is_killed_at_any_step_leaves_one_of_the_two(own: Path, settings: Settings) -> None:
+def test_a_publisher_that_is_killed_after_any_change_leaves_one_of_the_two(own: Path, settings: Settings) -> None:
     command = [sys.executable, registry_helpers.__file__, "publish", own.name, second(own)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1200, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     killed, unfinished = map(int, done.stdout.split())
-    assert killed > 30, "so many lines are steps"
+    assert killed >= 5, "the line, the file beside live.json, and its new name"
     assert unfinished > 0, "some had written their line, and no more"
