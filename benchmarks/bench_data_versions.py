@@ -4,7 +4,7 @@ All 336,776 flights of 2013 come month by month. After each month the whole stat
 table, as what `dvc add` makes of a folder of Parquet files, and as a copy of it. Then March is overwritten, and each
 way goes back to what was there before; then each reads the state of June. In the end every way must have the same rows.
 The figures are the best of some rounds. DVC runs without git, on a cache in its own folder, and each command is a new
-process, as people call it. It is no dependency of this project: name the program with --dvc, or put it on the path.
+process, as people call it. This project does without it: name the program with --dvc, or put it on the path.
 Without it, its line says that it was left out.
 """
 

@@ -17,13 +17,25 @@ if TYPE_CHECKING:
     from mlops_course.environment import Settings
     from mlops_course.project import UseCase
     from mlops_course.registry.data_diff import TableDiff
+    from mlops_course.registry.lineage import Lineage
+    from mlops_course.registry.retention import VersionFate
 
 # %% ../../nbs/internals/cli_data.ipynb #ab402dd1
 data_commands = typer.Typer(no_args_is_help=True, help="Look at versions of tables; compare, tag, restore or prune.")
+
+
 lineage_commands = typer.Typer()
+
+
 _Case = Annotated[str | None, typer.Option("--use-case", help="As module:name. Default: the course's own.")]
+
+
 _Because = Annotated[str, typer.Option("--reason", help="Why; the ledger keeps it.")]
+
+
 _By = Annotated[str | None, typer.Option("--by", help="Who does it. Default: the system's user.")]
+
+
 _Approver = Annotated[str, typer.Option("--approver", help="Who agreed.")]
 
 
@@ -33,7 +45,7 @@ def _case(name: str | None) -> "UseCase":
 
     return find_case(name or DEFAULT_USE_CASE)
 
-
+# %% ../../nbs/internals/cli_data.ipynb #5be05769
 @data_commands.command("history")
 def _history(
     tables: Annotated[list[str] | None, typer.Argument(help="Such as flight-delay/flights. Default: all.")] = None,
@@ -69,7 +81,7 @@ def _show_diff(diff: "TableDiff") -> None:
     if lines:
         print_all(table("column,#rows changed,#distance,#missing before,#missing after", lines))
 
-
+# %% ../../nbs/internals/cli_data.ipynb #8baf6a92
 @data_commands.command("diff")
 def _diff(
     before: Annotated[str, typer.Argument(help="A version, name@3 or name@tag.")],
@@ -110,7 +122,7 @@ def _tag(
     else:
         typer.echo(f"{tag_version(settings, version, tag, move)} has the tag {tag}")
 
-
+# %% ../../nbs/internals/cli_data.ipynb #ac3d3700
 @data_commands.command("restore")
 def _restore(
     versions: Annotated[list[str], typer.Argument(help="What is to be the newest again: name@3 or name@tag.")],
@@ -150,7 +162,16 @@ def cache_references(
             found.setdefault(reference, []).append(f"cache entry {entry.key[:8]} of {entry.pipeline}/{entry.stage}")
     return found
 
+# %% ../../nbs/internals/cli_data.ipynb #a8cedbe9
+def _show_fates(fates: "list[VersionFate]", told: str) -> None:
+    """What becomes of each version, and why, for people."""
+    lines: list[list[object]] = [
+        [fate.reference, "stays" if fate.keep else "goes", "\n".join(fate.reasons)] for fate in fates
+    ]
+    print_all(table("version,,why", lines))
+    typer.echo(told)
 
+# %% ../../nbs/internals/cli_data.ipynb #f6506a80
 @data_commands.command("prune")
 def _prune(
     tables: Annotated[list[str] | None, typer.Argument(help="Names. Default: all tables.")] = None,
@@ -166,21 +187,35 @@ def _prune(
 
     settings = settings_of(home)
     options: dict[str, Any] = {"older_than": days * 86400, "others": lambda: cache_references(settings)}
-    files = size = 0
     if dry_run:
-        fates = plan_prune(settings, tables or (), **options)
+        fates, files, size = plan_prune(settings, tables or (), **options), 0, 0
     else:
         done = prune_versions(settings, tables or (), **options, reason=reason, by=by)
         fates, files, size = done.fates, done.files, done.bytes
     if as_json:
         print_json({"versions": [vars(fate) for fate in fates], "files": files, "bytes": size})
-        return
-    lines: list[list[object]] = [
-        [fate.reference, "stays" if fate.keep else "goes", "\n".join(fate.reasons)] for fate in fates
-    ]
-    print_all(table("version,,why", lines))
-    would = f"{sum(not fate.keep for fate in fates)} versions would go; nothing was deleted"
-    typer.echo(would if dry_run else f"{files} files deleted, {size:,} bytes freed")
+    elif dry_run:
+        _show_fates(fates, f"{sum(not fate.keep for fate in fates)} versions would go; nothing was deleted")
+    else:
+        _show_fates(fates, f"{files} files deleted, {size:,} bytes freed")
+
+# %% ../../nbs/internals/cli_data.ipynb #fcb5ae03
+def _show_lineage(part: "Lineage", use_case: str, form: str) -> None:
+    """A graph as a picture, as events, as JSON, or as a table."""
+    from datetime import UTC, datetime
+
+    from mlops_course.registry import lineage, openlineage
+
+    if form == "mermaid":
+        typer.echo(lineage.lineage_mermaid(part), nl=False)
+    elif form == "events":
+        print_json(openlineage.openlineage_events(part, use_case, datetime.now(UTC).isoformat()))
+    elif form == "json":
+        print_json(lineage.lineage_json(part))
+    else:
+        keys = ("kind", "name", "facts", "made_from")
+        rows: list[list[object]] = [[line[key] for key in keys] for line in lineage.lineage_rows(part)]
+        print_all(table("kind,name,facts,made from", rows))
 
 # %% ../../nbs/internals/cli_data.ipynb #ebea29f6
 @lineage_commands.command("lineage")
@@ -194,26 +229,16 @@ def _lineage(
     as_json: AsJson = False,
 ) -> None:
     """Show what a prediction, a model or a version of a table was made from, and what was made from it."""
-    from datetime import UTC, datetime
-
     from mlops_course.pipelines import ParameterError
-    from mlops_course.registry import lineage, openlineage
+    from mlops_course.registry import lineage
 
     if towards not in ("back", "forth", "both"):
         raise ParameterError(f"--towards {towards!r} is not a direction", "Write back, forth or both")
     settings, case = settings_of(home), _case(use_case)
     whole, start = lineage.find_thing(settings, case, lineage.lineage_graph(settings, case), what)
     part = lineage.lineage_of(whole, start, back=towards != "forth", forth=towards != "back")
-    if as_picture:
-        typer.echo(lineage.lineage_mermaid(part), nl=False)
-    elif as_events:
-        print_json(openlineage.openlineage_events(part, case.name, datetime.now(UTC).isoformat()))
-    elif as_json:
-        print_json(lineage.lineage_json(part))
-    else:
-        keys = ("kind", "name", "facts", "made_from")
-        rows: list[list[object]] = [[line[key] for key in keys] for line in lineage.lineage_rows(part)]
-        print_all(table("kind,name,facts,made from", rows))
+    form = "mermaid" if as_picture else "events" if as_events else "json" if as_json else "table"
+    _show_lineage(part, case.name, form)
 
 # %% ../../nbs/internals/cli_data.ipynb #8f45bb73
 @lineage_commands.command("reproduce")

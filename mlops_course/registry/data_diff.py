@@ -69,7 +69,7 @@ def _unequal(one: pd.Series, other: pd.Series) -> np.ndarray:
         left, right = one.fillna(0).to_numpy(), other.fillna(0).to_numpy()
     return (gap != another) | (~gap & ~another & (left != right))
 
-
+# %% ../../nbs/internals/08_data_diff.ipynb #5e0137f3
 def changed_cells(
     one: pd.DataFrame,  # rows of a version
     other: pd.DataFrame,  # rows of another one
@@ -140,7 +140,7 @@ def _read_exactly(table: DeltaTable, months: Sequence[str]) -> pd.DataFrame:
     whole = (pyarrow.int8(), pyarrow.int16(), pyarrow.int32(), pyarrow.int64())
     return rows.to_pandas(types_mapper=lambda kind: pd.Int64Dtype() if kind in whole else None)
 
-
+# %% ../../nbs/internals/08_data_diff.ipynb #16b9abb0
 @dataclass(frozen=True)
 class TableDiff:
     """What differs between two versions of a table."""
@@ -161,6 +161,16 @@ class TableDiff:
         """Whether both hold the same rows and columns."""
         return not (self.columns or self.added or self.removed or self.changed)
 
+# %% ../../nbs/internals/08_data_diff.ipynb #a7790e5e
+def _comparable(settings: Settings, before: str, after: str) -> list[str]:
+    """References to two versions of one table, both of which can be read."""
+    references = [resolve_version(settings, text) for text in (before, after)]
+    if len({split_reference(each)[0] for each in references}) > 1:
+        raise DataError(f"{before} and {after} are versions of two tables", "Name two versions of one table")
+    for reference in references:
+        require_readable(settings, reference)
+    return references
+
 # %% ../../nbs/internals/08_data_diff.ipynb #5c78b715
 def diff_versions(
     settings: Settings,  # where the workspace is
@@ -173,11 +183,7 @@ def diff_versions(
     Raises:
         DataError: there is no such version, it can't be read any more, or a column of the key is missing.
     """
-    references = [resolve_version(settings, text) for text in (before, after)]
-    if len({split_reference(each)[0] for each in references}) > 1:
-        raise DataError(f"{before} and {after} are versions of two tables", "Name two versions of one table")
-    for reference in references:
-        require_readable(settings, reference)
+    references = _comparable(settings, before, after)
     one, other = (open_version(settings, reference) for reference in references)
     columns, months = compare_columns(one, other), _months_apart(one, other)
     old, new = _read_exactly(one, months), _read_exactly(other, months)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from deltalake import DeltaTable
 
 # %% auto #0
-__all__ = ['open_version', 'version_files', 'missing_files', 'TableState', 'table_states', 'log_actions', 'VersionNotes',
+__all__ = ['open_version', 'version_files', 'missing_files', 'log_actions', 'TableState', 'table_states', 'VersionNotes',
            'read_notes', 'write_notes', 'DataVersion', 'table_history', 'newest_version', 'list_tables',
            'resolve_version', 'tag_version', 'remove_tag', 'require_readable']
 
@@ -70,44 +70,6 @@ def missing_files(
     """List the files of a version that are gone."""
     return sorted(path for path in files if not (settings.data / name / path).is_file())
 
-# %% ../../nbs/internals/08_data_versions.ipynb #28bd15d9
-@dataclass(frozen=True)
-class TableState:
-    """What one version of a table consists of."""
-
-    number: int
-    commit: dict[str, Any]  # who did what, in the words of Delta Lake
-    files: dict[str, int]  # path inside the table's folder -> rows
-    columns: tuple[str, ...]
-
-
-def table_states(
-    settings: Settings,  # where the workspace is
-    name: str,  # of the table
-) -> Iterator[TableState]:  # oldest first, from where the log begins
-    """Read a table's log once, and say what each version consists of.
-
-    Raises:
-        DataError: the log is damaged.
-    """
-    files: dict[str, int] = {}
-    columns: tuple[str, ...] = ()
-    log = sorted((settings.data / name / "_delta_log").glob("[0-9]*.json"))
-    for path in log:
-        number = int(path.stem)
-        commit: dict[str, Any] = {}
-        if path == log[0] and number:  # somebody has shortened the log
-            table = open_version(settings, f"{name}@{number}")
-            files, columns = version_files(table), tuple(field.name for field in table.schema().fields)
-        for kind, what in log_actions(path):
-            commit = what if kind == "commitInfo" else commit
-            columns = _column_names(what) if kind == "metaData" else columns
-            if kind in ("add", "remove"):
-                files.pop(unquote(what["path"]), None)
-            if kind == "add":
-                files[unquote(what["path"])] = int(json.loads(what.get("stats") or "{}").get("numRecords", 0))
-        yield TableState(number, commit, dict(files), columns)
-
 # %% ../../nbs/internals/08_data_versions.ipynb #f00567bc
 def log_actions(
     path: Path,  # a file of a table's log
@@ -129,6 +91,49 @@ def log_actions(
 def _column_names(metadata: Mapping[str, Any]) -> tuple[str, ...]:
     """The columns that a table has from here on."""
     return tuple(str(field["name"]) for field in json.loads(metadata["schemaString"])["fields"])
+
+# %% ../../nbs/internals/08_data_versions.ipynb #4b110de4
+def _follow(files: dict[str, int], kind: str, what: Mapping[str, Any]) -> None:
+    """Let a file come or go."""
+    if kind in ("add", "remove"):
+        files.pop(unquote(what["path"]), None)
+    if kind == "add":
+        files[unquote(what["path"])] = int(json.loads(what.get("stats") or "{}").get("numRecords", 0))
+
+# %% ../../nbs/internals/08_data_versions.ipynb #28bd15d9
+@dataclass(frozen=True)
+class TableState:
+    """What one version of a table consists of."""
+
+    number: int
+    commit: dict[str, Any]  # who did what, in the words of Delta Lake
+    files: dict[str, int]  # path inside the table's folder -> rows
+    columns: tuple[str, ...]
+
+# %% ../../nbs/internals/08_data_versions.ipynb #b164bc0d
+def table_states(
+    settings: Settings,  # where the workspace is
+    name: str,  # of the table
+) -> Iterator[TableState]:  # oldest first, from where the log begins
+    """Read a table's log once, and say what each version consists of.
+
+    Raises:
+        DataError: the log is damaged.
+    """
+    files: dict[str, int] = {}
+    columns: tuple[str, ...] = ()
+    log = sorted((settings.data / name / "_delta_log").glob("[0-9]*.json"))
+    for path in log:
+        number = int(path.stem)
+        commit: dict[str, Any] = {}
+        if path == log[0] and number:  # somebody has shortened the log
+            table = open_version(settings, f"{name}@{number}")
+            files, columns = version_files(table), tuple(field.name for field in table.schema().fields)
+        for kind, what in log_actions(path):
+            commit = what if kind == "commitInfo" else commit
+            columns = _column_names(what) if kind == "metaData" else columns
+            _follow(files, kind, what)
+        yield TableState(number, commit, dict(files), columns)
 
 # %% ../../nbs/internals/08_data_versions.ipynb #63b9be8a
 def _told(commit: Mapping[str, Any]) -> str:
@@ -161,7 +166,7 @@ class VersionNotes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def _notes_file(settings: Settings, name: str) -> Path:
     return settings.data / name / "_versions.json"
 
-
+# %% ../../nbs/internals/08_data_versions.ipynb #f5fb205a
 def read_notes(
     settings: Settings,  # where the workspace is
     name: str,  # of the table
@@ -180,7 +185,7 @@ def read_notes(
         problem = f"can't read which versions of {name} have a tag: {path} is damaged"
         raise DataError(problem, "Restore that file from a backup; deleting it loses the table's tags") from error
 
-
+# %% ../../nbs/internals/08_data_versions.ipynb #4b6da57c
 def write_notes(
     settings: Settings,  # where the workspace is
     name: str,  # of the table
@@ -236,7 +241,7 @@ def table_history(
     there = {path.relative_to(place).as_posix() for path in place.rglob("*.parquet")}
     return [_version_of(state, name, there, notes) for state in table_states(settings, name)]
 
-
+# %% ../../nbs/internals/08_data_versions.ipynb #44724e31
 def newest_version(
     settings: Settings,  # where the workspace is
     name: str,  # of the table
@@ -329,7 +334,7 @@ def remove_tag(
         tags = {each: version for each, version in notes.tags.items() if each != tag}
         write_notes(settings, name, msgspec.structs.replace(notes, tags=tags))
 
-
+# %% ../../nbs/internals/08_data_versions.ipynb #c7da2d57
 def require_readable(
     settings: Settings,  # where the workspace is
     reference: str,  # such as `flight-delay/flights@3`

@@ -100,7 +100,7 @@ def _run_part(run: Run, facts: Mapping[str, Any]) -> tuple[list[Thing], list[tup
     sources = [*(other.id for other in others), *(f"data {each}" for each in sorted(data))]
     return [thing, *others], [(thing.id, source) for source in sources]
 
-
+# %% ../../nbs/internals/08_lineage.ipynb #6aa7f660
 def run_facts(
     settings: Settings,  # where the store is
     run: Run,  # any run
@@ -191,7 +191,7 @@ def _reached(edges: Iterable[tuple[str, str]], start: str) -> set[str]:
                 waiting.append(each)
     return seen
 
-
+# %% ../../nbs/internals/08_lineage.ipynb #33e55abf
 def lineage_of(
     graph: Lineage,  # from `lineage_graph`
     start: str,  # id of a thing
@@ -205,52 +205,7 @@ def lineage_of(
     things = {id: thing for id, thing in graph.things.items() if id in before | after}
     return Lineage(start, things, tuple(edges))
 
-# %% ../../nbs/internals/08_lineage.ipynb #2e03b794
-def find_thing(
-    settings: Settings,  # where the workspace is
-    use_case: UseCase,  # whose
-    graph: Lineage,  # from `lineage_graph`
-    what: str,  # `champion`, `flight-delay@3`, `flight-delay/flights@7`, a run, a request's id, or a key as JSON
-) -> tuple[Lineage, str]:  # the graph, with the prediction in it if one was asked for, and the thing's id
-    """Find what somebody wants to follow.
-
-    Raises:
-        LineageError: there is nothing of that name.
-    """
-    named = [thing.id for thing in graph.things.values() if what in thing.facts.get("aliases", ())]
-    named += [f"model {what}"] if BUNDLE_REFERENCE.fullmatch(what) else []
-    named += [id for id, thing in graph.things.items() if thing.kind == "run" and len(what) > 5 and what in thing.name]
-    if "/" in what and not what.startswith("{"):
-        named.append(f"data {resolve_version(settings, what)}")
-    for id in named:
-        if id in graph.things:
-            return graph, id
-    prediction = _one_prediction(settings, use_case, what)
-    if prediction is None:
-        kinds = "champion, a model name@3, a table name@7, a run, the id of a request, or a row's key as JSON"
-        raise LineageError(f"there is nothing called {what!r} in {settings.home}", f"Name {kinds}")
-    thing, sources = prediction
-    things = {**graph.things, thing.id: thing}
-    return Lineage("", things, (*graph.made_from, *((thing.id, each) for each in sources if each in things))), thing.id
-
-# %% ../../nbs/internals/08_lineage.ipynb #fad2c44c
-def _one_prediction(settings: Settings, use_case: UseCase, what: str) -> tuple[Thing, list[str]] | None:
-    """The prediction of a row or a request, and what it was made from; None: there is none."""
-    for table, by in (("predictions", "period"), ("predictions_online", "role")):
-        name = table_name(use_case, table)
-        if table_version(settings, name) is None:
-            continue
-        rows = read_table(settings, newest_reference(settings, name))
-        found = rows[_meant(rows, what)]
-        if len(found):
-            row = found.iloc[-1]
-            facts = {each: row[each] for each in (*use_case.key, "score", "warned") if each in found}
-            service = f"predictions of the service, {row[by]}, by {row['model']}"
-            whole = f"predictions {row[by]} by {row['model']}" if by == "period" else service
-            return Thing("prediction", what, {key: str(value) for key, value in facts.items()}), [whole]
-    return None
-
-
+# %% ../../nbs/internals/08_lineage.ipynb #17e40572
 def _meant(rows: pd.DataFrame, what: str) -> pd.Series:
     """Which rows have a key, or a request's id."""
     import pandas as pd
@@ -269,6 +224,50 @@ def _meant(rows: pd.DataFrame, what: str) -> pd.Series:
         hits &= rows[name] == (pd.to_datetime(value, utc=True) if times else value)
     return hits
 
+# %% ../../nbs/internals/08_lineage.ipynb #fad2c44c
+def _one_prediction(settings: Settings, use_case: UseCase, what: str) -> tuple[Thing, list[str]] | None:
+    """The prediction of a row or a request, and what it was made from; None: there is none."""
+    for table, by in (("predictions", "period"), ("predictions_online", "role")):
+        name = table_name(use_case, table)
+        if table_version(settings, name) is None:
+            continue
+        rows = read_table(settings, newest_reference(settings, name))
+        found = rows[_meant(rows, what)]
+        if len(found):
+            row = found.iloc[-1]
+            facts = {each: row[each] for each in (*use_case.key, "score", "warned") if each in found}
+            service = f"predictions of the service, {row[by]}, by {row['model']}"
+            whole = f"predictions {row[by]} by {row['model']}" if by == "period" else service
+            return Thing("prediction", what, {key: str(value) for key, value in facts.items()}), [whole]
+    return None
+
+# %% ../../nbs/internals/08_lineage.ipynb #2e03b794
+def find_thing(
+    settings: Settings,  # where the workspace is
+    use_case: UseCase,  # whose
+    graph: Lineage,  # from `lineage_graph`
+    what: str,  # `champion`, `flight-delay@3`, `flight-delay/flights@7`, a run, a request's id, or a key as JSON
+) -> tuple[Lineage, str]:  # the graph, with the prediction in it if one was asked for, and the thing's id
+    """Find what somebody wants to follow.
+
+    Raises:
+        LineageError: there is nothing of that name.
+    """
+    named = [thing.id for thing in graph.things.values() if what in thing.facts.get("aliases", ())]
+    named += [f"model {what}"] if BUNDLE_REFERENCE.fullmatch(what) else []
+    named += [id for id, thing in graph.things.items() if thing.kind == "run" and len(what) > 5 and what in thing.name]
+    if "/" in what and not what.startswith("{"):
+        named.append(f"data {resolve_version(settings, what)}")
+    if found := next((id for id in named if id in graph.things), None):
+        return graph, found
+    prediction = _one_prediction(settings, use_case, what)
+    if prediction is None:
+        kinds = "champion, a model name@3, a table name@7, a run, the id of a request, or a row's key as JSON"
+        raise LineageError(f"there is nothing called {what!r} in {settings.home}", f"Name {kinds}")
+    thing, sources = prediction
+    things = {**graph.things, thing.id: thing}
+    return Lineage("", things, (*graph.made_from, *((thing.id, each) for each in sources if each in things))), thing.id
+
 # %% ../../nbs/internals/08_lineage.ipynb #f31aefb6
 def lineage_rows(
     lineage: Lineage,  # from `lineage_of`
@@ -281,7 +280,7 @@ def lineage_rows(
         lines.append({"kind": thing.kind, "name": thing.name, "facts": facts, "made_from": sources})
     return lines
 
-
+# %% ../../nbs/internals/08_lineage.ipynb #03acaba6
 def lineage_mermaid(
     lineage: Lineage,  # from `lineage_of`
 ) -> str:  # the source of a diagram; arrows go from what was there first to what was made from it

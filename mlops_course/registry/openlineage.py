@@ -73,7 +73,7 @@ def _event(lineage: Lineage, thing: Thing, made: Thing, namespace: str, time: st
         "outputs": [_dataset(made, namespace)],
     }  # fmt: skip
 
-
+# %% ../../nbs/internals/08_openlineage.ipynb #c408a0f3
 def _job_name(thing: Thing) -> str:
     """What is done again and again, without the number of the one time."""
     table = thing.name.partition("@")[0].rpartition("/")[2]

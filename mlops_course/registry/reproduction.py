@@ -15,6 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+# %% auto #0
+__all__ = ['Comparison', 'Reproduction', 'compare_circumstances', 'scratch_workspace', 'rows_digest', 'rebuild_features',
+           'bundle_digest', 'reproduce_model']
+
+# %% ../../nbs/internals/08_reproduction.ipynb #bea2e9c4
 from mlops_course.data import build_features, labelled_features, read_table, split_reference
 from mlops_course.environment import CourseError, Settings
 from mlops_course.experiments import (
@@ -33,10 +38,6 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
     from sklearn.pipeline import Pipeline
 
-# %% auto #0
-__all__ = ['Comparison', 'Reproduction', 'compare_circumstances', 'scratch_workspace', 'rows_digest', 'rebuild_features',
-           'bundle_digest', 'reproduce_model']
-
 # %% ../../nbs/internals/08_reproduction.ipynb #56ac2bc2
 @dataclass(frozen=True)
 class Comparison:
@@ -52,7 +53,7 @@ class Comparison:
         """Whether it is what it was."""
         return self.then == self.now
 
-
+# %% ../../nbs/internals/08_reproduction.ipynb #3db202e1
 @dataclass(frozen=True)
 class Reproduction:
     """Whether a model could be made again."""
@@ -106,7 +107,7 @@ def scratch_workspace(
             link.symlink_to(settings.data / name, target_is_directory=True)
         yield scratch
 
-
+# %% ../../nbs/internals/08_reproduction.ipynb #a6c9f811
 def rows_digest(
     rows: pd.DataFrame,  # of any table
     key: list[str],  # columns that name a row
@@ -127,7 +128,7 @@ def _tables_of(settings: Settings, features: str) -> dict[str, str]:
     known = [each.sources for each in versions if split_reference(each.reference)[1] <= number]
     return known[-1] if known else {}
 
-
+# %% ../../nbs/internals/08_reproduction.ipynb #911b8fdb
 def rebuild_features(
     settings: Settings,  # where the workspace is
     use_case: UseCase,  # which features

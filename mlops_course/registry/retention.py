@@ -67,7 +67,7 @@ def _by_models(settings: Settings) -> References:
                     found.setdefault(reference, []).append(f"{name} {did} on it")
     return found
 
-
+# %% ../../nbs/internals/08_retention.ipynb #f472c895
 def _by_bundles(settings: Settings) -> References:
     """Which versions bundles name; a bundle that can't be read is an error."""
     found: References = {}
@@ -148,6 +148,13 @@ def _own_reasons(versions: list[DataVersion], older_than: float) -> References:
     return found
 
 # %% ../../nbs/internals/08_retention.ipynb #f145c1da
+def _made_from(sources: Mapping[str, Iterable[str]], reference: str) -> list[str]:
+    """What a version was made from: every write up to it may have left rows in it."""
+    name, number = split_reference(reference)
+    before = (f"{name}@{version}" for version in range(number + 1))
+    return [source for each in before for source in sources.get(each, ())]
+
+# %% ../../nbs/internals/08_retention.ipynb #b3f7bc15
 def _reasons(settings: Settings, older_than: float, others: OtherReferences) -> tuple[References, list[DataVersion]]:
     """Why versions of any table stay, and all versions that can still be read."""
     found, every = version_references(settings, others), []
@@ -168,12 +175,17 @@ def _reasons(settings: Settings, older_than: float, others: OtherReferences) -> 
                 found[source].append(reason)
     return found, every
 
-
-def _made_from(sources: Mapping[str, Iterable[str]], reference: str) -> list[str]:
-    """What a version was made from: every write up to it may have left rows in it."""
-    name, number = split_reference(reference)
-    before = (f"{name}@{version}" for version in range(number + 1))
-    return [source for each in before for source in sources.get(each, ())]
+# %% ../../nbs/internals/08_retention.ipynb #d30bd285
+def _fates_of(settings: Settings, name: str, found: References, there: set[str]) -> list[VersionFate]:
+    """What becomes of the versions of one table that can be read."""
+    files = {f"{name}@{state.number}": {*state.files} for state in table_states(settings, name)}
+    kept = {path for reference in files.keys() & found.keys() for path in files[reference]}
+    fates = []
+    for reference in [each for each in files if each in there]:
+        size = sum((settings.data / name / path).stat().st_size for path in files[reference] - kept)
+        reasons = tuple(found.get(reference, ["nothing refers to it"]))
+        fates.append(VersionFate(reference, reference in found, reasons, size))
+    return fates
 
 # %% ../../nbs/internals/08_retention.ipynb #ee96a55a
 def plan_prune(
@@ -194,15 +206,7 @@ def plan_prune(
         newest_version(settings, name)  # so that a wrong name is an error
     found, every = _reasons(settings, older_than, others)
     there = {version.reference for version in every}
-    fates = []
-    for name in wanted:
-        files = {f"{name}@{state.number}": {*state.files} for state in table_states(settings, name)}
-        kept = {path for reference in files.keys() & found.keys() for path in files[reference]}
-        for reference in [each for each in files if each in there]:
-            size = sum((settings.data / name / path).stat().st_size for path in files[reference] - kept)
-            reasons = tuple(found.get(reference, ["nothing refers to it"]))
-            fates.append(VersionFate(reference, reference in found, reasons, size))
-    return fates
+    return [fate for name in wanted for fate in _fates_of(settings, name, found, there)]
 
 # %% ../../nbs/internals/08_retention.ipynb #5a0f1c01
 def number_ranges(
@@ -273,6 +277,67 @@ def settle_prune(
     line = _prune_line(name, _said_pruned(name, entries), read_notes(settings, name).pruned, by, difference)
     return f"line {append_entry(settings, msgspec.structs.replace(line, event='adopt')).number} was added: {difference}"
 
+# %% ../../nbs/internals/08_retention.ipynb #8548505e
+def _give_up(settings: Settings, name: str, numbers: set[int], by: str, reason: str) -> tuple[int, ...]:
+    """Write down which versions of a table go, in the ledger, then at the table; all that went, with earlier ones."""
+    notes, said = read_notes(settings, name), _said_pruned(name, read_ledger(settings))
+    pruned = tuple(sorted({*notes.pruned, *numbers}))
+    if said != pruned:
+        settle_prune(settings, name)
+    if pruned not in (said, notes.pruned):
+        append_entry(settings, _prune_line(name, notes.pruned, pruned, by, reason))
+    if pruned != notes.pruned:
+        write_notes(settings, name, msgspec.structs.replace(notes, pruned=pruned))
+    return pruned
+
+# %% ../../nbs/internals/08_retention.ipynb #02bd8039
+def _split_files(settings: Settings, name: str, pruned: tuple[int, ...]) -> tuple[set[str], set[str]]:
+    """The files of versions that stay, which must all be there, and those of versions that were pruned."""
+    staying: set[str] = set()
+    goners: set[str] = set()
+    for state in table_states(settings, name):
+        if state.number in pruned:
+            goners |= {*state.files}
+        else:
+            staying |= {*state.files}
+    return staying, goners
+
+
+def _look_again(settings: Settings, kept: list[str]) -> None:
+    """Require the files of all versions that stay."""
+    histories = {name: table_history(settings, name) for name in {split_reference(each)[0] for each in kept}}
+    for version in (each for history in histories.values() for each in history):
+        if version.gone and version.reference in kept:
+            problem = f"{version.reference} had to stay, but {version.gone}"
+            raise DataError(problem, "Something else deletes files there; stop it, and restore them from a backup")
+
+# %% ../../nbs/internals/08_retention.ipynb #eee20805
+def _prune_table(settings: Settings, name: str, fates: list[VersionFate], by: str, reason: str) -> tuple[int, int]:
+    """Give up versions of a table, and delete their files."""
+    for left in (settings.data / name).glob("._versions.json.*"):  # of a process that was killed
+        left.unlink(missing_ok=True)
+    going = [split_reference(fate.reference) for fate in fates if not fate.keep]
+    numbers = {number for table, number in going if table == name}
+    pruned = _give_up(settings, name, numbers, by, reason)
+    staying, goners = _split_files(settings, name, pruned)
+    files = freed = 0
+    for path in sorted(goners - staying):
+        with suppress(FileNotFoundError):
+            size = (settings.data / name / path).stat().st_size
+            _delete(settings.data / name / path)
+            files, freed = files + 1, freed + size
+    return files, freed
+
+
+def _delete(path: Path) -> None:
+    """Delete a file, and say in a sentence why it can't be."""
+    try:
+        path.unlink()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise workspace_error(error, path) from error
+
 # %% ../../nbs/internals/08_retention.ipynb #56899d8f
 @dataclass(frozen=True)
 class PrunedVersions:
@@ -282,7 +347,7 @@ class PrunedVersions:
     files: int  # that were deleted
     bytes: int  # that were freed
 
-
+# %% ../../nbs/internals/08_retention.ipynb #3dea3fce
 def prune_versions(
     settings: Settings,  # where the workspace is
     names: Iterable[str] = (),  # tables; empty: all
@@ -303,70 +368,8 @@ def prune_versions(
     wanted = list(names) or list_tables(settings)
     who, why = by or current_user(), reason or f"older than {older_than / 86400:g} days, and nothing refers to it"
     with exclusive_lock(settings):
-        for name in wanted:
-            settle_restore(settings, name)
+        _ = [settle_restore(settings, name) for name in wanted]
         fates = plan_prune(settings, wanted, older_than, others)
-        going = [fate.reference for fate in fates if not fate.keep]
-        done = [_prune_table(settings, name, going, who, why) for name in wanted]
+        done = [_prune_table(settings, name, fates, who, why) for name in wanted]
         _look_again(settings, [fate.reference for fate in fates if fate.keep])
     return PrunedVersions(fates, sum(files for files, _ in done), sum(size for _, size in done))
-
-# %% ../../nbs/internals/08_retention.ipynb #8548505e
-def _give_up(settings: Settings, name: str, numbers: set[int], by: str, reason: str) -> tuple[int, ...]:
-    """Write down which versions of a table go, in the ledger, then at the table; all that went, with earlier ones."""
-    notes, said = read_notes(settings, name), _said_pruned(name, read_ledger(settings))
-    pruned = tuple(sorted({*notes.pruned, *numbers}))
-    if said != pruned:
-        settle_prune(settings, name)
-    if pruned not in (said, notes.pruned):
-        append_entry(settings, _prune_line(name, notes.pruned, pruned, by, reason))
-    if pruned != notes.pruned:
-        write_notes(settings, name, msgspec.structs.replace(notes, pruned=pruned))
-    return pruned
-
-
-def _prune_table(settings: Settings, name: str, going: list[str], by: str, reason: str) -> tuple[int, int]:
-    """Give up versions of a table, and delete their files."""
-    for left in (settings.data / name).glob("._versions.json.*"):  # of a process that was killed
-        left.unlink(missing_ok=True)
-    numbers = {split_reference(each)[1] for each in going if split_reference(each)[0] == name}
-    pruned = _give_up(settings, name, numbers, by, reason)
-    staying, goners = _split_files(settings, name, pruned)
-    files = freed = 0
-    for path in sorted(goners - staying):
-        with suppress(FileNotFoundError):
-            size = (settings.data / name / path).stat().st_size
-            _delete(settings.data / name / path)
-            files, freed = files + 1, freed + size
-    return files, freed
-
-
-def _look_again(settings: Settings, kept: list[str]) -> None:
-    """Require the files of all versions that stay."""
-    histories = {name: table_history(settings, name) for name in {split_reference(each)[0] for each in kept}}
-    for version in (each for history in histories.values() for each in history):
-        if version.gone and version.reference in kept:
-            problem = f"{version.reference} had to stay, but {version.gone}"
-            raise DataError(problem, "Something else deletes files there; stop it, and restore them from a backup")
-
-
-def _delete(path: Path) -> None:
-    """Delete a file, and say in a sentence why it can't be."""
-    try:
-        path.unlink()
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise workspace_error(error, path) from error
-
-# %% ../../nbs/internals/08_retention.ipynb #f9cb453d
-def _split_files(settings: Settings, name: str, pruned: tuple[int, ...]) -> tuple[set[str], set[str]]:
-    """The files of versions that stay, which must all be there, and those of versions that were pruned."""
-    staying: set[str] = set()
-    goners: set[str] = set()
-    for state in table_states(settings, name):
-        if state.number in pruned:
-            goners |= {*state.files}
-        else:
-            staying |= {*state.files}
-    return staying, goners

@@ -31,7 +31,7 @@ def _differences(settings: Settings) -> list[str]:
 
 _LOOKS = (restore_difference, prune_difference)
 
-
+# %% ../../nbs/internals/08_table_ledger.ipynb #b52e1336
 def check_tables(
     settings: Settings,  # where the workspace is
 ) -> list[str]:  # in words, in what they differ; empty: they are what the ledger says
