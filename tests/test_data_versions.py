@@ -115,7 +115,8 @@ def test_a_table_that_is_not_there_has_no_history(toy: Settings) -> None:
 def test_a_table_of_another_program_has_a_history_too(settings: Settings) -> None:
     write_deltalake(str(settings.data / "foreign"), rows_of(JANUARY, 1, 2))
     write_deltalake(str(settings.data / "foreign"), rows_of(JANUARY, 3, 2), mode="append")
-    assert [(version.rows, version.sources) for version in table_history(settings, "foreign")] == [(2, {}), (4, {})]
+    history = [(version.rows, version.what, version.sources) for version in table_history(settings, "foreign")]
+    assert history == [(2, "written as a whole", {}), (4, "rows added", {})]
     assert list_tables(settings) == ["foreign"]
     diff = diff_versions(settings, "foreign@0", "foreign@1")
     assert (diff.added, diff.removed, diff.unchanged) == (2, 0, 2)

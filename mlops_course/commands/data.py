@@ -194,10 +194,9 @@ def _prune(
         fates, files, size = done.fates, done.files, done.bytes
     if as_json:
         print_json({"versions": [vars(fate) for fate in fates], "files": files, "bytes": size})
-    elif dry_run:
-        _show_fates(fates, f"{sum(not fate.keep for fate in fates)} versions would go; nothing was deleted")
     else:
-        _show_fates(fates, f"{files} files deleted, {size:,} bytes freed")
+        would = f"{sum(not fate.keep for fate in fates)} versions would go; nothing was deleted"
+        _show_fates(fates, would if dry_run else f"{files} files deleted, {size:,} bytes freed")
 
 # %% ../../nbs/internals/cli_data.ipynb #fcb5ae03
 def _show_lineage(part: "Lineage", use_case: str, form: str) -> None:

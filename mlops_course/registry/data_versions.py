@@ -141,7 +141,8 @@ def _told(commit: Mapping[str, Any]) -> str:
     kind, asked = str(commit.get("operation", "")), commit.get("operationParameters") or {}
     if kind == "WRITE":
         months = re.findall(r"'([^']*)'", str(asked.get("predicate") or ""))
-        return f"{', '.join(months)} written" if months else "written as a whole"
+        whole = "rows added" if asked.get("mode") == "Append" else "written as a whole"
+        return f"{', '.join(months)} written" if months else whole
     if kind == "RESTORE":
         return f"version {asked.get('version')} restored"
     return {"CREATE TABLE": "made", "OPTIMIZE": "files put together"}.get(kind, kind.lower())

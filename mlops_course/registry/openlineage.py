@@ -87,7 +87,8 @@ def openlineage_events(
 ) -> list[dict[str, Any]]:  # one event for each thing that was made, what was there first comes first
     """Write a lineage as OpenLineage run events.
 
-    References: https://openlineage.io/spec/2-0-2/OpenLineage.json
+    References:
+        OpenLineage: object model, version 2-0-2.
     """
     events = []
     models = {other: one for one, other in lineage.made_from if one.startswith("model ")}

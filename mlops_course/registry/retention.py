@@ -308,7 +308,7 @@ def _look_again(settings: Settings, kept: list[str]) -> None:
     histories = {name: table_history(settings, name) for name in {split_reference(each)[0] for each in kept}}
     for version in (each for history in histories.values() for each in history):
         if version.gone and version.reference in kept:
-            problem = f"{version.reference} had to stay, but {version.gone}"
+            problem = f"{version.reference} had to stay, and it is lost: {version.gone}"
             raise DataError(problem, "Something else deletes files there; stop it, and restore them from a backup")
 
 # %% ../../nbs/internals/08_retention.ipynb #eee20805
