@@ -465,7 +465,7 @@ def new_lesson(arguments: list[str]) -> None:
 def prove(arguments: list[str]) -> None:
     """Try all that lessons promise: prove 5 a section, prove 5.2 an exercise; without a number, all."""
     ensure_installed()
-    need(*module("mlops_course.course.prove", *arguments), MPLBACKEND="agg")
+    need(*module("mlops_course.course.prove", *arguments))
 
 
 def shape(arguments: list[str]) -> None:

@@ -142,7 +142,7 @@ def main() -> None:
     atexit.register(gc.freeze)  # what the process leaves behind is the system's to clear away
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to fail
+            stream.reconfigure(errors="replace")  # a character that the terminal lacks isn't a reason to fail
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = ["--debug"] * (len(arguments) < len(sys.argv) - 1)
     asked_for(app, arguments)(args=debug + arguments, prog_name="mlops-course")

@@ -99,7 +99,11 @@ def _look_at_disk(home: Path, gigabytes: float = 3.0) -> Tool:
 def check_machine(
     settings: Settings | None = None,  # None: from the environment
 ) -> list[Tool]:  # the machine can be used when all of them are `ok`
-    """Look at everything that the course needs. Raises: SettingsError when the settings themselves are bad."""
+    """Look at everything that the course needs.
+
+    Raises:
+        SettingsError: the settings themselves are bad.
+    """
     settings = settings or load_settings()
     with ThreadPoolExecutor() as pool:
         commands = list(pool.map(lambda row: look_for_command(*row), _COMMANDS))

@@ -143,7 +143,8 @@ def default_home(
 def notebooks_folder() -> Path:  # has the lessons, and `pipelines` with the stages' notebooks
     """Where the notebooks are: inside the installed package, or in the clone's `nbs`.
 
-    Raises: CourseError when neither is there.
+    Raises:
+        CourseError: neither is there.
     """
     package = Path(__file__).resolve().parent
     for folder in (package / "_notebooks", package.parent / "nbs"):
@@ -205,7 +206,11 @@ class Settings(BaseModel):
         return self.tracking_uri or f"sqlite:///{(self.home / 'mlflow.db').as_posix()}"
 
     def prepare(self) -> "Settings":  # itself, so that it can be chained
-        """Make the folders. Raises: WorkspaceError when that can't be done."""
+        """Make the folders.
+
+        Raises:
+            WorkspaceError: that can't be done.
+        """
         _make_folders(self.home, (self.data, self.runs, self.cache, self.artifacts))
         return self
 
@@ -236,7 +241,11 @@ def replacing(
     path: Path,  # where a file, a link or a folder goes; missing folders above it are made
     folders: bool = False,  # True: a folder may stand there, or come there
 ) -> Iterator[Path]:  # a name beside it: make the new one there
-    """Put something in a path's place in one step: a reader sees the old or the new. Raises: WorkspaceError."""
+    """Put something in a path's place in one step: a reader sees the old or the new.
+
+    Raises:
+        WorkspaceError: the workspace can't be written to.
+    """
     beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     old = beside.with_suffix(".old")
     try:
@@ -259,7 +268,11 @@ def write_atomic(
     content: str | bytes,  # text is written as UTF-8; half a character as JSON has it: \udce9
     sync: bool = True,  # False: it needn't survive a power cut, so nobody waits for the disk
 ) -> Path:  # the path, as given
-    """Write a file so that a reader sees the old content or the new one, never a part. Raises: WorkspaceError."""
+    """Write a file so that a reader sees the old content or the new one, never a part.
+
+    Raises:
+        WorkspaceError: the workspace can't be written to.
+    """
     data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
     with replacing(Path(path)) as beside, beside.open("xb") as file:
         file.write(data)
@@ -285,7 +298,11 @@ def _make_folders(home: Path, folders: Iterable[Path]) -> None:
 def load_settings(
     **overrides: Any,  # settings by name; they win over the environment
 ) -> Settings:
-    """The settings from MLOPS_COURSE_* variables, checked. Raises: SettingsError naming the variable and its value."""
+    """The settings from MLOPS_COURSE_* variables, checked.
+
+    Raises:
+        SettingsError: a value isn't valid; the message names variable and value.
+    """
     names = list(Settings.model_fields)
     _refuse_misspelt(os.environ, [f"MLOPS_COURSE_{name.upper()}" for name in names])
     given = {name: value for name, value in overrides.items() if value is not None}

@@ -46,7 +46,11 @@ def local_path(
 def read_tracking(
     settings: Settings,  # where the store is
 ) -> Iterator[Callable[..., list[dict[str, Any]]] | None]:  # SQL and its values -> rows; None: there is no such file
-    """The store, opened for reading only. Raises: sqlite3.Error when it is not a database, or locked for long."""
+    """The store, opened for reading only.
+
+    Raises:
+        sqlite3.Error: it is not a database, or locked for long.
+    """
     path = tracking_file(settings)
     if path is None or not path.is_file():
         yield None
@@ -91,12 +95,16 @@ def _is_own(settings: Settings) -> bool:
     path = tracking_file(settings)
     return path is not None and path.parent == settings.home
 
-
+# %% ../nbs/internals/02_relocation.ipynb #bd1ec3d8
 def run_folders(
     settings: Settings,  # where the store is
     run_id: str,  # of an MLflow run
 ) -> list[Path] | None:  # its folders of artifacts that are local; None: there is no such run, or it was deleted
-    """Where a run keeps its files, also after a move. Raises: sqlite3.Error when the store can't be read."""
+    """Where a run keeps its files, also after a move.
+
+    Raises:
+        sqlite3.Error: the store can't be read.
+    """
     with read_tracking(settings) as ask:
         if ask is None:
             return [] if tracking_file(settings) is None else None
@@ -114,7 +122,11 @@ def run_folders(
 def relocate(
     settings: Settings,  # whose workspace was perhaps moved or copied
 ) -> int:  # how many addresses were replaced; 0: none was old, or the store isn't a file of this workspace
-    """Make MLflow's store name the folder that it lies in. Raises: sqlite3.Error when it can't be read or written."""
+    """Make MLflow's store name the folder that it lies in.
+
+    Raises:
+        sqlite3.Error: it can't be read or written.
+    """
     path = tracking_file(settings)
     if path is None or not _is_own(settings) or not path.is_file():
         return 0

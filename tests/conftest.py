@@ -65,6 +65,11 @@ class Quarter:
     features: str  # reference to the features
 
     @property
+    def source(self) -> Path:
+        """The deliveries that the tables were made of."""
+        return self.settings.home.parent / "source"
+
+    @property
     def rows(self) -> str:
         """Reference to the clean flights."""
         return self.tables["flights"]

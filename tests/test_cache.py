@@ -871,6 +871,7 @@ WRITERS = """
 """
 
 
+@pytest.mark.slow
 def test_many_processes_keep_and_find_the_same_and_other_things_at_once(stage: Stage) -> None:
     home = stage.cache.settings.home
     processes = [run_python(WRITERS, home, stage.folder, number) for number in range(4)]

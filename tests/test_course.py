@@ -615,6 +615,7 @@ def test_nbdev_keeps_what_exercises_need(lesson: Lesson, root: Path, tmp_path: P
 # ---------------------------------------------------------------- nbgrader
 
 
+@pytest.mark.slow
 @pytest.mark.system
 def test_nbgrader_makes_an_assignment_of_a_lesson(lesson: Lesson, tmp_path: Path) -> None:
     source = tmp_path / "source" / "numbers" / lesson.path.name

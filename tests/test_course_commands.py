@@ -84,6 +84,7 @@ def test_a_section_from_start_to_end(terminal: Terminal) -> None:
     assert found["sections"][0]["passed"] == ["21.1", "21.2"]
 
 
+@pytest.mark.slow
 def test_every_command_speaks_json(terminal: Terminal) -> None:
     started = terminal.json("start", "21")
     assert (started["new"], Path(started["notebook"])) == (True, terminal.copy)
@@ -189,6 +190,7 @@ def test_lab_says_how_to_install_what_is_missing(terminal: Terminal) -> None:
     assert "pip install 'mlops_course[course]'" in done.stderr
 
 
+@pytest.mark.slow
 @posix_only
 def test_lab_opens_jupyterlab_at_the_copy(terminal: Terminal) -> None:
     from urllib.request import urlopen

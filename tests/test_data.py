@@ -19,7 +19,7 @@ import pandas as pd
 import pandera.pandas as pandera
 import pyarrow
 import pytest
-from deltalake import DeltaTable
+from deltalake import DeltaTable, write_deltalake
 
 from mlops_course.data import (
     DataError,
@@ -496,6 +496,7 @@ def test_half_a_month_is_refused_until_the_rest_has_come(
     assert full_desk.check(FEBRUARY).changed == []
 
 
+@pytest.mark.slow
 def test_every_real_month_is_whole_beside_the_others(settings: Settings) -> None:
     """The thinnest day, the shortest month and the stormiest one are no reason to call a person."""
     year = months("2013-01", "2013-12")
@@ -827,6 +828,38 @@ def test_another_order_of_rows_is_another_content(settings: Settings) -> None:
     second, changed = replace_months(settings, "table", rows_of(JANUARY).iloc[::-1])
     assert (first != second, changed) == (True, [JANUARY])
     assert read_table(settings, second)["value"].tolist() == list(range(49, -1, -1))
+
+
+def test_rows_keep_their_order_however_the_frame_was_put_together(settings: Settings) -> None:
+    pieces = pd.concat([rows_of(JANUARY, 1, value=[float(number)]) for number in range(40)], ignore_index=True)
+    reference, _ = replace_months(settings, "table", pieces)
+    assert read_table(settings, reference)["value"].tolist() == [*map(float, range(40))]
+    assert replace_months(settings, "table", pieces) == (reference, []), "and so the same delivery changes nothing"
+
+
+def test_the_log_says_what_a_version_was_made_from(full_desk: Desk) -> None:
+    def sources(name: str) -> dict[str, str]:
+        table = DeltaTable(str(full_desk.settings.data / "flight-delay" / name))
+        return dict(json.loads(table.history(1)[0]["sources"]))
+
+    raw = newest_reference(full_desk.settings, "flight-delay/raw_flights")
+    assert sources("flights") == {"raw_flights": raw}
+    clean = {table.name: f"flight-delay/{table.name}@1" for table in flight_delay.tables}
+    build_features(full_desk.settings, flight_delay, clean, JANUARY, JANUARY)
+    assert sources("features") == clean
+
+
+def test_versions_are_not_forgotten_after_a_month(settings: Settings) -> None:
+    """Delta Lake shortens a log after 30 days, at the next checkpoint, unless the table says otherwise."""
+    first, _ = replace_months(settings, "table", rows_of(JANUARY))
+    place, old = settings.data / "table", time.time() - 40 * 86400
+    for writes in (97, 8):
+        for _ in range(writes):
+            write_deltalake(str(place), rows_of(MARCH, 1), mode="overwrite", predicate=f"period = '{MARCH}'")
+        for path in (place / "_delta_log").iterdir():
+            os.utime(path, (old, old))
+    assert len([*(place / "_delta_log").glob("*.checkpoint.parquet")]) == 1
+    pd.testing.assert_frame_equal(read_table(settings, first), rows_of(JANUARY))
 
 
 def test_another_set_of_columns_is_refused_unless_the_table_can_be_made_again(settings: Settings) -> None:

@@ -195,6 +195,32 @@ def no_flapping(client: Client) -> dict[int, list[str]]:
 
 
 @pytest.mark.slow
+def test_while_the_release_can_not_be_read_the_stable_version_answers_everybody(
+    models: Models, workspace: Settings
+) -> None:
+    start_release(workspace, GOOD, "canary", (0.5,), ReleaseLimits(min_requests=100_000, **FAST))
+    path = workspace.serving / "flight-delay" / "release.json"
+    sound = path.read_bytes()
+
+    def heard() -> set[str]:
+        bodies = [{"record": record} for record in models.records[:40]]
+        return {client.post("/predict", json=body).json()["model"] for body in bodies}
+
+    def warnings() -> list[str]:
+        return list(client.get("/health/ready").json()["warnings"])
+
+    with serving(workspace) as server, httpx.Client(base_url=server.url) as client:
+        wait_until(lambda: heard() == {STABLE, GOOD}, 15)
+        path.write_bytes(sound[:100])
+        wait_until(lambda: warnings() != [], 15)
+        assert heard() == {STABLE}
+        assert "release.json" in warnings()[0] and str(workspace.home) not in warnings()[0]
+        path.write_bytes(sound)
+        wait_until(lambda: warnings() == [], 15)
+        assert heard() == {STABLE, GOOD}
+
+
+@pytest.mark.slow
 def test_a_release_survives_a_restart_and_keys_keep_their_version(models: Models, workspace: Settings) -> None:
     start_release(workspace, GOOD, "ab", (0.4,), ReleaseLimits(**FAST))
     heard, answered = [], []

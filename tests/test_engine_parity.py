@@ -30,6 +30,7 @@ class Case:
 
     options: dict[str, Any] = field(default_factory=dict)
     better: dict[str, str] = field(default_factory=dict)  # what differs: why that is better
+    attempts: int = 1  # of the stock kernel, where chance decides whether it dies before it has replied
 
 
 NO_MESSAGE = "papermill's error has neither class nor text for what only a kernel's reply tells; mine has both"
@@ -51,8 +52,8 @@ CASES: dict[str, Case] = {path.stem: Case() for path in sorted(NOTEBOOKS.glob("*
     "errors_allowed": Case({"allow_errors": True}),
     "errors_by_name": Case({"allow_error_names": ["ValueError"]}),
     "cells_skipped": Case({"skip_cells_with_tag": "skip-execution"}),
-    "exit_shell": Case(better=dict.fromkeys(("outputs", "counts", "states"), LEAVES)),
-    "quit_shell": Case(better=dict.fromkeys(("outputs", "counts", "states"), LEAVES)),
+    "exit_shell": Case(better=dict.fromkeys(("outputs", "counts", "states"), LEAVES), attempts=8),
+    "quit_shell": Case(better=dict.fromkeys(("outputs", "counts", "states"), LEAVES), attempts=8),
     "fails_line_magic": Case(better={"raises": NO_MESSAGE, "outputs": NO_MESSAGE}),
     "fails_cell_magic": Case(better={"raises": NO_MESSAGE, "outputs": NO_MESSAGE}),
     "work_after_the_end": Case(better={"outputs": LATE}),
@@ -77,10 +78,19 @@ def close_engine() -> Iterator[None]:
 def test_a_notebook_ends_as_with_the_stock_kernel(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MINE_FOR_THIS_TEST", "yes")
     monkeypatch.delenv("PYTEST_CURRENT_TEST")  # with it, the stock kernel doesn't look at file descriptors
-    stock, warm = (run(name, kind, tmp_path) for kind in (None, "mlops-course"))
+    stock, warm = run_stock(name, tmp_path), run(name, "mlops-course", tmp_path)
     different = {aspect: (stock[aspect], warm[aspect]) for aspect in stock if stock[aspect] != warm[aspect]}
     assert {aspect: pair for aspect, pair in different.items() if aspect not in CASES[name].better} == {}
     assert set(CASES[name].better) == set(different), "it doesn't differ any more: take the reason away"
+
+
+def run_stock(name: str, folder: Path) -> dict[str, Any]:
+    """What is to be seen of the stock kernel's run; one that died by chance doesn't count."""
+    for attempt in range(CASES[name].attempts):
+        found = run(name, None, folder / str(attempt) if attempt else folder)
+        if not found["raises"]:
+            break
+    return found
 
 
 def run(name: str, kind: str | None, folder: Path) -> dict[str, Any]:

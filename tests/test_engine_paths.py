@@ -137,6 +137,7 @@ def test_a_notebook_that_shall_not_be_saved_meanwhile_is_not(project: Path) -> N
     assert (project / "out.ipynb").exists()
 
 
+@pytest.mark.slow
 def test_standard_output_gets_one_notebook(project: Path) -> None:
     for kind in ("nbclient", "mlops-course"):
         command = ["papermill", "nbs/report.ipynb", "-", "--cwd", "nbs", "--engine", kind]

@@ -310,3 +310,13 @@ def test_a_hundred_megabytes_of_output(kinds: dict[str, Workers], tmp_path: Path
     first, second = nbformat.read(asked.output, 4).cells
     assert [len(output.text) for output in first.outputs] == [100_000_000]
     assert second.outputs[0].text == "y" * 1000 + "end\n"
+
+
+def test_what_a_cell_prints_and_what_it_writes_to_the_file_descriptor_keep_their_order(
+    kinds: dict[str, Workers], tmp_path: Path
+) -> None:
+    lines = "import os\nfor n in range(3000):\n    os.write(1, b'written %d\\n' % n)\n    print('printed', n)"
+    asked = request(write_notebook(tmp_path / "turns.ipynb", [lines]), tmp_path)
+    kinds["warm"].execute(asked)
+    (cell,) = nbformat.read(asked.output, 4).cells
+    assert [output.text for output in cell.outputs] == ["".join(f"written {n}\nprinted {n}\n" for n in range(3000))]

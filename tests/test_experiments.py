@@ -255,6 +255,7 @@ def test_a_rate_is_pulled_to_the_overall_rate_where_rows_are_few() -> None:
     assert rate_scores(past, future, ["carrier"], weight=1e-9).round(6).tolist() == [0.0, 0.75, 0.5, 0.75]
 
 
+@pytest.mark.slow
 def test_the_baselines_never_see_the_outcomes_that_they_are_tested_on(quarter: Quarter) -> None:
     past, future = quarter.labelled(JANUARY), quarter.labelled(FEBRUARY)
     turned = future.assign(label=1 - future["label"])
@@ -367,6 +368,7 @@ def test_slices_are_measured_by_themselves(january: pd.DataFrame, model: Pipelin
 # Search
 
 
+@pytest.mark.slow
 def test_a_search_on_one_core_and_on_two_finds_the_same(quarter: Quarter) -> None:
     frame, splits = quarter.labelled(JANUARY, MARCH).iloc[::4], time_splits(JANUARY, MARCH, 1)
     configs = sample_configs({"iterations": [2, 4], "leaves": [4]}, 5, TrainingConfig(leaf_samples=20))
@@ -646,6 +648,7 @@ def served_by_mlflow(folder: Path, log: Path) -> Iterator[str]:
         process.wait(20)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="MLflow's server wants a process group to be ended")
 def test_mlflow_serves_what_is_stored_with_the_scores_of_training(own_quarter: Quarter, tmp_path: Path) -> None:
     rows = own_quarter.labelled("2013-01").head(3000)
@@ -768,6 +771,7 @@ def start_to_connect(home: Path) -> subprocess.Popen[str]:
     return process
 
 
+@pytest.mark.slow
 def test_four_processes_may_begin_at_once_in_a_fresh_workspace(settings: Settings) -> None:
     processes = [start_to_connect(settings.home) for _ in range(4)]
     for process in processes:
@@ -790,6 +794,7 @@ def _told(processes: list[subprocess.Popen[str]]) -> list[subprocess.Popen[str]]
     return processes
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="uses POSIX signals")
 def test_a_process_that_is_killed_while_it_makes_the_store_leaves_nothing_behind(settings: Settings) -> None:
     process = start_to_connect(settings.home)

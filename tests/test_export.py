@@ -478,6 +478,7 @@ def step(command: str, variables: dict[str, str], folder: Path, machine: dict[st
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("bash") is None or shutil.which("tar") is None, reason="needs bash and tar")
 @pytest.mark.system
 def test_jobs_on_bare_machines_hand_the_workspace_on(demo: Pipeline, tmp_path: Path) -> None:
@@ -538,6 +539,7 @@ def run_job(
             step(each["run"], common | own, machine, variables)
 
 
+@pytest.mark.slow
 @pytest.mark.system
 def test_containers_that_share_a_volume(demo: Pipeline, tmp_path: Path) -> None:
     place = Target(pipeline=str(demo.path), workspace=str(tmp_path / "volume"))

@@ -311,6 +311,7 @@ def sample_of_the_year(flights: pd.DataFrame) -> list[int]:
     return sorted(chosen)
 
 
+@pytest.mark.slow
 def test_features_equal_those_computed_by_hand(year: Tables, year_features: pd.DataFrame) -> None:
     expected = all_by_hand(year, sample_of_the_year)
     assert len(expected) > 110

@@ -124,7 +124,7 @@ def test_too_many_rows_are_refused(service: Running) -> None:
 
 def test_too_many_rows_are_refused_before_they_are_read(service: Running) -> None:
     hundred = b"[" + b",".join([b'{"a":{}}'] * 5000) + b"]"
-    status, data = service.raw(post(b'{"rows": ' + hundred + b", and this is no JSON", "/predict/batch"))
+    status, data = service.raw(post(b'{"rows": ' + hundred + b", and this isn't JSON", "/predict/batch"))
     assert (status, b'"rows"' in data) == (413, True)
     text = json.dumps({"rows": [{"key": {"carrier": "{" * 90}}] * 40}).encode()
     check_objects(text, 40)  # braces in texts are no objects

@@ -392,6 +392,7 @@ def report(monitored: tuple[Quarter, str, dict[str, str]]) -> MonthReport:
     return monitor_month(own.settings, flight_delay, tables["march"], own.features, MARCH, own.rows)
 
 
+@pytest.mark.slow
 def test_a_month_is_compared_with_the_training_of_the_model_that_scored_it(
     monitored: tuple[Quarter, str, dict[str, str]], report: MonthReport
 ) -> None:

@@ -235,7 +235,7 @@ def test_parameters_are_in_order(tmp_path: Path, given: dict[str, str], message:
 @pytest.mark.parametrize(
     ("order", "message"),
     [
-        ("[first < lost]", "'lost', which is no parameter. Perhaps you meant 'last'"),
+        ("[first < lost]", "'lost', which isn't a parameter. Perhaps you meant 'last'"),
         ("[first > last]", "order has 'first > last'. Write a list of lines"),
         ("[first]", "order has 'first'"),
         ("[first <]", "order has 'first <'"),
@@ -287,8 +287,8 @@ def test_a_wrong_parameter_stops_before_anything_is_made(demo: Path, tmp_path: P
         ("{total: total}}", "{total: total}, outputs: {end: value}}", "promises .* 'end', but last.ipynb records no"),
         ("{total: value}", "{total: vaule}", "output total has the kind 'vaule'.*'value'"),
         ("{total: value}", "[total]", "outputs are .'total'.. Write them as `{name: …}`"),
-        ("${limit}", "${numbers.x}", "refers to ..numbers.x., which is no parameter.*flow through `inputs`"),
-        ("${limit}", "${limi}", "refers to ..limi., which is no parameter of the pipeline.*'limit'"),
+        ("${limit}", "${numbers.x}", "refers to ..numbers.x., which isn't a parameter.*flow through `inputs`"),
+        ("${limit}", "${limi}", "refers to ..limi., which isn't a parameter of the pipeline.*'limit'"),
         ('limit: "${limit}"', 'limit: "${limit"', "without its }"),
         ('limit: "${limit}", title: "${upto} of ${limit}"', "limit: 3", "no stage uses the parameter 'limit'"),
         ('limit: "${limit}"', 'limit: "x${limit}"', r"passes limit = .*\(str\), but its notebook declares 'int'"),
@@ -298,8 +298,8 @@ def test_a_wrong_parameter_stops_before_anything_is_made(demo: Path, tmp_path: P
         ("outputs: {total: value}", "outputs: {total: value}\n    retries: 1.5", "retries is 1.5.*a whole number"),
         ("outputs: {total: value}", "outputs: {total: value}\n    secrets: KEY", "secrets is 'KEY', but should be"),
         ("stages:", "stages: none\nother:", "unknown entry 'other'"),
-        ("description: for tests", "description: [", "is no proper YAML"),
-        ("parameters: {upto:", "parameters: [upto,", "is no proper YAML"),
+        ("description: for tests", "description: [", "isn't valid YAML"),
+        ("parameters: {upto:", "parameters: [upto,", "isn't valid YAML"),
     ],
 )
 def test_a_mistake_in_the_file_is_named(demo: Path, old: str, new: str, message: str) -> None:
@@ -323,15 +323,15 @@ UNFIT = {
     "{2013: late}": r'which is a dictionary with the key 2013, which isn\'t text.*Write it in quotes: "2013"',
     "{a: {0: b}}": r"x\.a = .* a dictionary with the key 0,",
     "{null: b}": "a dictionary with the key None",
-    r'"half \ud800"': r"x = 'half \\ud800', which is text with half of a character in it|no proper YAML",
-    r'{"\ud800": 1}': "text with half of a character|no proper YAML",
+    r'"half \ud800"': r"x = 'half \\ud800', which is text with half of a character in it|isn't valid YAML",
+    r'{"\ud800": 1}': "text with half of a character|isn't valid YAML",
     "0x" + 5000 * "f": "x = a number, which is a whole number with too many digits",
-    5000 * "9": "no proper YAML",
-    "2013-13-45": "no proper YAML: month must be in 1..12",
-    "!!timestamp soon": "no proper YAML: a value isn't what its tag says",
-    "!!bool perhaps": "no proper YAML: a value isn't what its tag says",
-    "!!int many": "no proper YAML: invalid literal",
-    1500 * "[" + 1500 * "]": "no proper YAML|recursion",
+    5000 * "9": "isn't valid YAML",
+    "2013-13-45": "isn't valid YAML: month must be in 1..12",
+    "!!timestamp soon": "isn't valid YAML: a value isn't what its tag says",
+    "!!bool perhaps": "isn't valid YAML: a value isn't what its tag says",
+    "!!int many": "isn't valid YAML: invalid literal",
+    1500 * "[" + 1500 * "]": "isn't valid YAML|recursion",
 }
 
 
@@ -355,7 +355,7 @@ def test_values_from_python_are_held_against_the_same_rule(tmp_path: Path) -> No
     for value in ((1, 2), tmp_path, {1}, object(), "\ud800", {"\ud800": 1}, np.int64(3), circle, {"a": circle}):
         with pytest.raises(PipelineError, match=r"pipeline odd: stage only passes x.* a notebook can't get that"):
             Pipeline("odd", (Stage("only", tmp_path / "only.ipynb", {"x": value}),))
-    shared = [1, 2]  # twice the same list is no circle
+    shared = [1, 2]  # twice the same list isn't a circle
     for value in (2**70, -1.5, True, None, "ü", [], {}, {"a": [shared, shared, {"b": None}]}):
         Pipeline("odd", (Stage("only", tmp_path / "only.ipynb", {"x": value}),))
 
@@ -447,7 +447,7 @@ def test_after_is_order_and_touches_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("new", "message"),
     [
-        ("[erly]", "stage late comes after 'erly', which is no stage. Perhaps you meant 'early'"),
+        ("[erly]", "stage late comes after 'erly', which isn't a stage. Perhaps you meant 'early'"),
         ("[late]", "stage late comes after itself"),
         ("[last]", r"these stages wait for each other: \w+ -> \w+ -> \w+\. Take out .* `after`"),
         ("early", "after is 'early', but should be a list of names"),
@@ -692,6 +692,7 @@ def test_only_what_json_can_hold_is_recorded(value: object, where: str) -> None:
         record_result(values=value)
 
 
+@pytest.mark.slow
 def test_results_can_be_read_from_a_notebook_that_plain_papermill_ran(
     demo: Path, failed: tuple[StageError, dict[str, Any]]
 ) -> None:

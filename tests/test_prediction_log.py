@@ -247,6 +247,7 @@ def test_only_the_dead_of_the_own_machine_and_the_long_dead_are_collected(
         assert collect_predictions(settings, flight_delay).rows == 1
 
 
+@pytest.mark.slow
 def test_nothing_is_lost_between_a_writer_and_a_collector(settings: Settings) -> None:
     """Segments are opened and closed all the time, and collected all the time."""
     stop, rows = threading.Event(), 0

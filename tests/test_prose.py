@@ -46,6 +46,11 @@ def without_code(markdown: str) -> str:
     return re.sub(r"^(```|~~~).*?^\1|``[^`]*``|`[^`\n]*`", " ", markdown, flags=re.DOTALL | re.MULTILINE)
 
 
+def without_blocks(markdown: str) -> str:
+    """A Markdown text without its blocks of code; commands and names in the sentences stay."""
+    return re.sub(r"^(```|~~~).*?^\1", " ", markdown, flags=re.DOTALL | re.MULTILINE)
+
+
 def plain_text(markdown: str) -> str:
     """A Markdown text without code, formulas, addresses and tags."""
     text = re.sub(r"\]\([^)]*\)", "]", without_code(markdown))
@@ -137,6 +142,54 @@ def test_the_words_of_our_own_are_sorted_needed_and_used(dictionary: SpellChecke
 def test_a_slip_is_found(text: str, dictionary: SpellChecker) -> None:
     found = words_of(plain_text(text))
     assert dictionary.unknown(found) - own_words()
+
+
+# ---------------------------------------------------------------- the project's own words
+
+WORDS_NOT_OURS = {  # what isn't written here, and what is written in its place
+    r"\bcannot\b": "can't",
+    r"(?<!\bthere )\bis no (?!longer\b|more\b)\w+": "isn't a, or isn't a valid",
+    r"\bmend(?:s|ed|ing)?\b": "fix",
+    r"\bsay `?make\b": "run `make …`",
+    r"\binner rooms?\b": "module",
+    r"\bthe front\b": "the public API",
+    r"\bmistakes? in the program\b": "a bug",
+}
+MODULES = sorted((ROOT / "mlops_course").rglob("*.py"))
+TEXTS = [*SOURCES, ROOT / "README.md", *(path for path in MODULES if path.name != "_modidx.py")]
+
+
+def words_not_ours(text: str) -> dict[str, str]:
+    """What a text says otherwise than the project does, each with what is written in its place."""
+    found = [(re.findall(pattern, text, re.IGNORECASE), instead) for pattern, instead in WORDS_NOT_OURS.items()]
+    return {word: instead for words, instead in found for word in words}
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_one_thing_is_called_by_one_name(path: Path) -> None:
+    page = without_blocks(page_text(path)) if path.suffix in {".ipynb", ".md"} else ""
+    assert words_not_ours(f"{prose(path)}\n{page}") == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "instead"),
+    [
+        ("It cannot be read.", "can't"),
+        ("The key x is no parameter", "isn't a, or isn't a valid"),
+        ("Mending it takes a day", "fix"),
+        ("Say `make export`, then commit", "run `make …`"),
+        ("the inner rooms of the engine", "module"),
+        ("what the front offers", "the public API"),
+        ("a mistake in the program", "a bug"),
+    ],
+)
+def test_a_word_that_is_not_ours_is_found(text: str, instead: str) -> None:
+    assert list(words_not_ours(text).values()) == [instead]
+
+
+@pytest.mark.parametrize("text", ["There is no month", "it is no longer kept", "a front door", "I recommend it"])
+def test_a_word_that_only_looks_like_it_is_not(text: str) -> None:
+    assert words_not_ours(text) == {}
 
 
 # ---------------------------------------------------------------- references

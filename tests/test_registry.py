@@ -90,6 +90,7 @@ def references(settings: Settings) -> list[str]:
 # ---------------------------------------------------------------- versions
 
 
+@pytest.mark.slow
 def test_the_same_model_never_gets_a_second_version(home: Settings, runs: Runs) -> None:
     assert runs["small"] != runs["same"]
     assert register(home, flight_delay, runs["small"]) == "flight-delay@1"
@@ -155,6 +156,7 @@ def start_to_register(settings: Settings, run_id: str) -> subprocess.Popen[str]:
     return process
 
 
+@pytest.mark.slow
 def test_who_registers_waits_for_another_process_that_does(home: Settings, runs: Runs) -> None:
     with exclusive_lock(home):
         process = start_to_register(home, runs["same"])
@@ -170,6 +172,7 @@ def test_who_registers_waits_for_another_process_that_does(home: Settings, runs:
     assert references(home) == ["flight-delay@1"]
 
 
+@pytest.mark.slow
 def test_two_processes_may_register_the_first_models_at_once(home: Settings, runs: Runs) -> None:
     processes = [start_to_register(home, runs[name]) for name in ("small", "good")]
     for process in processes:

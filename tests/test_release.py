@@ -132,6 +132,7 @@ def ever_wrong(share: float, generator: np.random.Generator, alpha: float) -> bo
     return any(not low <= share <= high for low, high in (share_interval(*look, alpha) for look in looks))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.01, 0.3])
 def test_shares_are_missed_no_more_often_than_promised_at_all_looks_together(share: float) -> None:
     generator, runs, alpha = np.random.default_rng(1), 120, 0.1
@@ -695,6 +696,33 @@ def test_a_damaged_state_is_named_and_nothing_is_overwritten(settings: Settings,
         read_release(settings)
     with pytest.raises(ReleaseError):
         create_release(settings, "canary", STABLE, CANDIDATE)
+    assert path.read_bytes() == text
+
+
+@pytest.mark.parametrize("text", [b"", b"{}", b"\xff", None])
+def test_a_release_whose_file_is_damaged_or_gone_can_be_rolled_back(settings: Settings, text: bytes | None) -> None:
+    release = create_release(settings, "canary", STABLE, CANDIDATE)
+    path = settings.serving / "flight-delay" / "release.json"
+    write_atomic(path.with_name("live.json"), b"{}")  # something is served
+    path.unlink() if text is None else path.write_bytes(text)
+    found = roll_back_release(settings, "the desks complain")
+    assert (found.id, found.revision, found.status, found.by) == (release.id, 2, "rolled back", "person")
+    assert read_release(settings) == found
+    assert [line["status"] for line in read_release_history(settings)] == ["running", "rolled back"]
+    assert path.with_suffix(".damaged").exists() == (text is not None), "what it said is kept"
+    create_release(settings, "canary", STABLE, CANDIDATE)  # and the next one can begin
+
+
+def test_where_nothing_was_released_nothing_is_rolled_back(settings: Settings) -> None:
+    with pytest.raises(ReleaseError, match="there was no release"):
+        roll_back_release(settings, "the desks complain")
+
+
+@pytest.mark.parametrize("text", [b"", b"{}", b"\xff"])
+def test_what_the_history_does_not_know_is_not_rolled_back(settings: Settings, text: bytes) -> None:
+    path = write_atomic(settings.serving / "flight-delay" / "release.json", text)
+    with pytest.raises(ReleaseError, match=r"can't read .*release\.json"):
+        roll_back_release(settings, "the desks complain")
     assert path.read_bytes() == text
 
 

@@ -25,7 +25,7 @@ from mlops_course.registry import champion_reference, fair_rivals, find_version,
 from mlops_course.relocation import moved_address, old_roots, read_tracking, relocate, run_folders
 
 NAMES = ["with a blank", "März (1) #2", "100%"]
-SLICE = ["-p", "first=2013-01", "-p", "train_last=2013-02", "-p", "test_last=2013-03"]
+SLICE = ["-p", "first=2013-01", "-p", "train_last=2013-01", "-p", "test_last=2013-02"]
 
 
 def addresses(settings: Settings) -> list[str]:
@@ -212,11 +212,11 @@ def statuses(run: dict[str, Any]) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(quarter: Quarter, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A workspace with all that a training leaves behind, in which nothing is left to do."""
     home = tmp_path_factory.mktemp("whole") / "workspace"
     for _ in range(2):  # the second one compares with the champion of the first
-        course(home, "run", "training", *SLICE, "-p", "iterations=5")
+        course(home, "run", "training", *SLICE, "-p", "iterations=5", "--source", str(quarter.source))
     return home
 
 
@@ -229,10 +229,12 @@ def away(whole: Path) -> Iterator[Path]:
 
 @pytest.mark.slow
 @pytest.mark.system
-def test_a_moved_workspace_runs_nothing_again_and_scores_with_its_champion(away: Path, tmp_path: Path) -> None:
-    moved = shutil.copytree(away, tmp_path / "März (1) moved")
-    assert statuses(course(moved, "run", "training", *SLICE, "-p", "iterations=5")) == {"cached"}
-    scored = course(moved, "run", "scoring", "-p", "month=2013-04")
+def test_a_moved_workspace_runs_nothing_again_and_scores_with_its_champion(
+    away: Path, quarter: Quarter, tmp_path: Path
+) -> None:
+    moved, source = shutil.copytree(away, tmp_path / "März (1) moved"), ("--source", str(quarter.source))
+    assert statuses(course(moved, "run", "training", *SLICE, "-p", "iterations=5", *source)) == {"cached"}
+    scored = course(moved, "run", "scoring", "-p", "month=2013-03", *source)
     assert {stage["name"]: stage["results"] for stage in scored["stages"]}["score"]["model"] == "flight-delay@1"
     for run in list_runs(settings_in(moved)):
         assert Path(run["folder"]).is_dir()
@@ -243,10 +245,12 @@ def test_a_moved_workspace_runs_nothing_again_and_scores_with_its_champion(away:
 
 @pytest.mark.slow
 @pytest.mark.system
-def test_a_copy_trains_packages_and_serves_without_a_byte_in_the_original(whole: Path, tmp_path: Path) -> None:
+def test_a_copy_trains_packages_and_serves_without_a_byte_in_the_original(
+    whole: Path, quarter: Quarter, tmp_path: Path
+) -> None:
     before = content(whole)
     copy = shutil.copytree(whole, tmp_path / "a copy")
-    again = course(copy, "run", "training", *SLICE, "-p", "iterations=8")
+    again = course(copy, "run", "training", *SLICE, "-p", "iterations=8", "--source", str(quarter.source))
     assert {stage["name"]: stage["results"] for stage in again["stages"]}["register"]["model"] == "flight-delay@2"
     settings = settings_in(copy)
     run_id = str(find_version(settings, flight_delay, "flight-delay@2").run_id)

@@ -78,6 +78,7 @@ def logged(running: Running) -> list[str]:
     return [each.id for path in folder.iterdir() for each in read_segment(path)[0]]
 
 
+@pytest.mark.slow
 def test_a_model_is_swapped_twenty_times_under_load_and_no_request_fails(home: Path) -> None:
     with serving(home) as running:
         with Load(running) as load:
@@ -108,6 +109,7 @@ def test_a_killed_worker_is_replaced_and_what_it_answered_is_there(home: Path) -
         assert len(found) - len(load.answered) <= 8, "a prediction that was written, and never answered"
 
 
+@pytest.mark.slow
 def test_counts_of_all_workers_are_added_and_outlive_them(home: Path) -> None:
     with serving(home, "--workers", "2") as running:
 

@@ -198,7 +198,7 @@ def test_it_knows_its_model(service: Running) -> None:
     assert found["reference"] == FIRST
     assert found["data"] == {"features": "flight-delay/features@1"}
     assert found["threshold"] == pytest.approx(40 / 150)
-    assert {"python", "packages", "commit"} <= set(found["fingerprint"])
+    assert found["fingerprint"]["commit"]
     assert found["card"].startswith(f"# Model card: {FIRST}")
     assert {each["name"] for each in found["features"]} >= {"carrier", "distance"}
 
@@ -235,6 +235,7 @@ def test_it_describes_itself_for_its_own_model(service: Running, record: dict[st
 # ---------------------------------------------------------------- other models
 
 
+@pytest.mark.slow
 def test_without_a_model_it_lives_but_is_not_ready_and_it_takes_the_first_one(
     home: Path, record: dict[str, Any], key: dict[str, Any]
 ) -> None:  # fmt: skip

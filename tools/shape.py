@@ -37,13 +37,9 @@ BARS = {  # what the source is held to: the first is the least, all others are t
     "lines of pipelines": 6000,
 }
 NOT_YET = {  # what may not get worse until the bar is reached; then its entry goes
-    "share of the reference pages' code that shows something, in %": 21,
-    "pages that show with less than 15 % of their code": 15,
-    "pages whose first output comes after cell 12": 4,
-    "pages with more than 3 exports in a row": 18,
+    "share of the reference pages' code that shows something, in %": 26,
     "class ladders": 1,
-    "public names in more than one module": 3,
-    "lines of pipelines": 9620,
+    "lines of pipelines": 9569,
 }
 LIMITS = BARS | NOT_YET
 

@@ -36,18 +36,26 @@ def settings_of(
     home: Path | None,  # as --home gives it
     use_case: str | None = None,  # a name, or module:name
 ) -> "Settings":
-    """The settings for a command. Raises: SettingsError naming the variable or option that is wrong."""
+    """The settings for a command.
+
+    Raises:
+        SettingsError: the message names the variable or option that is wrong.
+    """
     from mlops_course.environment import load_settings
 
     if use_case and ":" in use_case:
         use_case = find_case(use_case).name
     return load_settings(home=home, use_case=use_case)
 
-
+# %% ../../nbs/internals/cli_commands.ipynb #98b880c2
 def find_case(
     name: str,  # module:name; the module may be in the current folder
 ) -> "UseCase":
-    """A use case by where it is defined. Raises: UseCaseError when there is none."""
+    """A use case by where it is defined.
+
+    Raises:
+        UseCaseError: there is none.
+    """
     from mlops_course.project import find_use_case
 
     if str(Path.cwd()) not in sys.path:
@@ -59,7 +67,11 @@ def served_settings(
     home: Path | None,
     use_case: str | None,  # None: the only one that is live
 ) -> "Settings":
-    """Settings that name the use case that is served. Raises: BundleError when several are live and none is named."""
+    """Settings that name the use case that is served.
+
+    Raises:
+        BundleError: several are live and none is named.
+    """
     from mlops_course.serving.publishing import pinned
 
     return pinned(settings_of(home, use_case))
@@ -68,7 +80,11 @@ def served_settings(
 def parse_parameters(
     pairs: list[str],  # like "month=2013-10"
 ) -> dict[str, str]:
-    """The values of -p options. Raises: ParameterError for one that isn't name=value, or is given twice."""
+    """The values of -p options.
+
+    Raises:
+        ParameterError: one that isn't name=value, or is given twice.
+    """
     from mlops_course.pipelines import ParameterError
 
     found: dict[str, str] = {}

@@ -92,7 +92,7 @@ def _show_problems(problems: list[dict[str, Any]]) -> None:
         place = f"below {problem['heading']!r}" if problem["heading"] else f"code cell {problem['cell']}"
         typer.echo(typer.style(f"! a cell {place}", fg="red") + f"   {problem['source']}")
         typer.echo(f"{'':15}{problem['message']}")
-    if more := len(problems) - 1:
+    if (more := len(problems) - 1) > 0:
         cells = "another cell stops" if more == 1 else f"{more} more cells stop"
         typer.echo(f"{'':15}{cells} after it, perhaps because of this one")
 
@@ -226,11 +226,11 @@ def _prompt(section: int) -> str:
         typer.echo(f"\nYour answers so far are kept: mlops-course quiz {section} goes on.", err=True)
         raise
 
-# %% ../../nbs/internals/cli_learn.ipynb #84841cad
+
 _Letters = Annotated[str | None, typer.Option(help="Give all answers at once, like a,c,bd for three questions.")]
 _Anew = Annotated[bool, typer.Option("--anew", help="Forget the answers of an unfinished quiz.")]
 
-# %% ../../nbs/internals/cli_learn.ipynb #cdfd9e15
+
 def _right_or_wrong(found: Any) -> str:
     return typer.style("Right.", fg="green") if found.correct else typer.style(f"No: {found.right}.", fg="red")
 

@@ -187,7 +187,11 @@ def ui_command(
     settings: "Settings",  # whose runs and models
     port: int,  # on this machine only
 ) -> list[str]:  # it reads the store's address from MLFLOW_BACKEND_STORE_URI
-    """The command that serves MLflow's pages. Raises: CourseError when it can't work, with what to do."""
+    """The command that serves MLflow's pages.
+
+    Raises:
+        CourseError: it can't work.
+    """
     from mlops_course.environment import CourseError, version_of
 
     database = settings.home / "mlflow.db"

@@ -24,7 +24,11 @@ _Because = Annotated[str, typer.Option("--reason", help="Why; the history keeps 
 def release_limits(
     pairs: list[str],  # like "errors=0.05", "slices=carrier,origin"
 ) -> Any:  # deployment's ReleaseLimits
-    """The values of --limit options. Raises: ParameterError naming the wrong one."""
+    """The values of --limit options.
+
+    Raises:
+        ParameterError: the message names the wrong one.
+    """
     import msgspec
 
     from mlops_course.deployment import ReleaseLimits

@@ -9,7 +9,11 @@ __all__ = ['check', 'wrong_answers', 'hint', 'solution']
 def check(
     exercise: str,  # like 5.2
 ) -> None:
-    """Check the answer to an exercise in this notebook. Raises: LessonError when there is no such exercise."""
+    """Check the answer to an exercise in this notebook.
+
+    Raises:
+        LessonError: there is no such exercise.
+    """
     import sys
 
     from mlops_course.course.notebook_api import check_exercise, show_card
@@ -17,12 +21,16 @@ def check(
     caller = sys._getframe(1)
     show_card(check_exercise(exercise, caller.f_globals, caller.f_code.co_filename))
 
-
+# %% ../../nbs/01_welcome.ipynb #880d0381
 def wrong_answers(
     exercise: str,  # like 5.2
     answers: dict[str, tuple[str, str]],  # label: (code in the solution's place, words of the check's message)
 ) -> None:
-    """For authors: answers that the check must refuse, each with words of its own. Raises: LessonError."""
+    """For authors: answers that the check must refuse, each with words of its own.
+
+    Raises:
+        LessonError: there is no such exercise.
+    """
     from mlops_course.course.notebook_api import check_declaration
 
     check_declaration(exercise, answers)
@@ -41,7 +49,11 @@ def solution(
     exercise: str,  # like 5.2
     yes: bool = False,  # True: also before it is passed
 ) -> None:
-    """Show an exercise's solution, once it is passed or when you insist. Raises: CourseError before that."""
+    """Show an exercise's solution, once it is passed or when you insist.
+
+    Raises:
+        CourseError: it was refused before that.
+    """
     from mlops_course.course.notebook_api import show_card, show_solution
 
     show_card(show_solution(exercise, yes))

@@ -120,11 +120,15 @@ def _keep(
     """Put a text aside, beside the learner's copy."""
     return write_atomic(path.parent / "kept" / f"{datetime.now():%Y-%m-%d-%H%M%S-%f}-{name}", text)
 
-
+# %% ../../nbs/internals/01_copies.ipynb #e22cce34
 def reset_exercise(
     number: str,  # like 5.2
 ) -> Path | None:  # where the old text is; None: there was none
-    """Put an exercise's stub back into the learner's copy. Raises: LessonError when there is no copy."""
+    """Put an exercise's stub back into the learner's copy.
+
+    Raises:
+        LessonError: there is no copy.
+    """
     lesson, _ = find_exercise(number)
     path = copy_of(lesson)
     notebook = read_notebook(path)
@@ -207,7 +211,11 @@ def _choose(mine: dict[str, Any], theirs: dict[str, Any] | None, base: str, upda
 def update_copy(
     lesson: Lesson,
 ) -> CopyUpdate:
-    """Bring a learner's copy to the lesson's version. Raises: LessonError when there is no copy."""
+    """Bring a learner's copy to the lesson's version.
+
+    Raises:
+        LessonError: there is no copy.
+    """
     path = copy_of(lesson)
     mine, before, update = read_notebook(path), path.read_text(encoding="utf-8"), CopyUpdate(str(path))
     merged = _merge(mine, make_copy(lesson), update)

@@ -11,13 +11,14 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from mlops_course.course.lessons import Lab, Lesson, LessonError
 from mlops_course.course.progress import edit_progress, section_of
-from mlops_course.environment import CourseError, load_settings
+from mlops_course.environment import CourseError, Settings, load_settings
 
 # %% ../../nbs/internals/01_labs.ipynb #12b3024c
 _STEP_SECONDS = 300.0  # after which a step of a lab is stopped
@@ -34,34 +35,54 @@ class LabState:
     sound: bool
     symptom: str = ""
 
+# %% ../../nbs/internals/01_labs.ipynb #cc53ccfe
+def _symptom(sound: Callable[[Settings], object], settings: Settings) -> str:
+    """What a check finds; empty: nothing."""
+    try:
+        sound(settings)
+    except AssertionError as error:
+        return str(error) or "the check failed without a message"
+    except Exception as error:  # a fault can show itself as any error
+        return f"{type(error).__name__}: {error}"
+    return ""
+
 # %% ../../nbs/internals/01_labs.ipynb #a3d4a136
 def run_steps(
     lab: Lab,
-    steps: list[str],  # of breaks, fix; the check follows after them
+    steps: list[str],  # of look, breaks, fix
     home: Path,  # the workspace
-) -> LabState:
-    """Prepare, take some steps, and check. Raises: LabError when a step fails or hangs."""
+) -> list[LabState]:  # what the check says after each step
+    """Prepare, then take some steps, and check after each.
+
+    Raises:
+        LabError: a step fails or hangs.
+    """
     with tempfile.TemporaryDirectory(prefix="mlops_course_") as folder:
         answer = Path(folder) / "answer.json"
-        parts = [("prepare", lab.prepare), *((step, getattr(lab, step)) for step in steps), ("check", lab.check)]
+        code = {**asdict(lab), "look": ""}
+        parts = [(step, code[step]) for step in ("prepare", *(part for step in steps for part in (step, "check")))]
         job = json.dumps({"parts": parts, "home": str(home), "answer": str(answer)})
-        command = [sys.executable, "-c", "from mlops_course.course.labs import run_child; run_child()"]
-        variables = {**os.environ, "MLOPS_COURSE_HOME": str(home), "MPLBACKEND": "agg"}
-        try:
-            done = subprocess.run(
-                command, input=job, env=variables, timeout=_STEP_SECONDS, capture_output=True, text=True, check=False
-            )
-        except subprocess.TimeoutExpired as error:
-            problem = f"the lab didn't end within {_STEP_SECONDS:g} s"
-            raise LabError(problem, "Try again when the machine is less busy") from error
+        done = _in_child(job, home)
         if not answer.is_file():
             raise _dead(done)
         said = json.loads(answer.read_text(encoding="utf-8"))
     if said["failed"]:
         raise LabError(f"the lab's step {said['failed']} failed: {said['message']}", "Is the workspace in order?")
-    return LabState(said["sound"], said["message"])
+    return [LabState(not symptom, symptom) for symptom in said["symptoms"]]
 
 # %% ../../nbs/internals/01_labs.ipynb #5ee1097b
+def _in_child(job: str, home: Path) -> "subprocess.CompletedProcess[str]":
+    """Do a job in a process of its own, which may take its time but not for ever."""
+    command = [sys.executable, "-c", "from mlops_course.course.labs import run_child; run_child()"]
+    variables = {**os.environ, "MLOPS_COURSE_HOME": str(home), "MPLBACKEND": "agg"}
+    options: dict[str, Any] = {"timeout": _STEP_SECONDS, "capture_output": True, "text": True, "check": False}
+    try:
+        return subprocess.run(command, input=job, env=variables, **options)
+    except subprocess.TimeoutExpired as error:
+        problem = f"the lab didn't end within {_STEP_SECONDS:g} s"
+        raise LabError(problem, "Try again when the machine is less busy") from error
+
+
 def _dead(done: "subprocess.CompletedProcess[str]") -> LabError:
     """A step's process that ended without an answer."""
     last = (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -78,18 +99,15 @@ def run_child() -> None:
 def _do(parts: list[list[str]], home: Path) -> dict[str, Any]:
     settings = load_settings(home=home)
     scope: dict[str, Any] = {"__name__": "lab", "settings": settings}
+    symptoms = []
     for name, code in parts:
         try:
             exec(compile(code, f"<lab {name}>", "exec"), scope)
         except Exception as error:  # a step may raise anything: it is reported with its name
-            return {"failed": name, "sound": False, "message": f"{type(error).__name__}: {error}"}
-    try:
-        scope["sound"](settings)
-    except AssertionError as error:
-        return {"failed": "", "sound": False, "message": str(error) or "the check failed without a message"}
-    except Exception as error:  # a fault can show itself as any error
-        return {"failed": "", "sound": False, "message": f"{type(error).__name__}: {error}"}
-    return {"failed": "", "sound": True, "message": ""}
+            return {"failed": name, "message": f"{type(error).__name__}: {error}"}
+        if name == "check":
+            symptoms.append(_symptom(scope["sound"], settings))
+    return {"failed": "", "symptoms": symptoms}
 
 # %% ../../nbs/internals/01_labs.ipynb #d96a1a82
 def _lab_of(lesson: Lesson) -> Lab:
@@ -118,9 +136,13 @@ def break_lab(
     lesson: Lesson,
     home: Path,  # the workspace
 ) -> LabState:
-    """Inject the lab's fault. Raises: LabError when the workspace isn't sound before, or the fault isn't seen."""
+    """Inject the lab's fault.
+
+    Raises:
+        LabError: the workspace isn't sound before, or the fault isn't seen.
+    """
     lab = _lab_of(lesson)
-    before = run_steps(lab, [], home)
+    (before,) = run_steps(lab, ["look"], home)
     if not before.sound:
         if _may_be_broken(_lab_note(lesson, home)):
             problem, remedy = "is broken already", f"Fix it: mlops-course check {lesson.number} says if it is"
@@ -128,7 +150,7 @@ def break_lab(
             problem, remedy = "is not sound", "Something else is wrong with the workspace"
         raise LabError(f"the lab of section {lesson.number} {problem}: {before.symptom}", remedy)
     _write_note(lesson, home, breaking=True)  # whatever happens now, `fix` knows that it may be broken
-    after = run_steps(lab, ["breaks"], home)
+    (after,) = run_steps(lab, ["breaks"], home)
     if after.sound:
         _write_note(lesson, home, breaking=False)
         raise LabError(f"the fault of section {lesson.number} had no effect", "This is a bug in the lesson")
@@ -140,14 +162,18 @@ def fix_lab(
     lesson: Lesson,
     home: Path,  # the workspace
 ) -> tuple[str, LabState | None]:  # the code of the fix, and how it is afterwards; None: nothing was done, all is well
-    """Do the documented repair. Raises: LabError when nothing is broken, and never was."""
+    """Do the documented repair.
+
+    Raises:
+        LabError: nothing is broken, and never was.
+    """
     lab, note = _lab_of(lesson), _lab_note(lesson, home)
-    if not _may_be_broken(note) and run_steps(lab, [], home).sound:
+    if not _may_be_broken(note) and run_steps(lab, ["look"], home)[0].sound:
         if "broken" in note:
             return lab.fix, None
         problem = f"the lab of section {lesson.number} is not broken, so there is nothing to fix"
         raise LabError(problem, f"Break it: mlops-course break {lesson.number}")
-    state = run_steps(lab, ["fix"], home)
+    (state,) = run_steps(lab, ["fix"], home)
     _write_note(lesson, home, shown=True, **({"broken": False, "breaking": False} if state.sound else {}))
     return lab.fix, state
 
@@ -163,7 +189,7 @@ def check_lab(
     if "broken" not in note:
         return "unattempted", f"Start it: mlops-course break {lesson.number}"
     if note["broken"]:
-        state = run_steps(lesson.lab, [], home)
+        (state,) = run_steps(lesson.lab, ["look"], home)
         if not state.sound:
             return "failed", state.symptom
         _write_note(lesson, home, broken=False, passed=True)
@@ -177,16 +203,16 @@ def prove_lab(
     lesson: Lesson,
     home: Path,  # a workspace to play in
 ) -> list[str]:  # what is wrong with the lab; empty: it holds
-    """Sound, broken, seen, fixed: each step is checked."""
+    """Sound, broken, seen, fixed: each step is checked, and each fault and repair by another process, too."""
     lab = _lab_of(lesson)
     wrong = [f"lab: the fix is a reset ({word})" for word in ("reset", "rmtree(settings.home") if word in lab.fix]
-    plan: list[tuple[list[str], bool]] = [([], True), (["breaks"], False), ([], False), (["fix"], True), ([], True)]
-    for steps, expected in plan:
+    for steps in ({"look": True, "breaks": False}, {"look": False, "fix": True}, {"look": True}):
         try:
-            state = run_steps(lab, steps, home)
+            states = run_steps(lab, list(steps), home)
         except LabError as error:
             return [*wrong, f"lab: {error}"]
-        if state.sound != expected:
-            after = steps[0] if steps else "a second look"
-            wrong.append(f"lab: after {after} it is {'sound' if state.sound else f'broken: {state.symptom}'}")
+        for (step, expected), state in zip(steps.items(), states, strict=True):
+            if state.sound != expected:
+                after = "a second look" if step == "look" else step
+                wrong.append(f"lab: after {after} it is {'sound' if state.sound else f'broken: {state.symptom}'}")
     return wrong

@@ -36,7 +36,11 @@ _TESTS = re.compile(r"^### BEGIN HIDDEN TESTS\n(.*?)^### END HIDDEN TESTS[^\n]*\
 def read_notebook(
     path: Path,  # an .ipynb file
 ) -> dict[str, Any]:  # as in the file, but each source is one text
-    """A notebook's content. Raises: LessonError when the file is missing or is no notebook."""
+    """A notebook's content.
+
+    Raises:
+        LessonError: the file is missing, or isn't a notebook.
+    """
     try:
         notebook = json.loads(path.read_text(encoding="utf-8"))
         for cell in notebook["cells"]:
@@ -284,7 +288,7 @@ def read_wrong_answers(
                 number, answers = (ast.literal_eval(argument) for argument in node.args)
                 yield number, [WrongAnswer(label, code, words) for label, (code, words) in answers.items()]
             except (ValueError, TypeError, AttributeError) as error:
-                problem = f"{lesson.path.name}: wrong_answers is not plain text ({error})"
+                problem = f"{lesson.path.name}: wrong_answers is not plain text: {ast.unparse(node)}"
                 raise LessonError(problem, 'Write wrong_answers("5.2", {"label": ("code", "words")})') from error
 
 # %% ../../nbs/internals/01_lessons.ipynb #03c3f56c
@@ -316,7 +320,11 @@ _LAB_TAGS = {"prepare": "lab-prepare", "check": "lab-check", "breaks": "lab-brea
 def read_lab(
     lesson: Lesson,
 ) -> Lab | None:
-    """The lab's four pieces of code. Raises: LessonError when one is missing."""
+    """The lab's four pieces of code.
+
+    Raises:
+        LessonError: one is missing.
+    """
     cells = lesson.notebook["cells"]
     pieces = {
         name: "\n\n".join(cell["source"] for cell in cells if tag in tags(cell)) for name, tag in _LAB_TAGS.items()
@@ -343,7 +351,11 @@ def find_lessons() -> list[Path]:
 def read_lesson(
     path: Path,  # a lesson's notebook
 ) -> Lesson:
-    """A lesson with all that it holds. Raises: LessonError when the notebook can't be read."""
+    """A lesson with all that it holds.
+
+    Raises:
+        LessonError: the notebook can't be read.
+    """
     return Lesson(Path(path), read_notebook(Path(path)))
 
 # %% ../../nbs/internals/01_lessons.ipynb #fbba7d57
@@ -381,7 +393,11 @@ def course_map() -> str:  # a table in Markdown, whose links start in the folder
 def find_lesson(
     number: int | str,  # 5, or an exercise like 5.2
 ) -> Lesson:
-    """The lesson of a section. Raises: LessonError naming the sections that there are."""
+    """The lesson of a section.
+
+    Raises:
+        LessonError: there is none; the message names those that there are.
+    """
     wanted = str(number).split(".")[0]
     paths = find_lessons()
     for path in paths:
@@ -392,11 +408,15 @@ def find_lesson(
     problem = f"section {wanted}, {SECTIONS[int(wanted) - 1][0]}, is not in this version" if planned else ""
     raise LessonError(problem or f"there is no section {number!s}", f"The sections are {there or 'none'}")
 
-
+# %% ../../nbs/internals/01_lessons.ipynb #70349353
 def find_section(
     number: str,  # like 5
 ) -> Lesson:
-    """The lesson of a section, for what is done to a whole section. Raises: LessonError for an exercise, too."""
+    """The lesson of a section, for what is done to a whole section.
+
+    Raises:
+        LessonError: there is none, or it is an exercise.
+    """
     section, dot, _ = number.partition(".")
     if dot and section.isdigit():
         raise LessonError(f"{number} is an exercise, not a section", f"Write {section}")
@@ -406,7 +426,11 @@ def find_section(
 def find_exercise(
     number: str,  # like 5.2
 ) -> tuple[Lesson, Exercise]:
-    """An exercise and its lesson. Raises: LessonError naming the exercises that there are."""
+    """An exercise and its lesson.
+
+    Raises:
+        LessonError: there is none; the message names those that there are.
+    """
     lesson = find_lesson(number)
     if number in lesson.exercises:
         return lesson, lesson.exercises[number]

@@ -87,7 +87,11 @@ def next_hint(
     number: str,  # like 5.2
     home: Path,  # the workspace, where it is written down
 ) -> tuple[int, str]:  # which hint, from 1, and its text
-    """The next hint; the last one again and again. Raises: LessonError when the exercise has none."""
+    """The next hint; the last one again and again.
+
+    Raises:
+        LessonError: the exercise has none.
+    """
     _, exercise = find_exercise(number)
     if not exercise.hints:
         raise LessonError(f"exercise {number} has no hints", f"Run check({number!r}): its message helps")
@@ -108,7 +112,11 @@ def find_solution(
     home: Path,  # the workspace
     yes: bool = False,  # True: also before a pass
 ) -> str:
-    """An exercise's solution. Raises: CourseError when it isn't passed and nobody insists."""
+    """An exercise's solution.
+
+    Raises:
+        CourseError: it isn't passed and nobody insists.
+    """
     _, exercise = find_exercise(number)
     with edit_progress(home) as document:
         part = exercise_of(document, number)
@@ -129,7 +137,11 @@ def check_declaration(
     number: str,  # like 5.2
     answers: dict[str, tuple[str, str]],  # label: (code, words of the message)
 ) -> None:
-    """Refuse a declaration of wrong answers that can't be used. Raises: LessonError naming what is wrong."""
+    """Refuse a declaration of wrong answers that can't be used.
+
+    Raises:
+        LessonError: the message names what is wrong.
+    """
     remedy = 'Write wrong_answers("5.2", {"the median": ("share = x.median()", "words of the message")})'
     if len(answers) < 2:
         raise LessonError(f"exercise {number} has {len(answers)} wrong answers, and needs at least two", remedy)

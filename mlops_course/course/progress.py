@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from mlops_course.course.running import PASSED, UNATTEMPTED, Outcome
+from mlops_course.course.running import PASSED, UNATTEMPTED, ExerciseOutcome
 from mlops_course.environment import CourseError, workspace_error, write_atomic
 
 # %% ../../nbs/internals/01_progress.ipynb #fb801d00
@@ -34,7 +34,12 @@ def locked(
     path: Path,  # a file that is only there to be locked
     patience: float = _LOCK_TIMEOUT_S,  # seconds
 ) -> Iterator[None]:
-    """Be the only one. Raises: WorkspaceError when the folder can't be written, ProgressError after a long wait."""
+    """Be the only one.
+
+    Raises:
+        WorkspaceError: the folder can't be written to.
+        ProgressError: after a long wait.
+    """
     from filelock import FileLock, Timeout
 
     lock = FileLock(path, timeout=patience)
@@ -115,7 +120,12 @@ def _set_aside(path: Path) -> dict[str, Any]:
 def edit_progress(
     home: Path,  # the workspace
 ) -> Iterator[dict[str, Any]]:
-    """Change the progress: what is in the dictionary at the end is kept. Raises: WorkspaceError, ProgressError."""
+    """Change the progress: what is in the dictionary at the end is kept.
+
+    Raises:
+        WorkspaceError: the workspace can't be written to.
+        ProgressError: the progress can't be read or kept.
+    """
     with locked(home / ".progress.lock"):
         document = read_progress(home)
         yield document
@@ -155,7 +165,7 @@ def exercise_of(
 # %% ../../nbs/internals/01_progress.ipynb #0b100a11
 def note_outcomes(
     home: Path,  # the workspace
-    outcomes: Iterable[Outcome],
+    outcomes: Iterable[ExerciseOutcome],
 ) -> list[str]:  # notices for the learner
     """Keep what a check found."""
     with edit_progress(home) as document:

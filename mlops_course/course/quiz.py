@@ -42,7 +42,11 @@ def mark(
     question: Question,
     answer: str,  # letters, like b or ac; other signs between them don't matter
 ) -> Marked:
-    """Whether an answer is right. Raises: AnswerError when it names no option, or one that isn't there."""
+    """Whether an answer is right.
+
+    Raises:
+        AnswerError: it names no option, or one that isn't there.
+    """
     given = {sign for sign in answer.lower() if sign not in " ,.+&"}
     known = string.ascii_lowercase[: len(question.options)]
     if not given or not given <= set(known):
@@ -58,7 +62,11 @@ def mark_all(
     answers: list[str],  # one for each question
     home: Path,  # the workspace: the best result is kept there
 ) -> list[Marked]:
-    """Mark a whole quiz. Raises: AnswerError when there are too few or too many answers, or one can't be read."""
+    """Mark a whole quiz.
+
+    Raises:
+        AnswerError: there are too few or too many answers, or one can't be read.
+    """
     if not lesson.questions:
         raise AnswerError(f"section {lesson.number} has no quiz", "See mlops-course progress")
     if len(answers) != len(lesson.questions):

@@ -28,7 +28,11 @@ def start_section(
     number: str,  # like 5
     settings: Settings,
 ) -> dict[str, Any]:  # section, title, notebook, new, and whether there is something to check
-    """Get a section ready. Raises: CourseError when there is no such section."""
+    """Get a section ready.
+
+    Raises:
+        CourseError: there is no such section.
+    """
     lesson = find_lesson(number)
     settings.prepare()
     new = start_copy(lesson)
@@ -45,7 +49,11 @@ def check_section(
     settings: Settings,
     timeout: float | None = None,  # seconds for a cell; None: what the lesson says
 ) -> dict[str, Any]:  # the report, with `lab`, `notices` and `status`
-    """Check a learner's copy. Raises: CourseError when there is none, or it can't be run."""
+    """Check a learner's copy.
+
+    Raises:
+        CourseError: there is none, or it can't be run.
+    """
     only = target if "." in target else None
     lesson = find_exercise(target)[0] if only else find_lesson(target)
     path = copy_of(lesson)
@@ -104,7 +112,11 @@ def watch_section(
     show: Callable[[dict[str, Any]], None],  # is given each report, or an `error`
     timeout: float | None = None,
 ) -> None:
-    """Check now and on every save, until interrupted. Raises: LessonError when there is no such section."""
+    """Check now and on every save, until interrupted.
+
+    Raises:
+        LessonError: there is no such section.
+    """
     path = copy_of(find_lesson(target))
     for _ in _saves(path):
         try:
@@ -118,7 +130,11 @@ def lab_command(
     port: int,  # on this machine only
     browser: bool = True,
 ) -> list[str]:
-    """The command that opens JupyterLab at a notebook. Raises: CourseError when it isn't installed."""
+    """The command that opens JupyterLab at a notebook.
+
+    Raises:
+        CourseError: it isn't installed.
+    """
     if version_of("jupyterlab") is None:
         remedy = "Install it: pip install 'mlops_course[course]', or make install in the clone"
         raise CourseError("JupyterLab is not installed", remedy)

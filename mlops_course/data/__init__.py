@@ -102,7 +102,9 @@ def validate(
     refuse_missing_months(settings, raw, parts)
     report = pd.concat([part.report for part in parts.values()], ignore_index=True).astype("str")
     written = {
-        name: replace_months(settings, table_name(use_case, name), part.good, gone=part.absent)
+        name: replace_months(
+            settings, table_name(use_case, name), part.good, gone=part.absent, sources={f"raw_{name}": raw[name]}
+        )
         for name, part in parts.items()
     }
     keep_quarantine(settings, use_case, report, periods)
@@ -186,13 +188,13 @@ def build_features(
     Raises:
         DataError: a month has no rows, or the features are not what they must be.
     """
-    wanted, reference = months(first, last), ""
+    wanted, reference, name = months(first, last), "", table_name(use_case, "features")
     rows = partition_rows(settings, tables[use_case.tables[0].name])
     require_history(use_case, rows, wanted, _delivered(settings, use_case))
     for start in range(0, len(wanted), at_once):
         some = wanted[start : start + at_once]
         features = make_features(use_case, read_history(settings, use_case, tables, some), some)
-        reference = replace_months(settings, table_name(use_case, "features"), features, derived=True)[0]
+        reference = replace_months(settings, name, features, derived=True, sources=tables)[0]
     return reference
 
 # %% ../../nbs/05_data.ipynb #8676e329

@@ -5,9 +5,10 @@
 # %% ../../nbs/internals/05_tables.ipynb #798fe1df
 from __future__ import annotations
 
+import json
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import date, datetime
 from itertools import combinations
 from numbers import Number
@@ -20,6 +21,7 @@ from mlops_course.environment import CourseError, Settings, WorkspaceError
 
 if TYPE_CHECKING:
     import pyarrow
+    from deltalake import DeltaTable
 
     from mlops_course.project import UseCase
 
@@ -398,6 +400,7 @@ def replace_months(
     by: str = "period",  # column that holds the month
     derived: bool = False,  # True: a table that can be made again, so other columns or types replace all of it
     gone: Iterable[str] = (),  # months that shall hold no rows any more
+    sources: Mapping[str, str] | None = None,  # what the rows were made of, such as {"flights": "my-case/flights@3"}
 ) -> tuple[str, list[str]]:  # reference to the newest version right after, and the months that changed
     """Put whole months into a table; what is there already is not written again.
 
@@ -413,7 +416,7 @@ def replace_months(
         same = _unchanged(settings, name, rows, by)
     changed = sorted({*frame[by]} - {*same} | _held(settings, name, gone, by))
     if changed:
-        _write(settings, name, rows, by, changed, derived)
+        _write(settings, name, rows, by, changed, derived, sources or {})
     return f"{name}@{table_version(settings, name)}", changed
 
 # %% ../../nbs/internals/05_tables.ipynb #874f88fa
@@ -437,49 +440,66 @@ def _differs(rows: pyarrow.Table, schema: pyarrow.Schema) -> bool:
     return {field.name: _kept(field.type) for field in schema} != {field.name: field.type for field in rows.schema}
 
 # %% ../../nbs/internals/05_tables.ipynb #610d9e7b
-def _write(settings: Settings, name: str, rows: pyarrow.Table, by: str, changed: list[str], derived: bool) -> None:
+def _write(
+    settings: Settings, name: str, rows: pyarrow.Table, by: str, changed: list[str], derived: bool,
+    sources: Mapping[str, str],
+) -> None:  # fmt: skip
     """Replace months in one step; if another run has just changed the same months, do it again on top of that."""
     import pyarrow
     import pyarrow.compute
     from deltalake.exceptions import CommitFailedError, DeltaError
 
     rows = rows.filter(pyarrow.compute.is_in(rows[by], pyarrow.array(changed, rows.schema.field(by).type)))
+    rows = rows.combine_chunks()  # pieces would be written side by side, and their order lost
     size, free = rows.nbytes / 1e6, shutil.disk_usage(settings.prepare().data).free / 1e6
     if size > free:
         problem = f"can't write the table {name}: {size:.1f} MB to write, but only {free:.1f} MB of disk are free"
         raise WorkspaceError(problem, "Nothing was changed; free some space and run again")
     for attempt in range(_WRITE_ATTEMPTS):
         try:
-            return _overwrite(str(settings.data / name), name, rows, by, changed, derived)
+            return _overwrite(str(settings.data / name), name, rows, by, changed, derived, sources)
         except (DeltaError, OSError) as error:
             if isinstance(error, CommitFailedError) and attempt < _WRITE_ATTEMPTS - 1:
                 continue
             remedy = "Nothing was changed; free some space if the disk is full, and run again"
             raise WorkspaceError(f"can't write the table {name}: {_one_line(error)}", remedy) from error
 
-# %% ../../nbs/internals/05_tables.ipynb #ec151dda
+# %% ../../nbs/internals/05_tables.ipynb #5e0c81ab
 _WRITE_ATTEMPTS = 5  # at writing months that another run writes, too
+_KEEP_LOG = {"delta.enableExpiredLogCleanup": "false"}  # else versions are forgotten after 30 days and 100 writes
 
 
-def _overwrite(location: str, name: str, rows: pyarrow.Table, by: str, changed: list[str], derived: bool) -> None:
-    """Make the table if need be, and replace months in it."""
-    import pyarrow
-    from deltalake import DeltaTable, write_deltalake
+def _make_table(location: str, schema: pyarrow.Schema, by: str) -> DeltaTable:
+    """The table, made now if it isn't there."""
+    from deltalake import DeltaTable
     from deltalake.exceptions import DeltaError
 
     try:
         if not DeltaTable.is_deltatable(location):
-            DeltaTable.create(location, rows.schema, mode="ignore", partition_by=[by])
+            DeltaTable.create(location, schema, mode="ignore", partition_by=[by], configuration=_KEEP_LOG)
     except DeltaError:
         if not DeltaTable.is_deltatable(location):  # else another run has made it just now
             raise
-    table = DeltaTable(location)
+    return DeltaTable(location)
+
+# %% ../../nbs/internals/05_tables.ipynb #ec151dda
+def _overwrite(
+    location: str, name: str, rows: pyarrow.Table, by: str, changed: list[str], derived: bool,
+    sources: Mapping[str, str],
+) -> None:  # fmt: skip
+    """Make the table if need be, and replace months in it."""
+    import pyarrow
+    from deltalake import CommitProperties, write_deltalake
+
+    table = _make_table(location, rows.schema, by)
     schema = pyarrow.schema(table.schema().to_arrow())
+    about = CommitProperties(custom_metadata={"sources": json.dumps(dict(sources), sort_keys=True)})
     if derived and _differs(rows, schema):
-        write_deltalake(table, rows, mode="overwrite", schema_mode="overwrite")
+        write_deltalake(table, rows, mode="overwrite", schema_mode="overwrite", commit_properties=about)
     else:
         predicate = f"{by} IN ({', '.join(repr(month) for month in changed)})"
-        write_deltalake(table, _fit_rows(name, rows, schema), mode="overwrite", predicate=predicate)
+        rows = _fit_rows(name, rows, schema)
+        write_deltalake(table, rows, mode="overwrite", predicate=predicate, commit_properties=about)
 
 # %% ../../nbs/internals/05_tables.ipynb #42575f0d
 def widen_column(

@@ -25,7 +25,8 @@ from mlops_course.deployment.judging import ReleaseDecision, decide_release, jud
 from mlops_course.deployment.microbatch import ScoredFile, watch_inbox
 from mlops_course.deployment.pairing import default_slice_columns
 from mlops_course.deployment.release_files import (
-    create_release, live_reference, read_release, read_release_history, refuse_during_release, update_release,
+    create_release, live_reference, read_release, read_release_history, refuse_during_release, roll_back_by_history,
+    update_release,
 )
 from mlops_course.deployment.releases import STEPS, Release, ReleaseError, ReleaseLimits
 from mlops_course.deployment.routing import candidate_answers, place_of
@@ -125,7 +126,12 @@ def roll_back_release(
         ReleaseError: there is nothing to roll back.
         BundleError: the stable version's bundle is damaged.
     """
-    release, live = _current(settings), live_reference(settings)
+    try:
+        release, live = _current(settings), live_reference(settings)
+    except ReleaseError:  # its file is damaged or gone
+        if found := roll_back_by_history(settings, reason):
+            return found
+        raise
     if release.status == "rolled back" or live not in (release.stable, release.candidate):
         problem = f"the release of {release.candidate} is {release.status}, and {live or 'nothing'} is live"
         raise ReleaseError(problem, "There is nothing to roll back; publish the bundle that shall be live")

@@ -195,7 +195,7 @@ def tally(
     requests: RequestCounts,  # of the version that answered
     scores: np.ndarray | None,  # (n,) float64; None: it failed
     threshold: float,  # from which it warns
-) -> bool:  # whether it worked: a score that is no number is a failure
+) -> bool:  # whether it worked: a score that isn't a number is a failure
     """Count one answered request."""
     requests.answered += 1
     if scores is None or not np.isfinite(scores).all():

@@ -23,7 +23,7 @@ from mlops_course.serving.publishing import for_case, served_case
 
 # %% auto #0
 __all__ = ['release_folder', 'release_file', 'read_release', 'read_release_history', 'refuse_during_release', 'create_release',
-           'update_release', 'live_reference']
+           'update_release', 'live_reference', 'roll_back_by_history']
 
 # %% ../../nbs/internals/11_release_files.ipynb #95cef3bb
 _RELEASE = "release.json"
@@ -236,3 +236,29 @@ def live_reference(
     except CourseError:
         return None
     return live.name if live else None
+
+# %% ../../nbs/internals/11_release_files.ipynb #58326102
+def roll_back_by_history(
+    settings: Settings,  # whose workspace
+    reason: str,  # why; it is kept
+) -> Release | None:  # as it is now; None: the history doesn't know a release that runs
+    """Roll back a release whose own file is damaged or gone.
+
+    Raises:
+        ReleaseError: the state is locked.
+        BundleError: the stable version's bundle is damaged.
+    """
+    if release_folder(settings) is None:
+        return None
+    with _release_lock(settings):
+        last = next(iter(read_release_history(settings)[::-1]), None)
+        if last is None or last["status"] != "running":
+            return None
+        path = _folder(settings) / _RELEASE
+        if path.exists():
+            path.replace(path.with_suffix(".damaged"))
+        release = new_release(last["strategy"], last["stable"], last["candidate"], reason=reason)
+        if live_reference(settings) == release.candidate:
+            publish(settings, release.stable)
+        told = {"id": last["release"], "revision": last["revision"] + 1, "status": "rolled back"}
+        return _write(settings, msgspec.structs.replace(release, **told))

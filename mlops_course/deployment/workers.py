@@ -30,6 +30,7 @@ from mlops_course.environment import CourseError, Settings
 from mlops_course.serving import load_predictor
 from mlops_course.serving.bundle import bundles_folder
 from mlops_course.serving.models import Choice, LiveModels, Record, change_mark
+from mlops_course.serving.problems import without_folder
 
 if TYPE_CHECKING:
     from mlops_course.serving import Predictor
@@ -120,6 +121,7 @@ class _Router:
 
     def __init__(self) -> None:
         self.route: Route | None = None  # None: the live model answers all requests
+        self.problem = ""  # why no release can be followed; empty: all is well
         self._seen: object = None
 
     def follow(self, settings: Settings, live: Choice | None) -> None:
@@ -128,9 +130,10 @@ class _Router:
             path = release_file(settings)
             mark = (path and change_mark(path), live)
             if mark != self._seen:
-                self._seen = mark
+                self._seen, self.problem = mark, ""
                 self.route = self._route_of(settings, read_release(settings), live)
-        except CourseError as error:
+        except CourseError as error:  # nobody knows who should answer: the live model does
+            self.route, self.problem = None, without_folder(str(error), settings.home)
             _log.error("%s", error)
 
     def _route_of(self, settings: Settings, release: Release | None, live: Choice | None) -> Route | None:
@@ -192,5 +195,7 @@ class ReleaseModels(LiveModels):
 
     def _follow(self) -> None:
         """Take the model that is live, and the release that is under way."""
+        self.problem = "" if self.problem == self.router.problem else self.problem
         super().refresh()
         self.router.follow(self.settings, self.choice)
+        self.problem = self.problem or self.router.problem

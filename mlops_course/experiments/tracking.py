@@ -7,27 +7,29 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import os
+import platform
 import re
 import sqlite3
 import textwrap
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 from zipfile import BadZipFile
 
 # %% auto #0
-__all__ = ['TRUSTED_TYPES', 'quiet_mlflow', 'exclusive_lock', 'make_store', 'connect', 'explain_full_disk', 'tracked_run',
-           'find_tracked_run', 'run_value', 'model_signature', 'log_model', 'load_run_model', 'array_digest',
-           'rows_known_by', 'training_rows']
+__all__ = ['TRUSTED_TYPES', 'quiet_mlflow', 'exclusive_lock', 'make_store', 'connect', 'explain_full_disk', 'run_fingerprint',
+           'tracked_run', 'find_tracked_run', 'run_value', 'model_signature', 'log_model', 'load_run_model',
+           'array_digest', 'rows_known_by', 'training_rows']
 
 # %% ../../nbs/internals/06_tracking.ipynb #11b39aa9
 import numpy as np
 import pandas as pd
 
 from mlops_course.data import labelled_features, month_after, parse_month
-from mlops_course.environment import Settings, fingerprint, workspace_error, write_atomic
+from mlops_course.environment import Settings, cores, fingerprint, workspace_error, write_atomic
 from mlops_course.experiments.model import ExperimentError
 from mlops_course.project import UseCase
 from mlops_course.relocation import local_path, relocate, tracking_file
@@ -64,6 +66,27 @@ def exclusive_lock(
         lock.execute("BEGIN EXCLUSIVE")
         yield
 
+# %% ../../nbs/internals/06_tracking.ipynb #5d1c07ab
+@contextmanager
+def _without_waiting(
+    database: Path,  # an SQLite file that may be lost
+) -> Iterator[None]:
+    """In this block SQLAlchemy's connections to one file don't wait for the disk."""
+    from sqlalchemy import event
+    from sqlalchemy.engine import Engine
+
+    def relax(connection: Any, _: object) -> None:
+        if isinstance(connection, sqlite3.Connection):
+            file = connection.execute("PRAGMA database_list").fetchone()[2]
+            if file and Path(file).resolve() == database.resolve():
+                connection.execute("PRAGMA synchronous = OFF")
+
+    event.listen(Engine, "connect", relax)
+    try:
+        yield
+    finally:
+        event.remove(Engine, "connect", relax)
+
 # %% ../../nbs/internals/06_tracking.ipynb #acd55a09
 def make_store(
     settings: Settings,  # where the store is
@@ -79,7 +102,8 @@ def make_store(
     with exclusive_lock(settings.prepare()), TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         if not path.exists():
             new = Path(folder) / "new.db"
-            SqlAlchemyStore(f"sqlite:///{new.as_posix()}", settings.artifacts.as_uri()).engine.dispose()
+            with _without_waiting(new):
+                SqlAlchemyStore(f"sqlite:///{new.as_posix()}", settings.artifacts.as_uri()).engine.dispose()
             write_atomic(path, new.read_bytes())
 
 # %% ../../nbs/internals/06_tracking.ipynb #5c7c404e
@@ -92,12 +116,20 @@ def connect(
     Raises:
         ExperimentError: the store can't be opened.
     """
+    with _explained(settings):
+        _open_store(settings)
+        return _experiment(settings, use_case)
+
+
+# %% ../../nbs/internals/06_tracking.ipynb #fe53f178
+@contextmanager
+def _explained(settings: Settings) -> Iterator[None]:
+    """Say in a sentence why the store can't be opened."""
     from sqlalchemy.exc import SQLAlchemyError
 
     mlflow = quiet_mlflow()
     try:
-        _open_store(settings)
-        return _experiment(settings, use_case)
+        yield
     except (mlflow.MlflowException, SQLAlchemyError, sqlite3.Error, OSError, ImportError) as error:
         reason = textwrap.shorten(str(error).splitlines()[0], 200, placeholder=" …").rstrip(".")
         problem = f"can't open the tracking store {settings.tracking}: {reason}"
@@ -105,12 +137,12 @@ def connect(
         remedy = "Check MLOPS_COURSE_TRACKING_URI" if given else "Look at that file, or move it away to begin anew"
         raise ExperimentError(_without_password(problem), remedy) from error
 
-# %% ../../nbs/internals/06_tracking.ipynb #fe53f178
+
 def _without_password(text: str) -> str:
     """Addresses in the text, without the name and the password that they may hold."""
     return re.sub(r"//[^/@\s]*@", "//…@", text)
 
-
+# %% ../../nbs/internals/06_tracking.ipynb #5e0c81a7
 def _open_store(settings: Settings) -> None:
     """Make the store if need be, put its addresses right if the workspace was moved, and point MLflow to it."""
     mlflow = quiet_mlflow()
@@ -156,6 +188,19 @@ def explain_full_disk(
         raise workspace_error(OSError(errno.ENOSPC, "No space left on device"), settings.home) from error
 
 # %% ../../nbs/internals/06_tracking.ipynb #935d31f8
+def run_fingerprint() -> dict[str, Any]:  # ready for JSON; what can't be known is None
+    """The fingerprint of code, packages and machine, with what else can move the last digit: threads and processor."""
+    now = fingerprint()
+    text = ""
+    with suppress(OSError):
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    found = re.search(r"(?m)^model name\s*: (.+)$", text)
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    now["machine"]["model"] = found[1].strip() if found else platform.processor() or None
+    now["machine"]["threads"] = int(threads) if threads.isdecimal() else cores()
+    return now
+
+# %% ../../nbs/internals/06_tracking.ipynb #5e0c81aa
 @contextmanager
 def tracked_run(
     settings: Settings,  # where the store is
@@ -166,7 +211,7 @@ def tracked_run(
     """Open a run that knows its data, code, environment and machine."""
     mlflow = quiet_mlflow()
     experiment = connect(settings, use_case)
-    now = fingerprint()
+    now = run_fingerprint()
     tags = {f"data.{key}": value for key, value in data.items()}
     tags |= {"code.commit": str(now["commit"]), "code.dirty": str(now["dirty"]), "code.lock": str(now["lock"])}
     with explain_full_disk(settings), mlflow.start_run(experiment_id=experiment, run_name=name, tags=tags) as run:

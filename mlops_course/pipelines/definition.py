@@ -17,12 +17,7 @@ from typing import Annotated, Any, Literal, cast
 from mlops_course.environment import notebooks_folder
 from mlops_course.pipelines.notebooks import ParameterError, PipelineError, notebook_parameters, recorded_names, suggest
 from mlops_course.pipelines.parameters import (
-    TYPES,
-    Parameter,
-    check_passable,
-    fill,
-    references,
-    spell_out,
+    TYPES, Parameter, check_passable, fill, references, spell_out,
 )
 from mlops_course.pipelines.reading import kind, load_yaml, read_part, read_value, say
 
@@ -127,7 +122,7 @@ def _check_graph(stages: Sequence[Stage], where: str) -> None:
                 raise PipelineError(f"{at} needs {output!r}, which it makes itself", "Use outputs of other stages")
         for name in stage.after:
             if name not in names:
-                raise PipelineError(f"{at} comes after {name!r}, which is no stage", suggest(name, names))
+                raise PipelineError(f"{at} comes after {name!r}, which isn't a stage", suggest(name, names))
             if name == stage.name:
                 raise PipelineError(f"{at} comes after itself", "Name other stages")
 
@@ -151,7 +146,7 @@ def _check_passed(stage: Stage, parameters: Sequence[str], where: str) -> set[st
     for name in found:
         if name not in parameters:
             remedy = "Results flow through `inputs`" if "." in name else suggest(name, parameters)
-            raise PipelineError(f"{where} refers to ${{{name}}}, which is no parameter of the pipeline", remedy)
+            raise PipelineError(f"{where} refers to ${{{name}}}, which isn't a parameter of the pipeline", remedy)
     return set(found)
 
 # %% ../../nbs/internals/09_definition.ipynb #a0559c74
@@ -205,7 +200,7 @@ def _read_order(lines: list[str], declared: Mapping[str, Parameter], where: str)
         names, signs = line.split()[::2], line.split()[1::2]
         for name in names:
             if name not in declared:
-                raise PipelineError(f"{where}: order has {name!r}, which is no parameter", suggest(name, declared))
+                raise PipelineError(f"{where}: order has {name!r}, which isn't a parameter", suggest(name, declared))
         kinds = {declared[name].type for name in names}
         if len(kinds) > 1 or not kinds <= {"month", "integer", "number"}:
             remedy = "Order months with months, or numbers with numbers of the same type"

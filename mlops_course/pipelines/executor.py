@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from mlops_course.environment import cores
-from mlops_course.pipelines.cache import eager_imports, source_closure
+from mlops_course.pipelines.cache import drop_stale_bytecode, eager_imports, source_closure
 from mlops_course.pipelines.definition import Pipeline, Stage
 from mlops_course.pipelines.engine.requests import Event, Outcome, Request
 from mlops_course.pipelines.planning import Context
@@ -41,7 +41,9 @@ def modules_of(
     stage: Stage,
 ) -> tuple[str, ...]:  # in the order in which they are imported
     """Modules that a stage's code begins with, and those that are named for it: imported before it begins."""
-    reached = source_closure(context.pipeline.notebook(stage), context.paths, context.cache.memo)
+    notebook = context.pipeline.notebook(stage)
+    reached = source_closure(notebook, context.paths, context.cache.memo)
+    drop_stale_bytecode([*(file.path for file in reached.files.values()), *notebook.parent.glob("*.py")])
     useful = [name for name in context.pipeline.preload if name.split(".")[0] in reached.packages]
     return tuple(dict.fromkeys([*eager_imports(reached, context.cache.memo), *useful, *stage.preload]))
 

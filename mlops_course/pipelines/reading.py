@@ -49,7 +49,7 @@ def load_yaml(
     except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         odd = isinstance(error, LookupError | AttributeError)  # `!!bool` before something else
         reason = "a value isn't what its tag says" if odd else error
-        raise PipelineError(f"{path.name} is no proper YAML: {reason}", f"Correct {path}") from error
+        raise PipelineError(f"{path.name} isn't valid YAML: {reason}", f"Correct {path}") from error
 
 # %% ../../nbs/internals/09_reading.ipynb #c8e92fd5
 def kind(
@@ -117,6 +117,9 @@ def _member_for(value: object, declared: Any) -> Any:
     return next((each for each, shape in zip(members, shapes, strict=True) if isinstance(value, shape)), members[0])
 
 # %% ../../nbs/internals/09_reading.ipynb #95904354
+_Part = TypeVar("_Part")
+
+
 def _explain(value: Any, declared: Any, where: str, key: str) -> PipelineError:
     """The error for a value that was refused."""
     plain, words = split(_member_for(value, declared))
@@ -160,9 +163,6 @@ def read_value(
         raise _explain(value, declared, where, key) from error
 
 # %% ../../nbs/internals/09_reading.ipynb #8fd122e5
-_Part = TypeVar("_Part")
-
-# %% ../../nbs/internals/09_reading.ipynb #2ff123f0
 def read_part(
     part: object,  # as YAML gives it
     as_what: type[_Part],  # a dataclass whose fields are declared

@@ -75,7 +75,7 @@ _NO_CLOCK = -(10**6)  # minutes
 
 def _minutes_of_clock(
     clock: pd.Series,  # clock times written HHMM
-) -> np.ndarray:  # int64, minutes since midnight; _NO_CLOCK for what is no clock time
+) -> np.ndarray:  # int64, minutes since midnight; _NO_CLOCK for what isn't a clock time
     """Read clock times."""
     import numpy as np
 

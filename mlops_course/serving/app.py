@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import msgspec
 
 # %% auto #0
-__all__ = ['PATHS', 'housekeep', 'refresh_table', 'build_api', 'FastPath', 'create_app']
+__all__ = ['PATHS', 'describe_manifest', 'housekeep', 'refresh_table', 'build_api', 'FastPath', 'create_app']
 
 # %% ../../nbs/internals/07_app.ipynb #30d8b4be
 from fastapi import FastAPI, Query, Request, Response
@@ -25,7 +25,7 @@ from starlette.routing import Route
 
 from mlops_course import __version__
 from mlops_course.environment import Settings
-from mlops_course.serving.bundle import case_of
+from mlops_course.serving.bundle import Manifest, case_of
 from mlops_course.serving.inference import typical_record
 from mlops_course.serving.limits import Authorize, Guard, Limits
 from mlops_course.serving.lookup import OnlineTable
@@ -68,6 +68,14 @@ def _add_health(
         numbers = expose(service.metrics) if service.metrics is not None else b""
         return Response(numbers, media_type="text/plain; version=0.0.4; charset=utf-8")
 
+# %% ../../nbs/internals/07_app.ipynb #6f0b1d01
+def describe_manifest(
+    manifest: Manifest,  # of a bundle
+) -> dict[str, Any]:  # for everybody
+    """Say what callers may know of a model: not which packages and machine made it."""
+    fingerprint = {"commit": manifest.fingerprint.get("commit")}
+    return {**msgspec.to_builtins(manifest), "reference": manifest.model, "fingerprint": fingerprint}
+
 # %% ../../nbs/internals/07_app.ipynb #e106b252
 def _add_model(
     app: FastAPI,  # that gets the endpoints
@@ -77,8 +85,7 @@ def _add_model(
 
     @app.get("/model", tags=["model"], summary="Which model answers?", responses={503: REFUSALS[503]})
     async def model() -> dict[str, Any]:
-        manifest = service.models.live().predictor.manifest
-        return {**msgspec.to_builtins(manifest), "reference": manifest.model, "card": service.models.card}
+        return {**describe_manifest(service.models.live().predictor.manifest), "card": service.models.card}
 
     known: dict[int | str, dict[str, Any]] = {422: REFUSALS[422], 503: REFUSALS[503]}
 
@@ -237,9 +244,9 @@ def build_api(
 ) -> FastAPI:  # without limits, keys and counters
     """The endpoints of a service, described."""
     app = FastAPI(
-        title="Predictions", version=__version__, docs_url=None, redoc_url=None, lifespan=_lifespan(service),
+        title="Predictions", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False,
+        lifespan=_lifespan(service), telemetry=_NO_TELEMETRY,
         routes=[Route(path, handler, methods=["POST"]) for path, handler in _handlers(service).items()],
-        telemetry=_NO_TELEMETRY,
     )  # fmt: skip
     _add_health(app, service)
     _add_model(app, service)

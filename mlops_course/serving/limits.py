@@ -33,7 +33,7 @@ __all__ = ['Authorize', 'Limits', 'read_limits', 'RateLimiter', 'Exchange', 'Gua
 class Limits:
     """What a request may cost. Each worker process keeps them for itself."""
 
-    body: int = 4 * 2**20  # bytes of a body
+    body: int = 6 * 2**20  # bytes of a body: as many rows as a batch may have, and some room
     rows: int = 1000  # of a batch
     seconds: float = 10.0  # from a request's first byte to its answer
     running: int = 64  # requests at work at the same time

@@ -15,7 +15,7 @@ from mlops_course.serving.bundle import BundleError, case_of
 from mlops_course.serving.online import (
     FeatureRecord, FeatureTable, FeatureTableError, FileStore, LackingRowError, file_mark, open_feature_table,
 )
-from mlops_course.serving.problems import HTTPProblem
+from mlops_course.serving.problems import HTTPProblem, without_folder
 from mlops_course.serving.publishing import served_case
 
 # %% auto #0
@@ -49,7 +49,7 @@ class OnlineTable:
 
     def lose(self, error: Exception) -> None:
         """Do without the table until it can be opened again."""
-        self.table, self.problem = None, str(error)
+        self.table, self.problem = None, without_folder(str(error), self.settings.home)
 
     async def find(
         self, keys: Sequence[str], features: Sequence[str]
@@ -70,7 +70,8 @@ class OnlineTable:
         except FeatureTableError as error:
             self.lose(error)
             remedy, later = "Send whole records, or materialise the features", [(b"retry-after", b"10")]
-            raise HTTPProblem(503, error.problem, remedy, headers=later) from error
+            said = without_folder(error.problem, self.settings.home)
+            raise HTTPProblem(503, said, remedy, headers=later) from error
 
 # %% ../../nbs/internals/07_lookup.ipynb #3c10e392
 def _get(

@@ -57,11 +57,12 @@ class PredictResponse(msgspec.Struct, omit_defaults=True):
     reasons: list[Reason] | None = None
 
 # %% ../../nbs/internals/07_messages.ipynb #8778d098
-class BatchRow(msgspec.Struct):
+class BatchRow(msgspec.Struct, omit_defaults=True):
     """What comes back for a row of a batch."""
 
     score: float
     warned: bool
+    reasons: list[Reason] | None = None
 
 
 class BatchResponse(msgspec.Struct):
@@ -187,7 +188,7 @@ def request_id_of(
     """The id that the layer around has given, or a new one where there is no such layer."""
     return scope.get("state", {}).get("request_id") or secrets.token_hex(12)
 
-
+# %% ../../nbs/internals/07_messages.ipynb #681e3fb7
 def wanted_reasons(
     query: bytes,  # of the address
 ) -> int:  # how many
@@ -196,9 +197,14 @@ def wanted_reasons(
     Raises:
         HTTPProblem: the request is refused.
     """
-    wanted = dict(parse_qsl(query.decode("latin-1"), keep_blank_values=True, max_num_fields=20)).get("reasons", "false")
+    try:
+        fields = dict(parse_qsl(query.decode("latin-1"), keep_blank_values=True, max_num_fields=20))
+    except ValueError as error:
+        what = f"the query has {query.count(b'&') + 1} fields"
+        raise HTTPProblem(422, what, "Send only those in /openapi.json", "query") from error
+    wanted = fields.get("reasons", "false")
     if wanted in ("true", "false"):
         return 5 if wanted == "true" else 0
-    if not (wanted.isascii() and wanted.isdigit() and int(wanted[:4]) <= 20):
+    if not (wanted.isascii() and wanted.isdigit() and len(wanted) <= 4 and int(wanted) <= 20):
         raise HTTPProblem(422, f"reasons is {wanted[:60]!r}", "Give true, or a number from 0 to 20", "query reasons")
     return int(wanted)

@@ -19,7 +19,7 @@ from mlops_course.environment import CourseError, Settings
 from mlops_course.serving.bundle import CARD_FILE, case_folder
 from mlops_course.serving.publishing import LIVE_FILE, for_case, live_bundle, served_case
 from mlops_course.serving.inference import Predictor, load_predictor, smoke_test
-from mlops_course.serving.problems import HTTPProblem
+from mlops_course.serving.problems import HTTPProblem, without_folder
 
 if TYPE_CHECKING:
     from mlops_course.serving.metrics import Metrics
@@ -119,9 +119,10 @@ class LiveModels:
             if self._is_due():
                 _take_live(self)
         except Exception as error:  # whatever is wrong with the newest model, the one that is there goes on
-            self.problem, self.failures = f"the newest model was refused: {error}", self.failures + 1
+            said = f"the newest model was refused: {error}"
+            self.problem, self.failures = without_folder(said, self.settings.home), self.failures + 1
             self._retry_at = time.monotonic() + self._patience
-            _log.error("%s", self.problem, exc_info=None if isinstance(error, (CourseError, OSError)) else error)
+            _log.error("%s", said, exc_info=None if isinstance(error, (CourseError, OSError)) else error)
 
     def live(self) -> Choice:
         """The live model.

@@ -96,7 +96,8 @@ def _key_part(name: str, kind: str, value: Any) -> str:
         return str(int(value))
     elif kind == "text" and isinstance(value, str) and 0 < len(value) <= 100 and _SEPARATOR not in value:
         return value
-    form = {"time": "a time with its zone, such as 2013-01-01T10:00:00Z", "integer": "a whole number"}.get(kind, "text")
+    forms = {"time": "a time with its zone, such as 2013-01-01T10:00:00Z", "integer": "a whole number"}
+    form = forms.get(kind, f"text of 1 to 100 characters, without {_SEPARATOR}")
     shown = repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:57]}…"
     raise InputError(f"the key's {name} is {shown}", f"Give {form}", name)
 

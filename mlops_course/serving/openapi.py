@@ -121,7 +121,7 @@ def describe_service(
 ) -> dict[str, Any]:  # an OpenAPI document
     """Describe the whole service."""
     one = _operation("predict", "PredictRequest", "PredictResponse", "Score one row", [_REASONS])
-    many = _operation("predict_batch", "BatchRequest", "BatchResponse", "Score many rows")
+    many = _operation("predict_batch", "BatchRequest", "BatchResponse", "Score many rows", [_REASONS])
     paths = {**own["paths"], "/predict": {"post": one}, "/predict/batch": {"post": many}}
     parts = own.get("components", {})
     components = {**parts, "schemas": {**parts.get("schemas", {}), **_schemas(service)}}

@@ -22,7 +22,7 @@ __all__ = ['Service', 'PredictJob', 'name_keys', 'read_records', 'find_records',
 
 # %% ../../nbs/internals/07_predict.ipynb #ca72b0f4
 from mlops_course.serving.encoding import InputError
-from mlops_course.serving.inference import Predictor
+from mlops_course.serving.inference import Predictor, Reason
 from mlops_course.serving.limits import Limits
 from mlops_course.serving.lookup import OnlineTable
 from mlops_course.serving.messages import (
@@ -184,6 +184,10 @@ class ScoredRows:
     scores: np.ndarray  # (n,) float64
     seconds: float
 
+    def reasons(self, count: int) -> list[list[Reason]]:
+        """Why each row has its score."""
+        return [self.choice.predictor.reasons(row, count) for row in self.matrix]
+
 
 def _check_scores(scores: np.ndarray) -> None:
     """Make sure that a model has said something.
@@ -310,7 +314,7 @@ class PredictOne:
         await respond(send, 200, encode_json(response))
         service.models.observe(scored.choice, scored.seconds, scored.scores, True, scored.records)
 
-# %% ../../nbs/internals/07_predict.ipynb #71d1438c
+# %% ../../nbs/internals/07_predict.ipynb #71d1d48d
 class PredictMany:
     """`POST /predict/batch`: many rows, all by the same model."""
 
@@ -321,6 +325,7 @@ class PredictMany:
         """Answer."""
         service, most = self.service, self.service.limits.rows
         job = PredictJob([], request_id_of(scope), check_headers(scope), within="rows")
+        reasons = wanted_reasons(scope["query_string"]) if scope["query_string"] else 0
         body = await _body_of(receive)
         check_objects(body, most)
         job.requests = read_body(decode_batch, body).rows
@@ -333,5 +338,8 @@ class PredictMany:
         values, threshold = scored.scores.tolist(), predictor.threshold
         record_predictions(service, job, scored, values)
         rows = [BatchRow(value, value >= threshold) for value in values]
+        if reasons:
+            for row, found in zip(rows, await asyncio.to_thread(scored.reasons, reasons), strict=True):
+                row.reasons = found
         await respond(send, 200, encode_json(BatchResponse(rows, threshold, predictor.reference, job.request_id)))
         service.models.observe(scored.choice, scored.seconds, scored.scores, True, scored.records)

@@ -27,7 +27,7 @@ import msgspec
 
 from mlops_course.environment import Settings, workspace_error
 from mlops_course.serving.bundle import case_folder
-from mlops_course.serving.problems import HTTPProblem, encode_json
+from mlops_course.serving.problems import HTTPProblem, encode_json, without_folder
 
 if sys.platform != "win32":
     import fcntl
@@ -207,8 +207,9 @@ class PredictionLog:
         try:
             self.open().write(data)
         except OSError as error:
-            self.problem = workspace_error(error, self.folder).problem
-            _log.error("%s", self.problem)
+            said = workspace_error(error, self.folder).problem
+            _log.error("%s", said)
+            self.problem = without_folder(said, self.folder.parent)
             raise _unwritten(self.problem) from error
 
     def sync(self) -> None:
@@ -252,9 +253,9 @@ def _room_problem(
     """Say whether more may be written."""
     status = os.statvfs(log.folder) if hasattr(os, "statvfs") else None
     if log.total > log.limits.total:
-        return f"{log.total:,} bytes wait in {log.folder}, and the limit is {log.limits.total:,}"
+        return f"{log.total:,} bytes wait in {log.folder.name}, and the limit is {log.limits.total:,}"
     if status is not None and status.f_bavail * status.f_frsize < log.limits.spare:
-        return f"the disk of {log.folder} is full"
+        return f"the disk of {log.folder.name} is full"
     return ""
 
 # %% ../../nbs/internals/07_predictions.ipynb #08571e85
@@ -273,7 +274,7 @@ def maintain(
             segment.write(b"\n")  # an empty line, which readers skip
         log.problem = problem
     except OSError as error:
-        log.problem = workspace_error(error, log.folder).problem
+        log.problem = without_folder(workspace_error(error, log.folder).problem, log.folder.parent)
 
 # %% ../../nbs/internals/07_predictions.ipynb #1fe83765
 @dataclass(frozen=True)

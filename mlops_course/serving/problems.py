@@ -5,8 +5,10 @@
 # %% ../../nbs/internals/07_problems.ipynb #33c9029c
 from __future__ import annotations
 
+import os
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -15,7 +17,7 @@ from mlops_course.environment import CourseError
 
 # %% auto #0
 __all__ = ['Scope', 'Message', 'Send', 'Receive', 'Headers', 'JSON', 'PROBLEM', 'encode_json', 'HTTPProblem', 'ProblemDetails',
-           'problem_document', 'respond', 'send_problem']
+           'problem_document', 'without_folder', 'respond', 'send_problem']
 
 # %% ../../nbs/internals/07_problems.ipynb #642ba329
 Scope = MutableMapping[str, Any]  # what a server says about a request: path, method, headers
@@ -68,6 +70,14 @@ def problem_document(
     made = ProblemDetails(HTTPStatus(problem.status).phrase, problem.status, detail)
     made.field, made.row, made.remedy, made.request_id = problem.field, problem.row, remedy or None, request_id
     return encode_json(made)
+
+# %% ../../nbs/internals/07_problems.ipynb #5c1d0e02
+def without_folder(
+    text: str,  # a message about files
+    folder: Path,  # where they lie
+) -> str:  # the message for clients
+    """Tell paths from a folder on."""
+    return text.replace(f"{folder}{os.sep}", "").replace(str(folder), folder.name)
 
 # %% ../../nbs/internals/07_problems.ipynb #9743ac5c
 async def respond(

@@ -24,10 +24,12 @@ from time import monotonic
 from typing import Any
 
 # %% auto #0
-__all__ = ['APP', 'Connection', 'end_if_overdue', 'watch_connections', 'ServeError', 'bind', 'Launch', 'JsonLines', 'serve']
+__all__ = ['APP', 'Progress', 'Connection', 'read_on', 'end_if_overdue', 'end_if_stalled', 'watch_connections', 'ServeError',
+           'bind', 'Launch', 'JsonLines', 'serve']
 
 # %% ../../nbs/internals/07_server.ipynb #0c21a6c5
 import uvicorn
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.supervisors import Multiprocess
 
@@ -37,76 +39,168 @@ from mlops_course.serving.problems import PROBLEM, HTTPProblem, problem_document
 
 _log = logging.getLogger("mlops_course.serving")
 
+# %% ../../nbs/internals/07_server.ipynb #6f0b1c21
+@dataclass
+class Progress:
+    """How far a connection has come."""
+
+    waiting_since: float = 0.0  # when the part that is being waited for was begun; infinity: nothing is
+    pending: int = 0  # bytes of the headers so far; after them, bytes since the body last grew
+    head: int = 0  # bytes of the headers that were understood
+    in_headers: bool = True  # whether headers are being read
+    unread: bytes = b""  # what has come in and waits until there is room for more requests
+    refused: bool = False  # whether nothing is read any more
+    unwritten: int = 0  # bytes that the client had not taken a second ago
+    stalled_since: float = float("inf")  # when it last took some
+
 # %% ../../nbs/internals/07_server.ipynb #b6477d43
 def _refuse(connection: Connection, problem: HTTPProblem) -> None:
     """Answer where there is no request yet, and close."""
-    if not connection.transport.is_closing():
-        body, title = problem_document(problem), HTTPStatus(problem.status).phrase
-        head = f"HTTP/1.1 {problem.status} {title}\r\ncontent-type: {PROBLEM.decode()}\r\n"
-        ends = f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
-        connection.transport.write((head + ends).encode() + body)
-        connection.transport.close()
+    connection.progress.refused, connection.progress.unread = True, b""
+    if connection.transport.is_closing():
+        return
+    if _is_answering(connection):
+        connection.cycle.keep_alive = False  # the last one that was understood is answered, and nothing after it
+        return
+    body, title = problem_document(problem), HTTPStatus(problem.status).phrase
+    head = f"HTTP/1.1 {problem.status} {title}\r\ncontent-type: {PROBLEM.decode()}\r\n"
+    ends = f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+    connection.transport.write((head + ends).encode() + body)
+    connection.transport.close()
+
+
+def _is_answering(connection: Connection) -> bool:
+    """Whether a request that came before has no response yet."""
+    cycle = connection.cycle
+    at_work = cycle is not None and not cycle.response_complete
+    return at_work and bool(connection.pipeline or not cycle.more_body)
 
 # %% ../../nbs/internals/07_server.ipynb #ef0cd55b
 class Connection(HttpToolsProtocol):
-    """A connection with limits: on how many there are, on its headers, and on its time."""
+    """A connection with limits: on how many there are, on headers, on requests that wait, and on time."""
 
-    waiting_since = float("inf")  # when the part that is being waited for was begun
-    pending = 0  # bytes of the headers so far; after them, bytes since the body last grew
-    in_headers = True  # whether headers are being read
+    def connection_made(self, transport: Any) -> None:
+        """Begin, unless there are too many."""
+        super().connection_made(transport)
+        self.progress = Progress(monotonic())
+        self.flow = _Flow(transport, self.progress)
+        watch_connections(self)
+        if len(self.connections) > self.app.limits.connections:
+            _refuse(self, HTTPProblem(503, f"{len(self.connections)} connections are open", "Try again later"))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget what nobody waits for."""
+        super().connection_lost(exc)
+        self.progress.refused, self.progress.unread = True, b""
+        self.pipeline.clear()
 
     def send_400_response(self, msg: str) -> None:
         """Say in our form that this is not HTTP."""
         _refuse(self, HTTPProblem(400, "this is not a valid HTTP request", "Send HTTP/1.1"))
 
-    def connection_made(self, transport: Any) -> None:
-        """Begin, unless there are too many."""
-        super().connection_made(transport)
-        self.waiting_since = monotonic()
-        watch_connections(self)
-        if len(self.connections) > self.app.limits.connections:
-            _refuse(self, HTTPProblem(503, f"{len(self.connections)} connections are open", "Try again later"))
+    def data_received(self, data: bytes) -> None:
+        """Read on, as far as there is room for what is asked."""
+        read_on(self, data)
 
     def on_message_begin(self) -> None:
         """A request's first byte."""
         super().on_message_begin()
-        self.waiting_since, self.in_headers = monotonic(), True
+        self.progress.waiting_since, self.progress.in_headers, self.progress.head = monotonic(), True, 0
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Take a header; one that comes after the body is dropped: nobody has checked it."""
-        if self.in_headers:
+        if self.progress.in_headers:
+            self.progress.head += len(name) + len(value) + 4
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        """From here on, the layer around the app watches."""
-        self.pending, self.in_headers = 0, False
+        """From here on, the layer around the app watches. Raises: ValueError, which has the parser stop."""
+        self.progress.pending, self.progress.in_headers = 0, False
+        if problem := _head_problem(self):
+            _refuse(self, problem)
+            raise ValueError(problem.problem)
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
         """The body grows: the layer around the app counts it."""
-        self.pending = 0
+        self.progress.pending = 0
         super().on_body(body)
 
     def on_message_complete(self) -> None:
         """Nothing more is waited for."""
         super().on_message_complete()
-        self.waiting_since, self.pending = float("inf"), 0
+        self.progress.waiting_since, self.progress.pending = float("inf"), 0
 
-    def data_received(self, data: bytes) -> None:
-        """Read on, unless the headers have no end, before the body or after it."""
-        self.pending += len(data)
-        super().data_received(data)
-        if self.pending > self.app.limits.head and not self.transport.is_closing():
-            _end_headers(self)
+    def on_response_complete(self) -> None:
+        """There is room for one more."""
+        super().on_response_complete()
+        if self.progress.unread:
+            read_on(self)
+
+# %% ../../nbs/internals/07_server.ipynb #6f0b1c01
+def _too_long(limit: int) -> HTTPProblem:
+    """What to say about headers over the limit."""
+    return HTTPProblem(431, f"the headers have more than {limit} bytes", "Send fewer or shorter headers")
+
+
+def _head_problem(connection: Connection) -> HTTPProblem | None:
+    """Why a request's headers are refused; None: they aren't."""
+    limit, progress = connection.app.limits.head, connection.progress
+    if progress.head + len(connection.url) > limit:
+        return _too_long(limit)
+    hosts = sum(name == b"host" for name, _ in connection.headers)
+    if hosts > 1 or (not hosts and connection.parser.get_http_version() == "1.1"):
+        return HTTPProblem(400, f"the request has {hosts} Host headers", "Send one")
+    return None
+
+# %% ../../nbs/internals/07_server.ipynb #6f0b1c04
+_SLICE, _SMALL_SLICE = 4096, 512  # bytes that are understood in one go: usually, and once requests wait
+_AHEAD = 16  # requests that may wait for their turn
+
+
+def read_on(
+    connection: Connection,  # that has sent something, or has got a response
+    data: bytes = b"",  # that has just come in
+) -> None:
+    """Have the parser understand what a connection has sent, as far as there is room for more requests."""
+    progress = connection.progress
+    data, start = progress.unread + data if progress.unread else data, 0
+    while start < len(data) and not progress.refused and len(connection.pipeline) < _AHEAD:
+        end = start + (_SMALL_SLICE if connection.pipeline else _SLICE)
+        _understand(connection, data[start:end])
+        start = end
+    progress.unread = b"" if progress.refused else data[start:]
+    if progress.unread:  # it is resumed, as usual, when a response is complete or an app asks for a body
+        connection.flow.pause_reading()
+
+# %% ../../nbs/internals/07_server.ipynb #6f0bad05
+def _understand(connection: Connection, data: bytes) -> None:
+    """Have the parser go on, unless headers have no end, before the body or after it."""
+    connection.progress.pending += len(data)
+    HttpToolsProtocol.data_received(connection, data)
+    if connection.progress.pending > connection.app.limits.head and not connection.transport.is_closing():
+        _end_headers(connection)
+
+# %% ../../nbs/internals/07_server.ipynb #6f0c3e06
+class _Flow(FlowControl):
+    """Has reading go on when an app asks for a body, but not as long as something is unread."""
+
+    def __init__(self, transport: Any, progress: Progress) -> None:
+        super().__init__(transport)
+        self.progress = progress
+
+    def resume_reading(self) -> None:
+        """Let more come in."""
+        if not self.progress.unread:
+            super().resume_reading()
 
 # %% ../../nbs/internals/07_server.ipynb #4313889e
 def _end_headers(connection: Connection) -> None:
     """End a connection whose headers are too long."""
-    if not connection.in_headers and connection.cycle.response_started:
+    if not connection.progress.in_headers and connection.cycle.response_started:
         connection.transport.abort()  # it has its response already
     else:
-        much = f"the headers have more than {connection.app.limits.head} bytes"
-        _refuse(connection, HTTPProblem(431, much, "Send fewer or shorter headers"))
+        _refuse(connection, _too_long(connection.app.limits.head))
 
 
 def end_if_overdue(
@@ -114,14 +208,27 @@ def end_if_overdue(
     now: float,  # seconds of the monotonic clock
 ) -> None:
     """End what has waited too long; called once a second."""
-    limits = connection.app.limits
-    if now - connection.waiting_since < limits.seconds + (0 if connection.in_headers else 1):
-        return
-    if connection.pending and connection.in_headers:
+    limits, progress = connection.app.limits, connection.progress
+    if progress.unread or now - progress.waiting_since < limits.seconds + (0 if progress.in_headers else 1):
+        return  # in time, or it has sent its part, and waits for its turn
+    if progress.pending and progress.in_headers:
         late = f"the headers were not complete after {limits.seconds:g} seconds"
         _refuse(connection, HTTPProblem(408, late, "Send them at once"))
     else:  # nothing came at all, or a body that was refused goes on and on
         connection.transport.close()
+
+# %% ../../nbs/internals/07_server.ipynb #6f0b1c07
+def end_if_stalled(
+    connection: Connection,  # any
+    now: float,  # seconds of the monotonic clock
+) -> None:
+    """Cut off a client that takes no answers; called once a second."""
+    progress, unwritten = connection.progress, connection.transport.get_write_buffer_size()
+    if not unwritten or unwritten < progress.unwritten or progress.stalled_since > now:
+        progress.stalled_since = now
+    progress.unwritten = unwritten
+    if now - progress.stalled_since >= connection.app.limits.seconds:
+        connection.transport.abort()
 
 # %% ../../nbs/internals/07_server.ipynb #4c3619ac
 def watch_connections(
@@ -138,6 +245,7 @@ def watch_connections(
             for each in list(connection.connections):
                 if isinstance(each, Connection):
                     end_if_overdue(each, monotonic())
+                    end_if_stalled(each, monotonic())
         except Exception:  # a bug with one connection must not end the watch over all
             _log.exception("the watch over connections failed")
         finally:

@@ -7,10 +7,10 @@ __all__ = ['CacheEntry', 'CacheStore', 'Found', 'HashMemo', 'History', 'KeyInput
            'OutputError', 'Pruned', 'SourceClosure', 'StageKey', 'YOUNG_S', 'cyclic_links', 'describe_output',
            'eager_imports', 'explain', 'find_entry', 'forget_entry', 'keep_result', 'key_lock', 'list_entries',
            'list_files', 'outputs_in_run', 'prune_entries', 'relativize', 'resolve', 'restore_entry', 'source_closure',
-           'stage_key', 'verify_entries', 'written_since']
+           'stage_key', 'verify_entries', 'written_since', 'drop_stale_bytecode']
 
 # %% ../../../nbs/internals/09_cache.ipynb #dfbaba8f
-from mlops_course.pipelines.cache.closure import SourceClosure, eager_imports, source_closure
+from mlops_course.pipelines.cache.closure import SourceClosure, drop_stale_bytecode, eager_imports, source_closure
 from mlops_course.pipelines.cache.entries import CacheEntry, Found, History
 from mlops_course.pipelines.cache.fingerprints import KeyInputError, Listing, cyclic_links, list_files, written_since
 from mlops_course.pipelines.cache.hashes import HashMemo
@@ -26,4 +26,4 @@ _all_ = ["CacheEntry", "CacheStore", "Found", "HashMemo", "History", "KeyInputEr
 _all_ += ["OutputError", "Pruned", "SourceClosure", "StageKey", "YOUNG_S", "cyclic_links", "describe_output"]
 _all_ += ["eager_imports", "explain", "find_entry", "forget_entry", "keep_result", "key_lock", "list_entries"]
 _all_ += ["list_files", "outputs_in_run", "prune_entries", "relativize", "resolve", "restore_entry", "source_closure"]
-_all_ += ["stage_key", "verify_entries", "written_since"]
+_all_ += ["stage_key", "verify_entries", "written_since", "drop_stale_bytecode"]

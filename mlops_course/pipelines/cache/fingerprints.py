@@ -22,6 +22,10 @@ from mlops_course.pipelines.cache.hashes import HashMemo, digest_json
 class KeyInputError(CourseError):
     """What a key is made of can't be read, or has no form that could be compared."""
 
+
+def _unreadable(path: Path, error: OSError) -> KeyInputError:
+    return KeyInputError(f"can't read {path}: {error.strerror or error}", "Look at that path")
+
 # %% ../../../nbs/internals/09_cache_fingerprints.ipynb #483f1401
 _FULL, _EMPTY, _LOOP = "full folder", "folder", "loop to "
 
@@ -155,10 +159,6 @@ def content_of(
         return content_hash(list_files(path, memo), path.is_dir())
     except OSError as error:
         raise _unreadable(path, error) from error
-
-# %% ../../../nbs/internals/09_cache_fingerprints.ipynb #c1a48dff
-def _unreadable(path: Path, error: OSError) -> KeyInputError:
-    return KeyInputError(f"can't read {path}: {error.strerror or error}", "Look at that path")
 
 # %% ../../../nbs/internals/09_cache_fingerprints.ipynb #b8a2c22f
 _CANONICAL = "Use text, numbers, true, false, none, dates, lists, dictionaries or paths"

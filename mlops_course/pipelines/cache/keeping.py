@@ -118,9 +118,6 @@ def _keep_file(store: CacheStore, output: Output, run: Path, stage: str) -> Outp
     return replace(keep_copy(store, output, path), value=value, link=link)
 
 # %% ../../../nbs/internals/09_cache_keeping.ipynb #04ce182d
-_NO_NOTEBOOK = Output("file", "", "")
-
-# %% ../../../nbs/internals/09_cache_keeping.ipynb #0f378aac
 def keep_result(
     store: CacheStore,
     key: StageKey,  # as it was before the run
@@ -135,7 +132,8 @@ def keep_result(
     """Keep the result of a run that ended well. Never fails: whatever goes wrong with keeping it is a reason."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
     history = History(store, pipeline, stage)
-    what = (key.key, pipeline, stage, key.inputs, results, dict(outputs), _NO_NOTEBOOK, round(seconds, 3), now)
+    blank = Output("file", "", "")  # its notebook, until that is copied
+    what = (key.key, pipeline, stage, key.inputs, results, dict(outputs), blank, round(seconds, 3), now)
     try:
         found = _keep(store, key, CacheEntry(*what), notebook, modules)
     except OSError as error:

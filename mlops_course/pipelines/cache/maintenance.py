@@ -99,7 +99,7 @@ def _sweep(store: CacheStore) -> tuple[int, int]:
     freed = sum(file.stat().st_size for place in places for file in place.rglob("*") if file.is_file())
     return sum(_discard(store, path) for path in places), freed
 
-# %% ../../../nbs/internals/09_cache_maintenance.ipynb #c388c7d4
+# %% ../../../nbs/internals/09_cache_maintenance.ipynb #e91aa012
 def _discard(store: CacheStore, place: Path) -> bool:
     """Delete a copy in one step: it is moved away first. False: it was used just now, or can't be deleted."""
     away = store.work_folder()

@@ -18,12 +18,7 @@ import msgspec
 
 from mlops_course.environment import CourseError, Settings
 from mlops_course.pipelines.cache.fingerprints import (
-    Listing,
-    canonical,
-    content_hash,
-    cyclic_links,
-    is_file_hash,
-    list_files,
+    Listing, canonical, content_hash, cyclic_links, is_file_hash, list_files,
 )
 from mlops_course.pipelines.cache.hashes import digest_json
 from mlops_course.pipelines.cache.store import CacheStore, map_leaves, relativize, relativize_path, resolve_path
@@ -105,7 +100,7 @@ def _listing(store: CacheStore, files: list[Path]) -> Listing:
         sorted((relativize_path(store.settings, path), path.stat().st_size, store.memo.hash(path)) for path in files)
     )
 
-# %% ../../../nbs/internals/09_cache_outputs.ipynb #ec15121c
+
 def _describe_tables(store: CacheStore, value: Any) -> Output:
     """References to tables, also in lists and dictionaries."""
     files: set[tuple[str, int, str]] = set()

@@ -94,12 +94,12 @@ def restore_entry(
         OutputError: it isn't there, or isn't what it should be
         WorkspaceError: it can't be written
     """
-    results, run = dict(entry.results), notebook.parent
+    run = notebook.parent
     _put(store, entry.notebook, notebook)
     outputs = outputs_in_run(store, entry, run, stage)
     for name, output in entry.outputs.items():
         if output.kind == "file":
             path, target = Path(outputs[name].blob), stage_folder(run, stage or entry.stage) / output.link
             _put_link(store, output, path, target) if output.link else _put(store, output, path)
-            results[name] = outputs[name].value
+    results = entry.results | {name: each.value for name, each in outputs.items() if each.kind == "file"}
     return replace(entry, results=results, outputs=outputs)

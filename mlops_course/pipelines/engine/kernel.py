@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GONE', 'Pipes', 'OutputThread', 'leave', 'Socket', 'OutStream', 'IPythonKernel', 'make_kernel', 'warm_up',
-           'warm_up_errors', 'begin', 'project_files', 'unfinished', 'peak_memory', 'Server', 'serve']
+           'warm_up_errors', 'begin', 'project_files', 'unfinished', 'peak_memory', 'Server', 'serve_notebook']
 
 # %% ../../../nbs/internals/09_engine_kernel.ipynb #7e1f0a04
 import asyncio
@@ -54,7 +54,6 @@ class Pipes:
 
     def __init__(self) -> None:
         self.ends: dict[int, tuple[str, codecs.IncrementalDecoder]] = {}
-        self.looked = 0.0
 
     def open(self, pairs: Iterable[tuple[int, int]]) -> None:
         """Put a pipe behind each of the two."""
@@ -66,8 +65,9 @@ class Pipes:
 
     def drain(self) -> list[tuple[str, str]]:  # name of the stream, text
         """What is in the pipes now. Bounded, since somebody may write for ever."""
-        found, self.looked = [], _NOW()
-        for end, (name, decoder) in self.ends.items():
+        found = []
+        for end in select.select(self.ends, [], [], 0)[0]:
+            name, decoder = self.ends[end]
             for _ in range(32):
                 try:
                     data = os.read(end, _PIPE)
@@ -192,9 +192,9 @@ class OutStream(iostream.OutStream):
         """Take text. Raises: TypeError when it is anything else."""
         if isinstance(string, str) and not self._is_master_process():
             return _write_all(self.number, string.encode("utf-8", "backslashreplace"))
-        if _NOW() - self.thread.pipes.looked > 0.001:
+        with self.thread.lock:  # what is in the pipes was written before this
             self.thread.drain()
-        written = self.take(string)
+            written = self.take(string)
         if self.size > _BATCH:
             self.flush()
         return written
@@ -244,7 +244,7 @@ class _MainThread:
 
     parent_thread = threading.main_thread()
 
-# %% ../../../nbs/internals/09_engine_kernel.ipynb #7e1fcc03
+
 class IPythonKernel(ipykernel.ipkernel.IPythonKernel):
     """ipykernel's kernel, which takes and gives messages through memory."""
 
@@ -265,12 +265,6 @@ class IPythonKernel(ipykernel.ipkernel.IPythonKernel):
         return reply
 
 # %% ../../../nbs/internals/09_engine_kernel.ipynb #7e1f0a18
-# The stock kernel sets these: colours for those who ask, and no pager that would wait for a key.
-_TERMINAL = {"TERM": "xterm-color", "CLICOLOR": "1", "FORCE_COLOR": "1", "CLICOLOR_FORCE": "1"}
-_TERMINAL |= {"PAGER": "cat", "GIT_PAGER": "cat"}
-_FIGURES = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
-
-# %% ../../../nbs/internals/09_engine_kernel.ipynb #7e1fcc04
 def make_kernel(
     session: Session,  # that makes its messages
 ) -> Any:  # ipykernel's kernel; its traits are typed as if they might be None
@@ -310,6 +304,12 @@ def warm_up_errors(kernel: Any) -> None:
         kernel.shell.InteractiveTB.structured_traceback(*sys.exc_info())
 
 # %% ../../../nbs/internals/09_engine_kernel.ipynb #7e1f0a20
+# The stock kernel sets these: colours for those who ask, and no pager that would wait for a key.
+_TERMINAL = {"TERM": "xterm-color", "CLICOLOR": "1", "FORCE_COLOR": "1", "CLICOLOR_FORCE": "1"}
+_TERMINAL |= {"PAGER": "cat", "GIT_PAGER": "cat"}
+_FIGURES = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+
+
 def begin(
     order: Mapping[str, Any],  # folder, environment, arguments, paths to import from: near and others
 ) -> None:
@@ -445,7 +445,7 @@ class Server:
         self.thread.wait()
 
 # %% ../../../nbs/internals/09_engine_kernel.ipynb #7e1f0a24
-def serve(
+def serve_notebook(
     channel: Any,  # to whoever sends the notebook
     kernel: Any,
     pipes: Sequence[tuple[int, int]],  # for stdout and stderr; empty where they can't be watched
@@ -461,7 +461,7 @@ def serve(
         os.register_at_fork(after_in_child=channel.connection.close)
     server.listen()
 
-# %% ../../../nbs/internals/09_engine_kernel.ipynb #7e1fcc07
+
 def _open_streams() -> None:
     """Nothing to read."""
     nothing = os.open(os.devnull, os.O_RDONLY)

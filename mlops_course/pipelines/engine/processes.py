@@ -22,13 +22,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-# %% ../../../nbs/internals/09_engine_processes.ipynb #7e1f0d25
+
 from mlops_course.pipelines.engine.zygote import COOKIE, Channel, command, kill_by_cookie, make_pipe
 
 # %% ../../../nbs/internals/09_engine_processes.ipynb #582cd8d1
 SHUTDOWN_GRACE_S = 5.0  # that a process has to end when nothing is left to do, or when its notebook has failed
 
-# %% ../../../nbs/internals/09_engine_processes.ipynb #be38199a
+
 class Worker:
     """A process that runs one notebook."""
 
@@ -69,7 +69,7 @@ def kill(worker: Worker) -> None:
     elif not worker.ended.is_set():
         subprocess.run(["taskkill", "/T", "/F", "/PID", str(worker.pid)], capture_output=True, check=False)
 
-# %% ../../../nbs/internals/09_engine_processes.ipynb #c6273c1c
+# %% ../../../nbs/internals/09_engine_processes.ipynb #8c01cad0
 def disconnect(worker: Worker) -> str:  # what was still in its pipes
     """Close what I hold of it."""
     words = b""
@@ -120,7 +120,7 @@ def take_ready(
             raise EOFError
         return worker
 
-# %% ../../../nbs/internals/09_engine_processes.ipynb #c5ca7ca5
+# %% ../../../nbs/internals/09_engine_processes.ipynb #a598ee2d
 def _disconnect_all(
     ready: _Ready,
 ) -> None:
@@ -160,6 +160,20 @@ def _start_zygote(
     order = command({"control": control.fileno(), "preload": list(preload)})
     options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "start_new_session": True}
     return subprocess.Popen(order, env=environment, pass_fds=[control.fileno()], **options)
+
+# %% ../../../nbs/internals/09_engine_processes.ipynb #795660c9
+def stamps(
+    files: Sequence[str],
+) -> dict[str, tuple[int, int] | None]:
+    """Size and time of files, to see later whether one has changed."""
+    found: dict[str, tuple[int, int] | None] = {}
+    for file in files:
+        try:
+            state = Path(file).stat()
+            found[file] = (state.st_size, state.st_mtime_ns)
+        except OSError:
+            found[file] = None
+    return found
 
 # %% ../../../nbs/internals/09_engine_processes.ipynb #2fe34baf
 def _listen_to_zygote(forks: ForkPool) -> None:
@@ -217,20 +231,6 @@ def _close_forks(
     forks.control.close()
     forks.log.close()
 
-# %% ../../../nbs/internals/09_engine_processes.ipynb #795660c9
-def stamps(
-    files: Sequence[str],
-) -> dict[str, tuple[int, int] | None]:
-    """Size and time of files, to see later whether one has changed."""
-    found: dict[str, tuple[int, int] | None] = {}
-    for file in files:
-        try:
-            state = Path(file).stat()
-            found[file] = (state.st_size, state.st_mtime_ns)
-        except OSError:
-            found[file] = None
-    return found
-
 # %% ../../../nbs/internals/09_engine_processes.ipynb #ce760dff
 class SpawnPool:
     """Python processes that are started ahead of time."""
@@ -248,7 +248,7 @@ class SpawnPool:
         for _ in range(number):
             threading.Thread(target=_spawn, args=[self], daemon=True, name="spawned worker").start()
 
-# %% ../../../nbs/internals/09_engine_processes.ipynb #2b1385e0
+# %% ../../../nbs/internals/09_engine_processes.ipynb #2ea3046a
 def _spawn(spawns: SpawnPool) -> None:
     """Start a process, introduce it when it is ready, and see it end."""
     cookie, secret = secrets.token_hex(8), secrets.token_hex(16)
@@ -333,9 +333,7 @@ def _reap(spawns: SpawnPool, process: subprocess.Popen[bytes], worker: Worker | 
         spawns.processes.discard(process)
 
 # %% ../../../nbs/internals/09_engine_processes.ipynb #2c2fbb38
-def _close_spawns(
-    spawns: SpawnPool,
-) -> None:
+def _close_spawns(spawns: SpawnPool) -> None:
     """End all its processes."""
     with spawns.lock:
         spawns.alive = False
@@ -350,7 +348,7 @@ def _close_spawns(
     _disconnect_all(spawns.ready)
     spawns.log.close()
 
-# %% ../../../nbs/internals/09_engine_processes.ipynb #7e1f0d18
+
 Pool = ForkPool | SpawnPool
 
 

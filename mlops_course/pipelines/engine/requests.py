@@ -99,6 +99,6 @@ class WorkerDied(NotebookError):
 class TimedOut(NotebookError):
     """The notebook, or one of its cells, took too long."""
 
-# %% ../../../nbs/internals/09_engine_requests.ipynb #8c8f1766
+# %% ../../../nbs/internals/09_engine_requests.ipynb #8a5aa6fa
 class Interrupted(NotebookError):
     """The run was cancelled."""

@@ -18,14 +18,7 @@ from typing import Any
 # %% ../../../nbs/internals/09_engine_sessions.ipynb #7e1f0d34
 from mlops_course.pipelines.engine.processes import SHUTDOWN_GRACE_S, Worker, disconnect, interrupt, kill
 from mlops_course.pipelines.engine.requests import (
-    Event,
-    Interrupted,
-    NotebookError,
-    Outcome,
-    Place,
-    Request,
-    TimedOut,
-    WorkerDied,
+    Event, Interrupted, NotebookError, Outcome, Place, Request, TimedOut, WorkerDied,
 )
 from mlops_course.pipelines.engine.zygote import make_session
 

@@ -17,7 +17,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-# %% ../../../nbs/internals/09_engine_workers.ipynb #f6928f76
 from mlops_course.environment import CourseError, WorkspaceError
 from mlops_course.pipelines.engine.processes import (
     ForkPool,
@@ -30,7 +29,7 @@ from mlops_course.pipelines.engine.processes import (
     take_ready,
 )
 
-# %% ../../../nbs/internals/09_engine_workers.ipynb #7e1fcc08
+# %% ../../../nbs/internals/09_engine_workers.ipynb #f6928f76
 from mlops_course.pipelines.engine.requests import (
     KINDS,
     CellError,
@@ -59,7 +58,7 @@ def _open_notebook(
     from mlops_course.pipelines.engine import recording
 
     request = execution.request
-    notebook = recording.read_notebook(request.notebook, request.output, request.parameters)
+    notebook = recording.prepare_notebook(request.notebook, request.output, request.parameters)
     recorder = recording.Recorder(notebook, request.output, execution.masker, progress_bar=False)
     recorder.on_cell, execution.cells = execution.cell, len(notebook.cells)
     recorder.notebook_start()
@@ -258,7 +257,8 @@ def _take_worker(
         except EOFError:
             pool.log.seek(0)
             words = pool.log.read().decode(errors="replace").strip().splitlines()
-            last = f": {words[-1]}" if words else ""
+            why = [line for line in words if "Error" in line] or words
+            last = f": {why[-1]}" if why else ""
             raise WorkerDied(execution.place, "WorkerDied", f"no worker process could be started{last}") from None
         if worker is None:
             if (error := overdue(execution)) is not None:
