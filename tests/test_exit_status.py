@@ -11,6 +11,7 @@ from mlops_course.delivery.exit_status import (
     blank_text,
     find_lost_statuses,
     lint_exit_statuses,
+    lint_makefile,
     lint_workflow,
 )
 
@@ -47,6 +48,9 @@ PLANTED = {
     "local, in quotes": ('local v="$(git describe)"\n', "declared"),
     "a checker told to succeed": ("ruff check --exit-zero .\n", "exit-zero"),
     "make told to go on": ("make -i test\n", "exit-zero"),
+    "a list that set -e doesn't watch": ("pytest && echo ok\nmake publish\n", "and-list"),
+    "the same in a branch": ("if test -f x; then\n  cd x && make\nfi\nmake publish\n", "and-list"),
+    "a pipe in a list": ("set -o pipefail\npytest && make | tee log\nmake publish\n", "and-list"),
     "a reason that isn't one": ("pytest || true # status-ok:\n", "or-true"),
 }
 
@@ -80,6 +84,13 @@ INNOCENT = {
     "escaped": "echo a \\| b \\|\\| true\n",
     "the reason is given": "rm -r x || true # status-ok: it may be gone\n",
     "the reason above": "# status-ok: it may be gone\nrm -r x || true\n",
+    "the last list": "make a\ncd x && make b\n",
+    "the last list, in a branch": "if test -f x; then\n  cd x && make\nfi\n",
+    "a list in a subshell": "(cd x && make)\nmake b\n",
+    "a list in a function": "f() {\n  cd x && make\n}\nf\nmake b\n",
+    "a list that is handled": "cd x && make || exit 1\nmake b\n",
+    "a question before a command": "[ -f x ] && rm x\ncommand -v z && z\ngrep -q a b && make\nmake c\n",
+    "a list as a question": "if cd x && make; then make a; fi\nmake b\n",
     "a word with a sign in it": 'echo "it\'s # no comment" && make a#b\n',
 }
 
@@ -100,7 +111,12 @@ def test_the_line_is_the_one_of_the_file() -> None:
     assert rules("make a\n\ncat <<END\nx\nEND\nmake b || true\n") == [(6, "or-true")]
 
 
-@pytest.mark.parametrize("script", ["make a\nmake b\n", "#!/bin/sh\nmake a; make b\n"])
+UNGUARDED = ["make a\nmake b\n", "#!/bin/sh\nmake a; make b\n", "for x in a b; do make $x; done\n"]
+UNGUARDED += ["make a\nset -e\nmake b\n", "if test -f x; then make a; make b; else make c; fi\n"]
+UNGUARDED += ["if test -f x; then make a; fi\nmake b\n", "case $x in a) make a; make b ;; b) make c ;; esac\n"]
+
+
+@pytest.mark.parametrize("script", UNGUARDED)
 def test_a_script_of_several_commands_needs_errexit(script: str) -> None:
     assert [rule for _, rule in rules(script, strict=False)] == ["no-errexit"]
 
@@ -108,7 +124,13 @@ def test_a_script_of_several_commands_needs_errexit(script: str) -> None:
 TWO = "make a\nmake b\n"
 
 
-@pytest.mark.parametrize("script", ["exec serve\n", f"#!/bin/sh -e\n{TWO}", f"set -o errexit\n{TWO}"])
+GUARDED = ["exec serve\n", f"#!/bin/sh -e\n{TWO}", f"set -o errexit\n{TWO}", f"#!/bin/sh\n# why\nx=1\nset -eu\n{TWO}"]
+GUARDED += ["case $x in a) make a ;; b) make b ;; esac\n", 'cd "$(dirname "$0")" || exit 1\nmake\n']
+GUARDED += ["if test -f x; then make a; elif test -f y; then make b; fi\n"]
+GUARDED += ["cd x && make\n", "cd x || exit 1\nmake\n", "if test -f x; then make a; else make b; fi\n"]
+
+
+@pytest.mark.parametrize("script", GUARDED)
 def test_and_one_that_has_it_or_one_command_does_not(script: str) -> None:
     assert rules(script, strict=False) == []
 
@@ -174,6 +196,34 @@ def test_what_is_no_workflow_is_refused(text: str) -> None:
         lint_workflow(text)
 
 
+# ---------------------------------------------------------------- Makefiles
+
+
+@pytest.mark.parametrize(
+    ("makefile", "found"),
+    [
+        ("a:\n\tpytest | tee log\n", [(2, "pipe")]),
+        ("a:\n\t@pytest || true\n", [(2, "or-true")]),
+        ("a:\n\tpytest; make b\n", [(2, "no-errexit")]),
+        ("a:\n\tfor x in a b; do make $$x; done\n", [(2, "no-errexit")]),
+        ("a:\n\tmake b\n\tmake c; \\\n\tmake d\n", [(3, "no-errexit")]),
+        ("a:\n\t-pytest\n", [(2, "ignored")]),
+        ("a:\n\t@-pytest\n", [(2, "ignored")]),
+        (".IGNORE: a\na:\n\tpytest\n", [(1, "ignored")]),
+        ("MAKEFLAGS += -i\na:\n\tpytest\n", [(1, "ignored")]),
+        ("MAKEFLAGS += --no-print-directory -rR\na:\n\tpytest\n", []),
+        ("a:\n\tpytest\n\tcd x && make\n", []),
+        ("a:\n\t@$(PYTHON) tasks.py $@ $(ARGS)\n", []),
+        ("a: b | c\nx := $(shell a | b)\n\t@echo $(patsubst %,a|%,$(x)) $$x\n", []),
+        ("a:\n\tif test -f x; then make b; fi\n", []),
+        ("a:\n\t-rm x # status-ok: it may be gone\n", []),
+        (".SHELLFLAGS := -eu -o pipefail -c\na:\n\tpytest | tee log; make b\n", []),
+    ],
+)
+def test_a_makefile(makefile: str, found: list[tuple[int, str]]) -> None:
+    assert [(each.line, each.rule) for each in lint_makefile(makefile)] == found
+
+
 # ---------------------------------------------------------------- this project
 
 
@@ -184,11 +234,15 @@ def test_our_own_workflows_and_scripts_lose_nothing(root: Path) -> None:
 def test_and_it_would_be_seen_if_they_did(root: Path, tmp_path: Path) -> None:
     """The real files, each with one planted line."""
     ci = (root / ".ci" / "run").read_text(encoding="utf-8")
+    hook = (root / ".githooks" / "pre-commit").read_text(encoding="utf-8")
+    makefile = (root / "Makefile").read_text(encoding="utf-8")
     flow = (root / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
     planted = {
         ".ci/run": ci.replace("make check ", "make check | cat ").replace("set -euo pipefail", "set -eu"),
         ".github/workflows/ci.yml": flow.replace("run: .ci/run", "run: .ci/run || true"),
         "deploy/start.sh": "#!/bin/sh\nset +e\nmigrate\nserve\n",
+        ".githooks/pre-commit": hook.replace("    fi\n", "    fi\n    true || true\n"),
+        "Makefile": makefile.replace("@$(PYTHON)", "-$(PYTHON)"),
     }
     for name, text in planted.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -196,12 +250,14 @@ def test_and_it_would_be_seen_if_they_did(root: Path, tmp_path: Path) -> None:
     found = [(each.path, each.rule) for each in lint_exit_statuses(tmp_path)]
     assert found == [
         (".ci/run", "pipe"),
+        (".githooks/pre-commit", "or-true"),
         (".github/workflows/ci.yml", "or-true"),
+        ("Makefile", "ignored"),
         ("deploy/start.sh", "errexit-off"),
         ("deploy/start.sh", "no-errexit"),
     ]
 
 
 def test_nothing_to_look_at_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(WorkflowError, match="no workflow and no shell script"):
+    with pytest.raises(WorkflowError, match="no workflow, no Makefile and no shell script"):
         lint_exit_statuses(tmp_path)

@@ -107,15 +107,52 @@ def test_older_data_than_the_champions_need_a_person(march: Names) -> None:
     assert (stale.action, "older data" in stale.reason) == ("needs a person", True)
 
 
-def test_what_is_too_good_to_be_true_needs_a_person(march: Names) -> None:
-    """A leak: it knows the answer nearly always, and its probabilities are honest about that."""
-    label = march[0]["label"].to_numpy()
-    wrong = np.random.default_rng(0).random(len(label)) < 0.02
+@pytest.mark.parametrize(("share_wrong", "wanted"), [(0.11, "needs a person"), (0.02, "reject")])
+def test_what_is_too_good_to_be_true_is_not_promoted(march: Names, share_wrong: float, wanted: str) -> None:
+    """A leak: it knows the answer mostly, and its probabilities are honest about that."""
+    frame, new, _, rate = march
+    label = frame["label"].to_numpy()
+    wrong = np.random.default_rng(0).random(len(label)) < share_wrong
     knows = np.where(wrong, 1 - label, label)
     shares = pd.Series(label).groupby(knows).transform("mean").to_numpy()
     decision = judged(march, score=shares)
-    assert decision.action == "needs a person"
-    assert "share of the loss gained" in decision.reason
+    assert (decision.action, "share of the loss gained" in decision.reason) == (wanted, True), decision.reason
+    first = judge_challenger(frame, flight_delay, replace(new, score=shares), None, rate)
+    assert first.action == "needs a person", "against a constant alone, as much can be gained honestly"
+
+
+def test_what_is_served_otherwise_than_trained_is_refused_however_little_it_costs(march: Names) -> None:
+    frame, new, _, _ = march
+    flight = (frame["carrier"] == "HA").to_numpy()
+    moved = np.where(flight, new.score + 0.01, new.score)
+    assert judged(march, trained=new.score + 1e-6).action == "promote"
+    decision = judged(march, score=moved, trained=new.score)
+    assert 0 < flight.sum() < 40
+    assert decision.action == "reject"
+    assert f"rows served otherwise than trained +{flight.sum()}.0" in decision.reason
+
+
+def test_a_ranking_that_is_turned_round_in_one_slice_needs_a_person(march: Names) -> None:
+    """The labels of one hour are too few to see it; the scores are not."""
+    frame, new, old, rate = march
+    hour = 6.0
+    near = 0.5 + 0.02 * (new.score - new.score.mean())  # next to nothing is said there, so next to nothing is lost
+    rows = (frame["scheduled_hour"] == hour).to_numpy()
+    base = np.full(len(frame), new.score[rows].mean())
+    for sign, wanted in ((1, "promote"), (-1, "needs a person")):
+        score = np.where(rows, base + sign * (near - near[rows].mean()), new.score)
+        decision = judge_challenger(frame, flight_delay, replace(new, score=score), old, rate)
+        assert decision.action == wanted, decision.reason
+    assert f"ranking turned against old of scheduled_hour={hour:g}" in decision.reason
+
+
+def test_what_nobody_said_is_named(march: Names) -> None:
+    frame, new, old, rate = march
+    assert set(judged(march).unchecked) == {"latency", "what was trained"}
+    silent = judge_challenger(frame.drop(columns="period"), flight_delay, replace(new, last=""), None, rate)
+    assert set(silent.unchecked) == {"months of the training", "what was trained"}
+    told = {"seconds": np.ones(40), "trained": new.score}
+    assert judge_challenger(frame, flight_delay, replace(new, **told), replace(old, **told), rate).unchecked == ()
 
 
 def test_a_slow_model_is_refused_and_an_equally_fast_one_is_not(march: Names) -> None:
@@ -168,6 +205,21 @@ def test_scores_of_other_rows_are_not_compared(march: Names) -> None:
         judged(march, score=march[1].score[:9])
 
 
+def test_a_champion_whose_scores_are_no_probabilities_is_no_rival(march: Names) -> None:
+    frame, new, old, rate = march
+    with pytest.raises(GateError, match="old is a rival, and its scores"):
+        judge_challenger(frame, flight_delay, new, replace(old, score=np.full(len(frame), np.nan)), rate)
+    with pytest.raises(GateError, match="constant is a rival"):
+        judge_challenger(frame, flight_delay, new, None, float("nan"))
+
+
+def test_times_of_other_rows_are_not_compared(march: Names) -> None:
+    frame, new, old, rate = march
+    timed = replace(new, seconds=np.ones(40)), replace(old, seconds=np.ones(50))
+    with pytest.raises(GateError, match="40 times of new and 50 of old"):
+        judge_challenger(frame, flight_delay, *timed, rate)
+
+
 def test_rows_without_labels_or_slices_are_refused(march: Names) -> None:
     frame, new, old, rate = march
     for wrong, told in ((frame.drop(columns="carrier"), "carrier"), (frame.assign(label=np.nan), "labels")):
@@ -196,6 +248,8 @@ def check(kind: Any, low: float, estimate: float, high: float, **more: Any) -> G
         (check("guard", 0.1, 0.5, 1, slice="a=1"), "fail", "reject"),
         (check("guard", 0.1, 0.5, 1, slice="a=1", count=1, min_count=2), "insufficient", "promote"),
         (check("fact", 1, 1, 1, doubt=True), "inconclusive", "needs a person"),
+        (check("guard", 0.1, 0.5, 1, slice="a=1", doubt=True), "inconclusive", "needs a person"),
+        (check("guard", -0.1, 0.5, 1, slice="a=1", doubt=True), "inconclusive", "promote"),
     ],
 )
 def test_what_one_check_makes_of_an_otherwise_good_challenger(one: GateCheck, verdict: str, action: str) -> None:
@@ -238,7 +292,9 @@ def test_registered_versions_are_judged_as_they_are_served(own_quarter: Quarter)
     new = registered(FEBRUARY, 60)
     decision = run_gate(home, flight_delay, "challenger", *data, MARCH, MARCH, relaxed)
     assert (new, decision.action) == ("flight-delay@2", "promote"), decision.reason
-    assert {"latency, times the champion's", "calibration error"} <= {check.name for check in decision.checks}
+    looked_at = {check.name for check in decision.checks}
+    assert {"latency, times the champion's", "calibration error", "rows served otherwise than trained"} <= looked_at
+    assert decision.unchecked == ()
     assert run_gate(home, flight_delay, new, *data, FEBRUARY, MARCH, relaxed).action == "reject", "it has seen February"
     with pytest.raises(GateError, match="flight-delay@1 is the champion"):
         run_gate(home, flight_delay, old, *data, MARCH, MARCH)

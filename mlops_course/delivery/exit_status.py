@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mlops_course.environment import CourseError
 
 # %% auto #0
-__all__ = ['WorkflowError', 'blank_text', 'LostStatus', 'find_lost_statuses', 'lint_workflow', 'lint_exit_statuses']
+__all__ = ['WorkflowError', 'blank_text', 'LostStatus', 'find_lost_statuses', 'lint_workflow', 'lint_makefile',
+           'lint_exit_statuses']
 
 # %% ../../nbs/internals/10_exit_status.ipynb #419dc8b1
 class WorkflowError(CourseError):
@@ -81,6 +82,7 @@ class _Command:
     """One simple command."""
 
     text: str  # without its quotes
+    lead: str  # the words before it that only lead to it, such as then
     place: int  # where it starts
     before: str  # the operator before it
     after: str  # and after it
@@ -97,7 +99,7 @@ def _patterns_blanked(code: str) -> str:
     """The code without the patterns of `case`, in which | means or."""
     for block in re.finditer(r"\bcase\b.*?\bin\b(.*?)\besac\b", code, re.DOTALL):
         cleaned = re.sub(r"(^|;;)(\s*[^()\n;]*?\))", lambda found: found[1] + _blank(found[2]), block[1], flags=re.M)
-        code = code[: block.start(1)] + cleaned + code[block.end(1) :]
+        code = code[: block.start(1) - 2] + " ;" + cleaned + code[block.end(1) :]  # `in` ends a command, too
     return code
 
 # %% ../../nbs/internals/10_exit_status.ipynb #283171f4
@@ -110,9 +112,10 @@ def _commands(code: str) -> list[_Command]:
         text = code[start:place]
         asked = bool(_ASKS.match(text.lstrip())) or (asked and before not in (";", "\n"))
         stripped = text.strip()
-        if stripped or operator in ("|", "|&"):
+        if stripped or operator in ("|", "|&") or before == ")":
             lead = len(text) - len(text.lstrip())
-            found.append(_Command(stripped[_lead(stripped) :], start + lead, before, operator, depth, asked))
+            led = _lead(stripped)
+            found.append(_Command(stripped[led:], stripped[:led], start + lead, before, operator, depth, asked))
         depth += (operator == "$(") - (operator == ")" and depth > 0)
         before, start = operator, end
     return found
@@ -144,6 +147,12 @@ _EXIT_ZERO = re.compile(rf"\s--(?:exit-zero|no-fail|soft-fail)\b|{_GO_ON}")
 _DECLARED = re.compile(r"(?:export|local|readonly|declare|typeset)\s.*=_*$", re.DOTALL)
 _SET = re.compile(r"set\s+(.*)$", re.DOTALL)
 _WAIVED = re.compile(r"#\s*status-ok:\s*\S")
+_QUESTION = re.compile(r"test\b|\[|_+$|command -v|type\b|which\b|(?:git )?(?:diff|grep|cmp)\b.*\s(?:-\w*[qs]|--quiet)")
+_CLOSES = {"", "fi", "done", "esac", "}"}
+_HARMLESS = re.compile(
+    r"(?:exit|return|exec|trap|set|shopt|umask|unset|shift|break|continue|export|readonly|local|wait|function)\b"
+    r"|(?:for|case|select)\s|\w+\+?=\S*$|else$|then$|do$|\{$"
+)
 
 
 def _options(command: str) -> dict[str, bool]:
@@ -174,6 +183,8 @@ def _lost(commands: list[_Command], script: str, pipefail: bool) -> Iterator[tup
             yield each.place, "or-true"
         if each.after == "$(" and _DECLARED.match(each.text):
             yield each.place, "declared"
+        if each.after == "&&" and _goes_on(commands[number:]):
+            yield each.place, "and-list"
         if _EXIT_ZERO.search(each.text):
             yield each.place, "exit-zero"
 
@@ -183,22 +194,75 @@ def _looked_at(rest: list[_Command], script: str) -> bool:
     end = next((each.place for each in rest if _SET.match(each.text) and _options(each.text).get("e")), len(script))
     return not rest or "$?" in script[rest[0].place : end]
 
+# %% ../../nbs/internals/10_exit_status.ipynb #3878f69d
+def _goes_on(commands: list[_Command]) -> bool:
+    """Whether the script goes on when the first of them, which stands before &&, fails."""
+    first = commands[0]
+    if first.asked or first.depth or _SURE.match(first.text) or _QUESTION.match(first.text):
+        return False
+    end = next((number for number, each in enumerate(commands) if each.after not in ("&&", "|", "|&")), 0)
+    if commands[end].after in ("||", ")") or [each.text for each in commands[end + 1 : end + 2]] == ["}"]:
+        return False  # it is handled, or is the status of the whole
+    return _followed(commands, end)
+
+
+def _followed(commands: list[_Command], number: int) -> bool:
+    """Whether anything runs after a command: the other branches of its `if` or `case` don't."""
+    skipping, nested = False, 0
+    for earlier, each in zip(commands[number:], commands[number + 1 :], strict=False):
+        if nested == 0 and (earlier.after == ";;" or {"else", "elif"} & {*each.lead.split()}):
+            skipping = True
+        nested += "if" in each.lead.split() or each.text.startswith("case ")
+        if each.text in ("fi", "esac"):
+            skipping, nested = skipping and nested > 0, max(nested - 1, 0)
+        elif not skipping and each.text not in _CLOSES:
+            return True
+    return False
+
+
+def _unguarded(commands: list[_Command], code: str) -> list[int]:
+    """Where commands fail without -e, and something follows: another command, or the next turn of a loop."""
+    on = (number for number, each in enumerate(commands) if _SET.match(each.text) and _options(each.text).get("e"))
+    loops = [found.span() for found in re.finditer(r"\bdo\b.*?\bdone\b", code, re.DOTALL)]
+    found = []
+    for number, each in enumerate(commands[: next(on, len(commands))]):
+        again = any(start <= each.place < end for start, end in loops)
+        if _at_risk(each, _ended(commands, number)) and (again or _followed(commands, number)):
+            found.append(each.place)
+    return found
+
+
+def _ended(commands: list[_Command], number: int) -> str:
+    """The operator after a command, behind all that is substituted in it."""
+    depth = commands[number].depth
+    while commands[number].after == "$(":
+        number = next((at for at in range(number + 1, len(commands)) if commands[at].depth == depth), number)
+        if number + 1 >= len(commands):
+            break
+    return commands[number].after
+
+
+def _at_risk(command: _Command, operator: str) -> bool:
+    """Whether its status can be lost without -e."""
+    if command.depth or command.asked or command.text in _CLOSES or operator in ("&&", "||", "|", "|&", "("):
+        return False
+    return not _SURE.match(command.text) and not (_HARMLESS.match(command.text) and command.after != "$(")
+
 # %% ../../nbs/internals/10_exit_status.ipynb #f11f8c5d
 def find_lost_statuses(
     script: str,  # shell
     path: str = "script",  # for the findings
-    errexit: bool | None = None,  # whether -e is on at the start; None: as the script's first lines say
+    errexit: bool | None = None,  # True: -e is on from the start; None: as the script says
     pipefail: bool = False,  # whether pipefail is on at the start
     line: int = 1,  # number of the script's first line in its file
 ) -> list[LostStatus]:
     """Find where a shell script loses an exit status."""
-    first = re.match(r"#!(.*)", script)
-    commands = _commands(_patterns_blanked(blank_text(script)))
+    first, code = re.match(r"#!(.*)", script), _patterns_blanked(blank_text(script))
+    commands = _commands(code)
     found = list(_lost(commands, script, pipefail or bool(first and "pipefail" in first[1])))
-    on = any(_options(each.text).get("e") for each in commands if _SET.match(each.text))
     in_first_line = bool(first and re.search(r"\s-\w*e", first[1]))
-    if errexit is None and not on and not in_first_line and sum(each.depth == 0 for each in commands) > 1:
-        found.append((commands[0].place, "no-errexit"))
+    if errexit is None and not in_first_line:
+        found += [(place, "no-errexit") for place in _unguarded(commands, code)[:1]]
     lines = script.splitlines()
     places = [(script.count("\n", 0, place), rule) for place, rule in sorted(found)]
     return [
@@ -287,28 +351,60 @@ def lint_workflow(
     waived = [each for each in found if any(_WAIVED.search(line) for line in lines[max(each.line - 2, 0) : each.line])]
     return sorted((each for each in found if each not in waived), key=lambda each: each.line)
 
+# %% ../../nbs/internals/10_exit_status.ipynb #b9937e0c
+_FLAGS = re.compile(r"^\.SHELLFLAGS\s*[:?+]*=(.*)", re.MULTILINE)
+_IGNORES = re.compile(r"\.IGNORE\b|MAKEFLAGS\s*[:?+]*=(?:.*\s)?(?:--ignore-errors|--keep-going|-\w*[ik]\w*)(?:\s|$)")
+_VARIABLE = re.compile(r"\$\([^()$]*\)|\$\{[^{}$]*\}|\$[@<^?*%+|]")
+
+
+def _as_shell(recipe: str) -> str:
+    """A recipe's text as the shell gets it; what make fills in is blanked, and the length stays."""
+    text, dollar = recipe.replace("$$", "\0\0"), "\0\0"
+    while _VARIABLE.search(text):
+        text = _VARIABLE.sub(lambda found: "_" * len(found[0]), text)
+    return text.replace(dollar, " $")
+
+
+def lint_makefile(
+    text: str,  # of a Makefile
+    path: str = "Makefile",  # for the findings
+) -> list[LostStatus]:
+    """Find where the recipes of a Makefile lose an exit status."""
+    flags = " ".join(_FLAGS.findall(text))
+    errexit, pipefail, lines = True if re.search(r"-\w*e", flags) else None, "pipefail" in flags, text.splitlines()
+    found = [LostStatus(path, number, "ignored", line) for number, line in enumerate(lines, 1) if _IGNORES.match(line)]
+    for recipe in re.finditer(r"^\t((?:.*\\\n)*.*)", text, re.MULTILINE):
+        start, number = re.match(r"[@+\s]*(-?)[-@+\s]*", recipe[1]), text.count("\n", 0, recipe.start()) + 1
+        if start and start[1] and not _WAIVED.search("\n".join(lines[max(number - 2, 0) : number])):
+            found.append(LostStatus(path, number, "ignored", lines[number - 1].strip()))
+        script = _as_shell(recipe[1][start.end() if start else 0 :])
+        found += find_lost_statuses(script, path, errexit, pipefail, number)
+    return [replace(each, text=lines[each.line - 1].strip()) for each in sorted(found, key=lambda each: each.line)]
+
 # %% ../../nbs/internals/10_exit_status.ipynb #6d3385cd
 def lint_exit_statuses(
     root: Path,  # the project's folder
-    folders: Iterable[str] = (".github/workflows", ".ci", "deploy"),  # where to look
+    places: Iterable[str] = (".github/workflows", ".ci", ".githooks", "deploy", "Makefile"),  # folders and files
 ) -> list[LostStatus]:
-    """Find where a project's workflows and shell scripts lose an exit status.
+    """Find where a project's workflows, Makefiles and shell scripts lose an exit status.
 
     Raises:
         WorkflowError: there is nothing to look at, or a workflow can't be read.
     """
-    paths = sorted(path for folder in folders for path in (root / folder).rglob("*") if path.is_file())
+    under = [path for place in places for path in ((root / place), *(root / place).rglob("*"))]
     found, seen = [], 0
-    for path in paths:
+    for path in sorted(path for path in under if path.is_file()):
         name, text = path.relative_to(root).as_posix(), path.read_bytes().decode("utf-8", "replace")
         if name.startswith(".github/workflows/") and path.suffix in (".yml", ".yaml"):
             found += lint_workflow(text, name)
+        elif path.name in ("Makefile", "makefile", "GNUmakefile") or path.suffix == ".mk":
+            found += lint_makefile(text, name)
         elif path.suffix in (".sh", ".bash") or re.match(r"#!.*\b(?:ba|da|k)?sh\b", text):
             found += find_lost_statuses(text, name)
         else:
             continue
         seen += 1
     if not seen:
-        problem = f"{root} has no workflow and no shell script"
-        raise WorkflowError(problem, f"Look in other folders than {', '.join(folders)}")
+        problem = f"{root} has no workflow, no Makefile and no shell script"
+        raise WorkflowError(problem, f"Look in other places than {', '.join(places)}")
     return found

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import NormalDist
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ import pandas as pd
 
 from mlops_course.data import labelled_features
 from mlops_course.environment import CourseError, Settings
-from mlops_course.experiments import find_tracked_run, training_rows
+from mlops_course.experiments import find_tracked_run, load_run_model, scores, training_rows
 from mlops_course.experiments.evaluation import draw_blocks, draw_means, row_losses
 from mlops_course.framing import Costs, constant_scores
 from mlops_course.project import UseCase, local_day
@@ -47,7 +47,8 @@ class GateLimits:
     calibration: float = 0.02  # by which the calibration error may grow
     cost: float = 0.02  # share by which a row may become dearer
     latency: float = 1.5  # times as long as the champion takes
-    gain: float = 0.3  # a larger share of the loss gained is too good to be true
+    gain: float = 0.3  # a larger share of the loss gained is suspicious
+    leak: float = 0.5  # and such a share, gained on another model, is a leak
 
 # %% ../../nbs/internals/10_gate.ipynb #24f7f639
 @dataclass(frozen=True)
@@ -75,6 +76,11 @@ class GateCheck:
         if self.low > self.limit and not self.doubt:
             return "fail"
         return "pass" if self.estimate <= self.limit else "inconclusive"
+
+    @property
+    def suspicious(self) -> bool:
+        """Whether it is beyond the limit for sure, and only a person can say whether that is bad."""
+        return self.doubt and self.low > self.limit
 
     def __str__(self) -> str:
         where = f" of {self.slice}" if self.slice else ""
@@ -107,6 +113,7 @@ class Contender:
     score: np.ndarray  # (n,) probabilities
     last: str = ""  # last month of its training; empty: not known
     seconds: np.ndarray | None = None  # (k,) times of single rows, the same rows in turn for both
+    trained: np.ndarray | None = None  # (n,) what the model said before it was packaged; None: not known
 
 # %% ../../nbs/internals/10_gate.ipynb #925daf91
 @dataclass(frozen=True)
@@ -147,6 +154,10 @@ def _paired(frame: pd.DataFrame, use_case: UseCase, limits: GateLimits, contende
         if each.score.shape != (len(frame),):
             problem = f"{each.name} has scores of shape {each.score.shape} for {len(frame)} rows"
             raise GateError(problem, "Score the very rows of the test")
+    for each in contenders[1:]:
+        if not ((each.score >= 0) & (each.score <= 1)).all():
+            problem = f"{each.name} is a rival, and its scores aren't probabilities"
+            raise GateError(problem, "Roll back to a version that works, then compare with that")
     codes, draws = draw_blocks(local_day(use_case, frame).to_numpy(), limits.repeats)
     return _Paired(frame, frame["label"].to_numpy(np.float64), codes, draws, limits)
 
@@ -161,10 +172,12 @@ def _check_better(pair: _Paired, challenger: Contender, rivals: Sequence[Contend
 
 
 def _check_gain(pair: _Paired, challenger: Contender, rivals: Sequence[Contender]) -> Iterator[GateCheck]:
-    """Too good to be true: nobody gains half of the loss in a month, but a leak does."""
+    """Too good to be true: no retraining gains half of another model's loss, but a leak does."""
     best = min(float(row_losses(pair.label, rival.score).mean()) for rival in rivals)
     gain = 1 - float(row_losses(pair.label, challenger.score).mean()) / best
-    yield GateCheck("share of the loss gained", "fact", gain, gain, gain, pair.limits.gain, doubt=True)
+    sure = len(rivals) > 1 and gain > pair.limits.leak  # a first model may be that much better than a constant
+    limit = pair.limits.leak if sure else pair.limits.gain
+    yield GateCheck("share of the loss gained", "fact", gain, gain, gain, limit, doubt=not sure)
 
 # %% ../../nbs/internals/10_gate.ipynb #22f96218
 def _slice_rows(pair: _Paired, use_case: UseCase) -> Iterator[tuple[str, np.ndarray]]:
@@ -189,6 +202,21 @@ def _check_slices(
             found, about = pair.difference(lost, rows, alpha), f"log loss against {rival.name}"
             counted = int(rows.sum()), pair.limits.min_rows
             yield GateCheck(about, "guard", *found, pair.limits.slice_loss, name, *counted)
+
+# %% ../../nbs/internals/10_gate.ipynb #22f96219
+def _check_ranking(
+    pair: _Paired, use_case: UseCase, challenger: Contender, champion: Contender
+) -> Iterator[GateCheck]:
+    """In no slice the ranking is turned against the champion's: minus the correlation of their scores."""
+    parts = list(_slice_rows(pair, use_case))
+    judged = sum(int(rows.sum()) >= pair.limits.min_rows for _, rows in parts) or 1
+    for name, rows in parts:
+        both = [each.score[rows] - each.score[rows].mean() for each in (challenger, champion)]
+        opposed, scale = np.zeros(len(rows)), float(both[0].std() * both[1].std())
+        opposed[rows] = -both[0] * both[1] / scale if scale > 1e-12 else 0.0
+        found = pair.difference(opposed, rows, pair.limits.alpha / judged)
+        counted = int(rows.sum()), pair.limits.min_rows
+        yield GateCheck(f"ranking turned against {champion.name}", "guard", *found, 0.0, name, *counted, doubt=True)
 
 # %% ../../nbs/internals/10_gate.ipynb #c55a18be
 def _calibration_draws(pair: _Paired, score: np.ndarray, bins: int = 10) -> tuple[float, np.ndarray]:
@@ -224,6 +252,9 @@ def _check_latency(pair: _Paired, challenger: Contender, rival: Contender, alpha
     """A typical row doesn't take much longer: the median of paired ratios, with the interval of its ranks."""
     if challenger.seconds is None or rival.seconds is None:
         return
+    if challenger.seconds.shape != rival.seconds.shape:
+        problem = f"{len(challenger.seconds)} times of {challenger.name} and {len(rival.seconds)} of {rival.name}"
+        raise GateError(f"{problem} aren't of the same rows", "Time both on the same rows, as `time_in_turn` does")
     ratios = np.sort(challenger.seconds / rival.seconds)
     reach = NormalDist().inv_cdf(1 - alpha / 2) * math.sqrt(len(ratios)) / 2
     low, high = (int(np.clip(len(ratios) / 2 + sign * reach, 0, len(ratios) - 1)) for sign in (-1, 1))
@@ -231,6 +262,9 @@ def _check_latency(pair: _Paired, challenger: Contender, rival: Contender, alpha
     yield GateCheck("latency, times the champion's", "guard", *found, pair.limits.latency, "", len(ratios), 30)
 
 # %% ../../nbs/internals/10_gate.ipynb #79071151
+_SKEW = 1e-4  # of a score; rounding in another runtime stays far below
+
+
 def _fact(name: str, wrong: float, doubt: bool = False) -> GateCheck:
     """Something that is so or not: how many are wrong."""
     return GateCheck(name, "fact", wrong, wrong, wrong, 0.0, doubt=doubt)
@@ -240,6 +274,9 @@ def _check_facts(pair: _Paired, challenger: Contender, champion: Contender | Non
     """Scores are probabilities, and nobody has seen the test."""
     score = challenger.score
     yield _fact("scores that aren't probabilities", float((~((score >= 0) & (score <= 1))).sum()))
+    if challenger.trained is not None:
+        apart = ~(np.abs(score - challenger.trained) <= _SKEW)
+        yield _fact("rows served otherwise than trained", float(apart.sum()))
     first = str(pair.frame["period"].min()) if "period" in pair.frame else ""
     if first and challenger.last:
         yield _fact("months of the test seen in training", float(challenger.last >= first))
@@ -247,6 +284,17 @@ def _check_facts(pair: _Paired, challenger: Contender, champion: Contender | Non
         older = bool(challenger.last) and challenger.last < champion.last
         yield _fact("months of the test seen by the champion", float(bool(first) and champion.last >= first), True)
         yield _fact("older data than the champion's", float(older), True)
+
+
+def _unchecked(frame: pd.DataFrame, challenger: Contender, champion: Contender | None) -> list[str]:
+    """What nobody said, so that it can't be checked."""
+    known = {
+        "latency": champion is None or not (challenger.seconds is None or champion.seconds is None),
+        "months of the training": bool(challenger.last) and "period" in frame,
+        "months of the champion's training": champion is None or bool(champion.last),
+        "what was trained": challenger.trained is not None,
+    }
+    return [name for name, there in known.items() if not there]
 
 # %% ../../nbs/internals/10_gate.ipynb #53ebf5b2
 @dataclass(frozen=True)
@@ -257,6 +305,7 @@ class GateDecision:
     reason: str
     checks: tuple[GateCheck, ...]
     watch: tuple[str, ...] = ()  # slices in doubt, or too small to judge
+    unchecked: tuple[str, ...] = ()  # what couldn't be looked at, because nobody said what it takes
 
     def table(self) -> pd.DataFrame:
         """Show each check in a row."""
@@ -265,12 +314,13 @@ class GateDecision:
 # %% ../../nbs/internals/10_gate.ipynb #73d7c95b
 def decide_gate(
     checks: Sequence[GateCheck],  # all that was looked at
+    unchecked: Sequence[str] = (),  # and what wasn't
 ) -> GateDecision:
     """Make one answer of all checks."""
     by = {verdict: [each for each in checks if each.verdict == verdict] for verdict in ("fail", "inconclusive")}
     unproven = [each for each in by["inconclusive"] if each.kind == "proof"]
     lacking = [each for each in checks if each.verdict == "insufficient" and not each.slice]
-    doubtful = [each for each in by["inconclusive"] if each.kind != "proof" and not each.slice]
+    doubtful = [each for each in by["inconclusive"] if each.kind != "proof" and (not each.slice or each.suspicious)]
     small = tuple(each.slice for each in checks if each.slice and each.verdict == "insufficient")
     watch = tuple(dict.fromkeys([*(each.slice for each in by["inconclusive"] if each.slice), *small]))
     for action, why, found in (
@@ -279,9 +329,10 @@ def decide_gate(
     ):
         if found:
             more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
-            return GateDecision(action, why + "; ".join(map(str, found[:3])) + more, tuple(checks), watch)  # type: ignore[arg-type]
+            reason = why + "; ".join(map(str, found[:3])) + more
+            return GateDecision(action, reason, tuple(checks), watch, tuple(unchecked))  # type: ignore[arg-type]
     proofs = "; ".join(str(each) for each in checks if each.kind == "proof")
-    return GateDecision("promote", f"better, and no guard broken: {proofs}", tuple(checks), watch)
+    return GateDecision("promote", f"better, and no guard broken: {proofs}", tuple(checks), watch, tuple(unchecked))
 
 # %% ../../nbs/internals/10_gate.ipynb #125af3c7
 def judge_challenger(
@@ -295,26 +346,28 @@ def judge_challenger(
     """Compare a challenger with the champion on the same rows, and decide.
 
     Raises:
-        GateError: the rows lack something, or the scores are of other rows.
+        GateError: the rows lack something, scores or times are of other rows, or the champion's aren't probabilities.
     """
     limits, constant = limits or GateLimits(), Contender("constant", np.full(len(frame), base_rate))
     rivals = [champion, constant] if champion else [constant]
     pair, rival = _paired(frame, use_case, limits, [challenger, *rivals]), rivals[0]
-    checks = list(_check_facts(pair, challenger, champion))
+    checks, unchecked = list(_check_facts(pair, challenger, champion)), _unchecked(frame, challenger, champion)
     if checks[0].verdict == "fail":  # nothing can be measured on such scores
-        return decide_gate(checks)
+        return decide_gate(checks, unchecked)
     alpha = limits.alpha / 3  # half of the guards' risk on the side that counts, in three parts
     checks += [*_check_better(pair, challenger, rivals), *_check_gain(pair, challenger, rivals)]
-    checks += _check_calibration(pair, challenger, rival, alpha) if champion else ()
+    if champion:
+        checks += _check_calibration(pair, challenger, champion, alpha)
+        checks += _check_ranking(pair, use_case, challenger, champion)
     checks += [*_check_cost(pair, use_case.costs, challenger, rival, alpha)]
     checks += [*_check_latency(pair, challenger, rival, alpha), *_check_slices(pair, use_case, challenger, rivals)]
-    return decide_gate(checks)
+    return decide_gate(checks, unchecked)
 
 # %% ../../nbs/internals/10_gate.ipynb #ae43fcdd
 def time_in_turn(
     scorers: Sequence[Callable[[pd.DataFrame], Any]],  # each scores a table
     frame: pd.DataFrame,  # rows to take one by one
-    count: int = 200,  # how many rows
+    count: int = 60,  # how many rows
 ) -> list[np.ndarray]:  # for each scorer (count,) seconds
     """Time single rows, each scorer in turn on the same row; the first ten rows only warm them up."""
     found: list[list[float]] = [[] for _ in scorers]
@@ -351,6 +404,7 @@ def run_gate(
     frame = labelled_features(settings, use_case, features, rows, first, last)
     past = training_rows(settings, use_case, find_tracked_run(settings, use_case, str(version.run_id)))
     new, *old = _served(settings, use_case, names, frame)
+    new = replace(new, trained=scores(load_run_model(settings, use_case, str(version.run_id)), frame))
     return judge_challenger(frame, use_case, new, old[0] if old else None, float(constant_scores(past, 1)[0]), limits)
 
 # %% ../../nbs/internals/10_gate.ipynb #60a7c46f
