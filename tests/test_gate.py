@@ -277,6 +277,7 @@ def test_an_interval_of_one_day_is_infinite() -> None:
 # ---------------------------------------------------------------- as they are served
 
 
+@pytest.mark.slow  # two models are trained, registered, packaged and timed
 def test_registered_versions_are_judged_as_they_are_served(own_quarter: Quarter) -> None:
     home, data = own_quarter.settings, (own_quarter.features, own_quarter.rows)
 
