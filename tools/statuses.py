@@ -1,4 +1,4 @@
-"""Where a failure goes unnoticed in this project's workflows, Makefile, hooks and shell scripts: none, or exit status 1."""
+"""Where failures go unnoticed in this project's workflows, Makefile, hooks and scripts: nowhere, or exit status 1."""
 
 import sys
 from pathlib import Path
@@ -12,7 +12,7 @@ def main() -> None:
     for each in found:
         print(each)
     if found:
-        sys.exit("An exit status is lost there: see nbs/internals/10_exit_status.ipynb, which has what to write instead")
+        sys.exit("An exit status is lost there: nbs/internals/10_exit_status.ipynb has what to write instead")
 
 
 if __name__ == "__main__":
