@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -154,7 +154,7 @@ _HARMLESS = re.compile(
     r"|(?:for|case|select)\s|\w+\+?=\S*$|else$|then$|do$|\{$"
 )
 
-
+# %% ../../nbs/internals/10_exit_status.ipynb #5346491a
 def _options(command: str) -> dict[str, bool]:
     """What a `set` turns on or off: e and pipefail."""
     found: dict[str, bool] = {}
@@ -195,17 +195,6 @@ def _looked_at(rest: list[_Command], script: str) -> bool:
     return not rest or "$?" in script[rest[0].place : end]
 
 # %% ../../nbs/internals/10_exit_status.ipynb #3878f69d
-def _goes_on(commands: list[_Command]) -> bool:
-    """Whether the script goes on when the first of them, which stands before &&, fails."""
-    first = commands[0]
-    if first.asked or first.depth or _SURE.match(first.text) or _QUESTION.match(first.text):
-        return False
-    end = next((number for number, each in enumerate(commands) if each.after not in ("&&", "|", "|&")), 0)
-    if commands[end].after in ("||", ")") or [each.text for each in commands[end + 1 : end + 2]] == ["}"]:
-        return False  # it is handled, or is the status of the whole
-    return _followed(commands, end)
-
-
 def _followed(commands: list[_Command], number: int) -> bool:
     """Whether anything runs after a command: the other branches of its `if` or `case` don't."""
     skipping, nested = False, 0
@@ -219,7 +208,18 @@ def _followed(commands: list[_Command], number: int) -> bool:
             return True
     return False
 
+# %% ../../nbs/internals/10_exit_status.ipynb #3878f6a0
+def _goes_on(commands: list[_Command]) -> bool:
+    """Whether the script goes on when the first of them, which stands before &&, fails."""
+    first = commands[0]
+    if first.asked or first.depth or _SURE.match(first.text) or _QUESTION.match(first.text):
+        return False
+    end = next((number for number, each in enumerate(commands) if each.after not in ("&&", "|", "|&")), 0)
+    if commands[end].after in ("||", ")") or [each.text for each in commands[end + 1 : end + 2]] == ["}"]:
+        return False  # it is handled, or is the status of the whole
+    return _followed(commands, end)
 
+# %% ../../nbs/internals/10_exit_status.ipynb #3878f6a2
 def _unguarded(commands: list[_Command], code: str) -> list[int]:
     """Where commands fail without -e, and something follows: another command, or the next turn of a loop."""
     on = (number for number, each in enumerate(commands) if _SET.match(each.text) and _options(each.text).get("e"))
@@ -231,7 +231,7 @@ def _unguarded(commands: list[_Command], code: str) -> list[int]:
             found.append(each.place)
     return found
 
-
+# %% ../../nbs/internals/10_exit_status.ipynb #3878f6a3
 def _ended(commands: list[_Command], number: int) -> str:
     """The operator after a command, behind all that is substituted in it."""
     depth = commands[number].depth
@@ -364,7 +364,7 @@ def _as_shell(recipe: str) -> str:
         text = _VARIABLE.sub(lambda found: "_" * len(found[0]), text)
     return text.replace(dollar, " $")
 
-
+# %% ../../nbs/internals/10_exit_status.ipynb #b9937e0e
 def lint_makefile(
     text: str,  # of a Makefile
     path: str = "Makefile",  # for the findings
@@ -381,6 +381,16 @@ def lint_makefile(
         found += find_lost_statuses(script, path, errexit, pipefail, number)
     return [replace(each, text=lines[each.line - 1].strip()) for each in sorted(found, key=lambda each: each.line)]
 
+# %% ../../nbs/internals/10_exit_status.ipynb #6d3385ce
+def _lint_for(path: Path, name: str, text: str) -> Callable[[str, str], list[LostStatus]] | None:
+    """What looks at such a file; None: nothing does."""
+    if name.startswith(".github/workflows/") and path.suffix in (".yml", ".yaml"):
+        return lint_workflow
+    if path.name in ("Makefile", "makefile", "GNUmakefile") or path.suffix == ".mk":
+        return lint_makefile
+    shell = path.suffix in (".sh", ".bash") or re.match(r"#!.*\b(?:ba|da|k)?sh\b", text)
+    return find_lost_statuses if shell else None
+
 # %% ../../nbs/internals/10_exit_status.ipynb #6d3385cd
 def lint_exit_statuses(
     root: Path,  # the project's folder
@@ -395,15 +405,9 @@ def lint_exit_statuses(
     found, seen = [], 0
     for path in sorted(path for path in under if path.is_file()):
         name, text = path.relative_to(root).as_posix(), path.read_bytes().decode("utf-8", "replace")
-        if name.startswith(".github/workflows/") and path.suffix in (".yml", ".yaml"):
-            found += lint_workflow(text, name)
-        elif path.name in ("Makefile", "makefile", "GNUmakefile") or path.suffix == ".mk":
-            found += lint_makefile(text, name)
-        elif path.suffix in (".sh", ".bash") or re.match(r"#!.*\b(?:ba|da|k)?sh\b", text):
-            found += find_lost_statuses(text, name)
-        else:
-            continue
-        seen += 1
+        if lint := _lint_for(path, name, text):
+            found += lint(text, name)
+            seen += 1
     if not seen:
         problem = f"{root} has no workflow, no Makefile and no shell script"
         raise WorkflowError(problem, f"Look in other places than {', '.join(places)}")

@@ -285,7 +285,7 @@ def _check_facts(pair: _Paired, challenger: Contender, champion: Contender | Non
         yield _fact("months of the test seen by the champion", float(bool(first) and champion.last >= first), True)
         yield _fact("older data than the champion's", float(older), True)
 
-
+# %% ../../nbs/internals/10_gate.ipynb #79071152
 def _unchecked(frame: pd.DataFrame, challenger: Contender, champion: Contender | None) -> list[str]:
     """What nobody said, so that it can't be checked."""
     known = {
@@ -334,6 +334,21 @@ def decide_gate(
     proofs = "; ".join(str(each) for each in checks if each.kind == "proof")
     return GateDecision("promote", f"better, and no guard broken: {proofs}", tuple(checks), watch, tuple(unchecked))
 
+# %% ../../nbs/internals/10_gate.ipynb #125af3c6
+def _check_all(
+    pair: _Paired, use_case: UseCase, contenders: Sequence[Contender], champion: Contender | None
+) -> Iterator[GateCheck]:
+    """All proofs and guards; calibration, money and latency have a third of half of the guards' risk each."""
+    (challenger, *rivals), alpha = contenders, pair.limits.alpha / 3
+    yield from _check_better(pair, challenger, rivals)
+    yield from _check_gain(pair, challenger, rivals)
+    if champion:
+        yield from _check_calibration(pair, challenger, champion, alpha)
+        yield from _check_ranking(pair, use_case, challenger, champion)
+    yield from _check_cost(pair, use_case.costs, challenger, rivals[0], alpha)
+    yield from _check_latency(pair, challenger, rivals[0], alpha)
+    yield from _check_slices(pair, use_case, challenger, rivals)
+
 # %% ../../nbs/internals/10_gate.ipynb #125af3c7
 def judge_challenger(
     frame: pd.DataFrame,  # rows of the test with `label`, the time, the slices and, if known, `period`
@@ -350,17 +365,10 @@ def judge_challenger(
     """
     limits, constant = limits or GateLimits(), Contender("constant", np.full(len(frame), base_rate))
     rivals = [champion, constant] if champion else [constant]
-    pair, rival = _paired(frame, use_case, limits, [challenger, *rivals]), rivals[0]
+    pair = _paired(frame, use_case, limits, [challenger, *rivals])
     checks, unchecked = list(_check_facts(pair, challenger, champion)), _unchecked(frame, challenger, champion)
-    if checks[0].verdict == "fail":  # nothing can be measured on such scores
-        return decide_gate(checks, unchecked)
-    alpha = limits.alpha / 3  # half of the guards' risk on the side that counts, in three parts
-    checks += [*_check_better(pair, challenger, rivals), *_check_gain(pair, challenger, rivals)]
-    if champion:
-        checks += _check_calibration(pair, challenger, champion, alpha)
-        checks += _check_ranking(pair, use_case, challenger, champion)
-    checks += [*_check_cost(pair, use_case.costs, challenger, rival, alpha)]
-    checks += [*_check_latency(pair, challenger, rival, alpha), *_check_slices(pair, use_case, challenger, rivals)]
+    if checks[0].verdict != "fail":  # otherwise nothing can be measured on such scores
+        checks += _check_all(pair, use_case, [challenger, *rivals], champion)
     return decide_gate(checks, unchecked)
 
 # %% ../../nbs/internals/10_gate.ipynb #ae43fcdd
@@ -403,17 +411,19 @@ def run_gate(
         raise GateError(f"{names[0]} is the champion", "Name a challenger")
     frame = labelled_features(settings, use_case, features, rows, first, last)
     past = training_rows(settings, use_case, find_tracked_run(settings, use_case, str(version.run_id)))
-    new, *old = _served(settings, use_case, names, frame)
-    new = replace(new, trained=scores(load_run_model(settings, use_case, str(version.run_id)), frame))
+    new, *old = _served(settings, use_case, names, frame, str(version.run_id))
     return judge_challenger(frame, use_case, new, old[0] if old else None, float(constant_scores(past, 1)[0]), limits)
 
 # %% ../../nbs/internals/10_gate.ipynb #60a7c46f
-def _served(settings: Settings, use_case: UseCase, names: Sequence[str], frame: pd.DataFrame) -> list[Contender]:
-    """The answers of registered versions, scored and timed as they are served."""
+def _served(
+    settings: Settings, use_case: UseCase, names: Sequence[str], frame: pd.DataFrame, run: str
+) -> list[Contender]:
+    """The answers of registered versions, scored and timed as they are served; and of the first one's run as trained."""
     predictors = [load_scorer(settings, use_case, name) for name in names]
     times = time_in_turn([each.predict for each in predictors], frame)
     answers = [each.predict(frame)["score"].to_numpy() for each in predictors]
+    trained = [scores(load_run_model(settings, use_case, run), frame), *([None] * (len(names) - 1))]
     return [
-        Contender(name, score, each.manifest.last, seconds)
-        for name, each, score, seconds in zip(names, predictors, answers, times, strict=True)
+        Contender(name, score, each.manifest.last, seconds, before)
+        for name, each, score, seconds, before in zip(names, predictors, answers, times, trained, strict=True)
     ]

@@ -148,7 +148,7 @@ def check_slices(
     min_rows: int = 200,  # a smaller one isn't judged
     margin: float = 0.01,  # nats
 ) -> ModelTestResult:
-    """Claim that in every slice the log loss is no worse than that of the slice's own base rate."""
+    """Claim that in every slice the log loss isn't worse than that of the slice's own base rate."""
     label, score = frame["label"].to_numpy(), np.clip(as_scorer(model)(frame), 1e-15, 1 - 1e-15)
     loss = pd.Series(-np.where(label > 0, np.log(score), np.log1p(-score)), frame.index)
     lost = {}
