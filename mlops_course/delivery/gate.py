@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from statistics import NormalDist
 from typing import Any, Literal
 
@@ -418,7 +418,7 @@ def run_gate(
 def _served(
     settings: Settings, use_case: UseCase, names: Sequence[str], frame: pd.DataFrame, run: str
 ) -> list[Contender]:
-    """The answers of registered versions, scored and timed as they are served; and of the first one's run as trained."""
+    """The answers of registered versions, scored and timed as they are served; of the first also as trained."""
     predictors = [load_scorer(settings, use_case, name) for name in names]
     times = time_in_turn([each.predict for each in predictors], frame)
     answers = [each.predict(frame)["score"].to_numpy() for each in predictors]
