@@ -41,6 +41,7 @@ OUTSIDE = {  # programs that tests need, each by any of its names, and the Debia
     "git": "git",
     "mount": "mount",
     "podman": "podman",
+    "postgres pg_ctlcluster": "postgresql",
     "promtool": "prometheus",
     "redis-server": "redis-server",
     "runc": "runc",

@@ -19,6 +19,7 @@ from typer.models import CommandInfo, TyperInfo
 
 from mlops_course.commands.learn import learn_app
 from mlops_course.commands.look import look_app
+from mlops_course.commands.models import ledger_commands, models_commands
 from mlops_course.commands.release import release_commands
 from mlops_course.commands.run import run_app
 from mlops_course.commands.serve import serve_app
@@ -33,7 +34,7 @@ def describe_error(
     if isinstance(error, CourseError):
         from mlops_course.pipelines import ParameterError
 
-        return str(error), 2 if isinstance(error, ParameterError) else 1
+        return str(error), 2 if isinstance(error, ParameterError) else error.exit_status
     text = " ".join(f"unexpected {type(error).__name__}: {error}".split())
     return f"{text}. This is a bug; add --debug to see where", 1
 
@@ -78,6 +79,8 @@ class Commands(TyperGroup):
 
 # %% ../nbs/cli.ipynb #079db2e9
 serve_app.add_typer(release_commands, name="release")
+serve_app.add_typer(models_commands, name="models")
+look_app.add_typer(ledger_commands, name="ledger")
 PANELS = {"Learn": learn_app, "Run": run_app, "Serve": serve_app, "Look": look_app}
 
 

@@ -33,6 +33,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 class CourseError(Exception):
     """What went wrong and what to do next, in one line. Every error raised on purpose is one of these."""
 
+    exit_status = 1  # of a command that ends with it
+
     def __init__(
         self,
         problem: str,  # what was wrong, with the bad value
@@ -49,7 +51,7 @@ class CourseError(Exception):
         """A copy has the same fields, whatever a subclass takes to make it: so errors can leave another process."""
         return _copy_error, (type(self), self.args), self.__dict__
 
-
+# %% ../nbs/02_environment.ipynb #48c402cf
 def _copy_error(kind: type[CourseError], arguments: tuple[object, ...]) -> CourseError:
     """An error of a class, without making it as that class would."""
     error = kind.__new__(kind)
@@ -200,6 +202,10 @@ class Settings(BaseModel):
     @property
     def serving(self) -> Path:  # what the service needs: model bundles, online features
         return self.home / "serving"
+
+    @property
+    def ledger(self) -> Path:  # what changed in production, line by line; a container mounts no more than `serving`
+        return self.serving / "ledger" / "ledger.jsonl"
 
     @property
     def tracking(self) -> str:  # where MLflow keeps its runs: a file of the workspace, unless told otherwise

@@ -18,6 +18,7 @@ import numpy as np
 import onnx
 import pandas as pd
 import pytest
+import registry_helpers
 from conftest import Quarter, settings_in
 from hypothesis import given
 from hypothesis import settings as examples
@@ -28,11 +29,12 @@ from sklearn.pipeline import Pipeline
 from mlops_course.data import build_features, ingest, labelled_features, validate
 from mlops_course.environment import Settings
 from mlops_course.experiments import TrainingConfig, scores, train
+from mlops_course.ledger import read_ledger
 from mlops_course.project import flight_delay
 from mlops_course.serving import load_predictor, packaging
 from mlops_course.serving.bundle import BundleError, bundles_folder, read_bundle
 from mlops_course.serving.packaging import Origin, write_bundle
-from mlops_course.serving.publishing import live_bundle, publish
+from mlops_course.serving.publishing import check_live, live_bundle, publish, repair_live
 
 pytestmark = pytest.mark.filterwarnings("ignore:Series.values returning:DeprecationWarning")  # inside pyarrow
 
@@ -459,6 +461,14 @@ def test_it_is_used_without_the_libraries_that_made_it_and_in_little_memory(made
 # ---------------------------------------------------------------- which one is live
 
 
+def second(own: Path) -> str:
+    """Another bundle beside it."""
+    other = Path(shutil.copytree(own, own.with_name("flight-delay@4")))
+    manifest = json.loads((other / "bundle.json").read_text(encoding="utf-8"))
+    (other / "bundle.json").write_text(json.dumps(manifest | {"model": other.name}), encoding="utf-8")
+    return other.name
+
+
 def test_before_anything_is_published_nothing_is_live(settings: Settings) -> None:
     assert live_bundle(settings) is None
 
@@ -515,9 +525,7 @@ def test_a_bundle_that_was_changed_after_it_was_published_is_refused(own: Path, 
 
 
 def test_whoever_looks_while_bundles_are_swapped_always_finds_a_whole_one(own: Path, settings: Settings) -> None:
-    other = Path(shutil.copytree(own, own.with_name("flight-delay@4")))
-    manifest = json.loads((other / "bundle.json").read_text(encoding="utf-8"))
-    (other / "bundle.json").write_text(json.dumps(manifest | {"model": "flight-delay@4"}), encoding="utf-8")
+    second(own)
     publish(settings, own)
     seen: set[str] = set()
     done = threading.Event()
@@ -533,3 +541,39 @@ def test_whoever_looks_while_bundles_are_swapped_always_finds_a_whole_one(own: P
     done.set()
     watcher.join()
     assert seen == {"flight-delay@3", "flight-delay@4"}
+
+
+# ---------------------------------------------------------------- and the ledger says so
+
+
+def test_what_is_live_is_compared_with_the_ledger(own: Path, settings: Settings) -> None:
+    assert check_live(settings) == []
+    publish(settings, own, "the first one", by="ann")
+    publish(settings, second(own), "better", by="ann")
+    assert check_live(settings) == []
+    lines = settings.ledger.read_bytes().splitlines(keepends=True)
+    for left, told in ((1, "line 1 says flight-delay@3"), (0, "the ledger says nothing about it")):
+        settings.ledger.write_bytes(b"".join(lines[:left]))
+        (found,) = check_live(settings)
+        assert found.startswith("live in flight-delay is flight-delay@4 with the manifest ")
+        assert told in found
+    (done,) = repair_live(settings, by="eve")
+    (line,) = read_ledger(settings)
+    assert (line.event, line.by, line.after["live"], done.startswith("line 1 was added")) == (
+        "adopt", "eve", "flight-delay@4", True,
+    )  # fmt: skip
+    assert check_live(settings) == repair_live(settings) == []
+    assert live_bundle(settings) == own.with_name("flight-delay@4")
+    (settings.serving / "flight-delay" / "live.json").unlink()
+    assert "live in flight-delay is no bundle, and line 1 says flight-delay@4" in check_live(settings)[0]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="fork is for Linux")
+def test_a_publisher_that_is_killed_after_any_change_leaves_one_of_the_two(own: Path, settings: Settings) -> None:
+    command = [sys.executable, registry_helpers.__file__, "publish", own.name, second(own)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1200, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    killed, unfinished = map(int, done.stdout.split())
+    assert killed >= 5, "the line, the file beside live.json, and its new name"
+    assert unfinished > 0, "some had written their line, and no more"

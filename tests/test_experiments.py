@@ -745,6 +745,16 @@ def test_a_bad_address_of_the_store_is_one_clear_line(
     assert not (settings.home / "mlflow.db").exists()
 
 
+def test_a_driver_that_is_not_installed_is_named_with_what_installs_it(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "psycopg2", None)
+    elsewhere = Settings(home=settings.home, tracking_uri="postgresql+psycopg2://ann:secret@localhost:9/runs")
+    with pytest.raises(ExperimentError, match=r"psycopg2.*pip install 'mlops_course\[cluster\]'") as caught:
+        connect(elsewhere, flight_delay)
+    assert "secret" not in str(caught.value)
+
+
 def test_a_damaged_store_is_named(settings: Settings) -> None:
     (settings.home / "mlflow.db").write_text("no database\n" * 1000)
     with pytest.raises(ExperimentError, match=r"mlflow.db: .*not a database.* Look at that file, or move it away"):

@@ -77,6 +77,7 @@ def _serve(
 @serve_app.command("publish")
 def _publish(
     bundle: Annotated[str, typer.Argument(help="A version of a model, name@number, or the folder of a bundle.")],
+    reason: Annotated[str, typer.Option(help="Why; the ledger keeps it.")] = "asked for",
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
@@ -88,7 +89,7 @@ def _publish(
 
     settings = settings_of(home).prepare()
     refuse_during_release(for_case(settings, read_bundle(find_bundle(settings, bundle)).model))
-    folder = publish(settings, bundle)
+    folder = publish(settings, bundle, reason)
     print_json({"live": folder.name, "folder": folder}) if as_json else typer.echo(f"{folder.name} is live")
 
 # %% ../../nbs/internals/cli_serve.ipynb #5e7e0006

@@ -222,7 +222,7 @@ def update_release(
         if live and answers not in (now.stable, now.candidate):
             return None
         if live and answers != live:
-            publish(settings, live)
+            publish(settings, live, reason, by)
         told = {"reason": reason, "by": by, "changed": _now(), "revision": now.revision + 1}
         return _write(settings, msgspec.structs.replace(now, **values, **told))
 

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 from zipfile import BadZipFile
 
 # %% auto #0
-__all__ = ['TRUSTED_TYPES', 'quiet_mlflow', 'exclusive_lock', 'make_store', 'connect', 'explain_full_disk', 'run_fingerprint',
-           'tracked_run', 'find_tracked_run', 'run_value', 'model_signature', 'log_model', 'load_run_model',
-           'array_digest', 'rows_known_by', 'training_rows']
+__all__ = ['TRUSTED_TYPES', 'quiet_mlflow', 'exclusive_lock', 'make_store', 'connect', 'open_store', 'explain_full_disk',
+           'run_fingerprint', 'tracked_run', 'find_tracked_run', 'run_value', 'model_signature', 'log_model',
+           'load_run_model', 'array_digest', 'rows_known_by', 'training_rows']
 
 # %% ../../nbs/internals/06_tracking.ipynb #11b39aa9
 import numpy as np
@@ -61,9 +61,18 @@ def quiet_mlflow() -> Any:  # the module `mlflow`
 def exclusive_lock(
     settings: Settings,  # whose workspace
 ) -> Iterator[None]:
-    """Wait until no other process is in such a block; the system lets the next one in even when this one is killed."""
-    with closing(sqlite3.connect(settings.home / ".tracking.lock", timeout=120, isolation_level=None)) as lock:
-        lock.execute("BEGIN EXCLUSIVE")
+    """Wait until no other process is in such a block; the system lets the next one in even when this one is killed.
+
+    Raises:
+        ExperimentError: another process is in it for two minutes.
+    """
+    path = settings.home / ".tracking.lock"
+    with closing(sqlite3.connect(path, timeout=120, isolation_level=None)) as lock:
+        try:
+            lock.execute("BEGIN EXCLUSIVE")
+        except sqlite3.OperationalError as error:
+            remedy = "See which process holds it, then try again"
+            raise ExperimentError(f"can't lock {path}: {error}", remedy) from error
         yield
 
 # %% ../../nbs/internals/06_tracking.ipynb #5d1c07ab
@@ -116,8 +125,8 @@ def connect(
     Raises:
         ExperimentError: the store can't be opened.
     """
+    open_store(settings)
     with _explained(settings):
-        _open_store(settings)
         return _experiment(settings, use_case)
 
 
@@ -135,6 +144,8 @@ def _explained(settings: Settings) -> Iterator[None]:
         problem = f"can't open the tracking store {settings.tracking}: {reason}"
         given = settings.tracking_uri is not None
         remedy = "Check MLOPS_COURSE_TRACKING_URI" if given else "Look at that file, or move it away to begin anew"
+        if isinstance(error, ModuleNotFoundError) and error.name == "psycopg2":
+            remedy = "Run: pip install 'mlops_course[cluster]'"
         raise ExperimentError(_without_password(problem), remedy) from error
 
 
@@ -143,15 +154,22 @@ def _without_password(text: str) -> str:
     return re.sub(r"//[^/@\s]*@", "//…@", text)
 
 # %% ../../nbs/internals/06_tracking.ipynb #5e0c81a7
-def _open_store(settings: Settings) -> None:
-    """Make the store if need be, put its addresses right if the workspace was moved, and point MLflow to it."""
-    mlflow = quiet_mlflow()
-    make_store(settings)
-    relocate(settings)
-    if mlflow.get_tracking_uri() != settings.tracking:
-        _clear_artifact_cache()
-    mlflow.set_tracking_uri(settings.tracking)
-    mlflow.set_registry_uri(settings.tracking)
+def open_store(
+    settings: Settings,  # where the store is
+) -> None:
+    """Make the store if need be, put its addresses right if the workspace was moved, and point MLflow to it.
+
+    Raises:
+        ExperimentError: the store can't be opened.
+    """
+    with _explained(settings):
+        mlflow = quiet_mlflow()
+        make_store(settings)
+        relocate(settings)
+        if mlflow.get_tracking_uri() != settings.tracking:
+            _clear_artifact_cache()
+        mlflow.set_tracking_uri(settings.tracking)
+        mlflow.set_registry_uri(settings.tracking)
 
 
 def _clear_artifact_cache() -> None:

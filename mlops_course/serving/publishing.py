@@ -5,11 +5,14 @@
 # %% ../../nbs/internals/07_publishing.ipynb #744cadfc
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
 
-from mlops_course.environment import Settings, write_atomic
+from mlops_course.environment import Settings, workspace_error, write_atomic
+from mlops_course.ledger import LedgerEntry, append_entry, current_user, read_ledger
 from mlops_course.serving.bundle import (
     BUNDLE_REFERENCE, MODEL_FILE, BundleError, bundles_folder, case_folder, case_of, find_bundle, manifest_sha256,
     open_bundle, place_bundle,
@@ -17,7 +20,7 @@ from mlops_course.serving.bundle import (
 from mlops_course.serving.inference import Predictor, smoke_test
 
 # %% auto #0
-__all__ = ['LIVE_FILE', 'served_case', 'live_file', 'for_case', 'pinned', 'live_bundle', 'publish']
+__all__ = ['LIVE_FILE', 'served_case', 'live_file', 'for_case', 'pinned', 'live_bundle', 'publish', 'check_live', 'repair_live']
 
 # %% ../../nbs/internals/07_publishing.ipynb #d039f425
 LIVE_FILE = "live.json"
@@ -98,10 +101,54 @@ def live_bundle(
         raise BundleError(f"{folder} is not the bundle that was published", "Publish it again, after a look at it")
     return folder
 
+# %% ../../nbs/internals/07_publishing.ipynb #07ab1e02
+@contextmanager
+def _changing(path: Path) -> Iterator[bytes]:
+    """Be the only one who names another bundle as live; yields what the file says now."""
+    from filelock import FileLock, Timeout
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_name("live.lock"), timeout=30):
+            yield _content(path)
+    except Timeout as error:
+        raise BundleError(f"{path} is held by another process for 30 s", "See what it does, then try again") from error
+    except OSError as error:
+        raise workspace_error(error, path) from error
+
+
+def _content(path: Path) -> bytes:
+    """What is in a file; nothing if there is none."""
+    return path.read_bytes() if path.is_file() else b""
+
+# %% ../../nbs/internals/07_publishing.ipynb #d0702d66
+def _make_live(settings: Settings, live: _Live, reason: str, by: str | None) -> None:
+    """Name another bundle as live, after a line in the ledger; the same one again changes nothing."""
+    path, content = live_file(settings, live.bundle), msgspec.json.encode(live)
+    with _changing(path) as old:
+        if old != content:
+            what = LedgerEntry(
+                event="publish", use_case=case_of(live.bundle), subject=live.bundle, by=by or current_user(),
+                reason=reason, before=_said(old), after=_said(content),
+            )  # fmt: skip
+            append_entry(settings, what)
+            write_atomic(path, content)
+
+
+def _said(content: bytes) -> dict[str, str | None]:
+    """What `live.json` says, as the ledger keeps it."""
+    try:
+        live = msgspec.json.decode(content, type=_Live)
+    except (msgspec.MsgspecError, UnicodeDecodeError):  # nothing is live, or nobody can tell what
+        return {"live": None, "manifest": None}
+    return {"live": live.bundle, "manifest": live.manifest}
+
 # %% ../../nbs/internals/07_publishing.ipynb #bb204adc
 def publish(
     settings: Settings,  # whose workspace
     bundle: str | Path,  # a reference such as `flight-delay@3`, or a folder; one from elsewhere is copied in
+    reason: str = "asked for",  # why; the ledger keeps it
+    by: str | None = None,  # who; None: whoever runs this
 ) -> Path:  # the folder that is live now
     """Make a bundle the one of its use case that is served.
 
@@ -114,8 +161,61 @@ def publish(
     home = bundles_folder(settings) / manifest.model
     if folder.resolve() != home.resolve():
         place_bundle(home, manifest, files)
-    path = live_file(settings, manifest.model)
-    content = msgspec.json.encode(_Live(manifest.model, manifest_sha256(home)))
-    if not path.is_file() or path.read_bytes() != content:
-        write_atomic(path, content)
+    _make_live(settings, _Live(manifest.model, manifest_sha256(home)), reason, by)
     return home
+
+# %% ../../nbs/internals/07_publishing.ipynb #07ab1e06
+def _differences(settings: Settings) -> dict[str, str]:
+    """In what `live.json` differs from the last line about it, by use case."""
+    last = {entry.use_case: entry for entry in read_ledger(settings) if "live" in entry.after}
+    names = {*last, *(path.parent.name for path in settings.serving.glob(f"*/{LIVE_FILE}"))}
+    found = {}
+    for name in sorted(names):
+        now, line = _said(_content(case_folder(settings, name) / LIVE_FILE)), last.get(name)
+        if now != {key: line.after.get(key) if line else None for key in now}:
+            told = f"line {line.number} says {_shown(line.after)}" if line else "the ledger says nothing about it"
+            found[name] = f"live in {name} is {_shown(now)}, and {told}"
+    return found
+
+
+def _shown(said: Mapping[str, str | None]) -> str:
+    """A bundle in a sentence."""
+    return f"{said['live']} with the manifest {(said.get('manifest') or '')[:12]}…" if said["live"] else "no bundle"
+
+# %% ../../nbs/internals/07_publishing.ipynb #140b269a
+def check_live(
+    settings: Settings,  # whose workspace
+) -> list[str]:  # in words, in what it differs; empty: what is live is what the ledger says
+    """Compare what is live with the ledger, use case by use case. Neither is changed.
+
+    Raises:
+        LedgerError: the ledger itself is damaged.
+    """
+    found = []
+    for name in _differences(settings):
+        with _changing(case_folder(settings, name) / LIVE_FILE):  # somebody may have been in the middle of it
+            if difference := _differences(settings).get(name):
+                found.append(f"{difference}: its publisher was killed, or lines were removed")
+    return found
+
+# %% ../../nbs/internals/07_publishing.ipynb #be83bcac
+def repair_live(
+    settings: Settings,  # whose workspace
+    by: str | None = None,  # who takes it over; None: whoever runs this
+) -> list[str]:  # in words, what was done; empty: nothing had to be
+    """Write down what is live, where the ledger says something else. What is live stays.
+
+    Raises:
+        LedgerError: the ledger itself is damaged.
+    """
+    done = []
+    for name in _differences(settings):
+        with _changing(case_folder(settings, name) / LIVE_FILE) as content:
+            if difference := _differences(settings).get(name):  # still, now that nobody publishes
+                now = _said(content)
+                what = LedgerEntry(
+                    event="adopt", use_case=name, subject=now["live"] or name, by=by or current_user(),
+                    reason=difference, after=now,
+                )  # fmt: skip
+                done.append(f"line {append_entry(settings, what).number} was added: {difference}")
+    return done
