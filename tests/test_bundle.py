@@ -640,7 +640,7 @@ def test_a_version_that_was_published_never_changes(
         publish(settings, elsewhere)
     assert {name: (own / name).read_bytes() for name in FILES} == published
     shutil.rmtree(own)
-    assert write_bundle(settings, flight_delay, model, rows, own.name, newer) == own, "the same again is no change"
+    assert write_bundle(settings, flight_delay, model, rows, own.name, newer) == own, "the same again changes nothing"
     assert publish(settings, own.name) == live_bundle(settings)
     assert {name: (own / name).read_bytes() for name in FILES} == published
 

@@ -40,7 +40,7 @@ MANIFEST_FILE, MODEL_FILE, CARD_FILE, GOLDEN_FILE = "bundle.json", "model.onnx",
 _FILES = (MODEL_FILE, CARD_FILE, GOLDEN_FILE)  # all but the manifest
 GRAPH_INPUT, GRAPH_OUTPUT = "features", "probabilities"  # of the graph: (n, k) float32 to (n, 2) float32
 
-
+# %% ../../nbs/internals/07_bundle.ipynb #601d0009
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     "What a bundle says about itself."
 

@@ -163,7 +163,7 @@ def _check_head(connection: Connection) -> None:
         _refuse(connection, problem)
         raise ValueError(problem.problem)
 
-
+# %% ../../nbs/internals/07_server.ipynb #601d0108
 def _head_problem(connection: Connection) -> HTTPProblem | None:
     """Why a request's headers are refused; None: they aren't."""
     limit, progress = connection.app.limits.head, connection.progress
@@ -494,7 +494,7 @@ class _Server(uvicorn.Server):
         """Close the door, wait until all who are inside are served, and end."""
         for taken in sockets or []:
             refuse_newcomers(taken)
-        end = monotonic() + self.config.timeout_graceful_shutdown
+        end = monotonic() + (self.config.timeout_graceful_shutdown or 0)
         await asyncio.sleep(_HANDSHAKE)
         while any(map(_has_queue, sockets or [])) and monotonic() < end:
             await asyncio.sleep(0.01)
@@ -508,7 +508,7 @@ class _Supervisor(Multiprocess):
         """Close the door, wait until all who are inside are served, and end the workers."""
         for taken in self.sockets:
             refuse_newcomers(taken)
-        end = monotonic() + self.config.timeout_graceful_shutdown
+        end = monotonic() + (self.config.timeout_graceful_shutdown or 0)
         sleep(_HANDSHAKE)
         while any(map(_has_queue, self.sockets)) and monotonic() < end:
             sleep(0.01)
@@ -516,7 +516,7 @@ class _Supervisor(Multiprocess):
         for taken in self.sockets:
             taken.close()  # or the system would go on to let people wait, for nobody
 
-
+# %% ../../nbs/internals/07_server.ipynb #601d0109
 def _run_many(
     config: uvicorn.Config,  # of the server
     taken: socket.socket,  # where all of them listen
