@@ -361,12 +361,13 @@ def before_commit(arguments: list[str]) -> None:
 
 
 def check(arguments: list[str]) -> None:
-    """Look without running: generated files in sync, style, types, order of imports, workflows, Docker's files."""
+    """Look without running: what is generated, style, types, imports, workflows, scripts, Docker's files."""
     unchanged([])
     print("notebooks clean, package and README in sync", flush=True)
     need(tool("ruff"), "check", ".")
     need(*module("mypy"))
     need(tool("lint-imports"), "--no-logo", "--no-cache")
+    need(PYTHON, ROOT / "tools" / "statuses.py")
     workflows = sorted(ROOT.glob(".github/workflows/*.yml"))
     need(tool("check-jsonschema"), "--builtin-schema", "vendor.github-workflows", *workflows)
     need(tool("check-jsonschema"), "--builtin-schema", "vendor.compose-spec", ROOT / "deploy" / "compose.yaml")

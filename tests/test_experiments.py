@@ -62,7 +62,7 @@ from mlops_course.experiments import (
     train_run,
     training_rows,
 )
-from mlops_course.experiments.evaluation import _areas, _block_log_loss, _ranking
+from mlops_course.experiments.evaluation import _areas, _ranking, draw_means, row_losses
 from mlops_course.experiments.model import rank_categories
 from mlops_course.project import Costs, flight_delay
 from mlops_course.registry import register
@@ -114,7 +114,7 @@ def test_log_loss_of_drawn_days_is_that_of_scikit_learn(rows: list[tuple[int, fl
     days = np.arange(len(rows)) % 4
     days = np.unique(days, return_inverse=True)[1]
     draws = np.array([[1] * (days.max() + 1), list(range(1, days.max() + 2))])
-    found = _block_log_loss(label, score, days, draws)
+    found = draw_means(row_losses(label, score), days, draws)
     wanted = [log_loss(label, np.clip(score, 1e-15, 1 - 1e-15), sample_weight=draw[days]) for draw in draws]
     assert found == pytest.approx(wanted, rel=1e-9)
 

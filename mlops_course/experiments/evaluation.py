@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from sklearn.pipeline import Pipeline
 
 # %% auto #0
-__all__ = ['METRICS', 'calibration_table', 'measure', 'bootstrap', 'compare', 'slices', 'plot_calibration', 'calibrate',
-           'Evaluation', 'evaluate', 'score_counts']
+__all__ = ['METRICS', 'calibration_table', 'measure', 'draw_blocks', 'draw_means', 'row_losses', 'bootstrap', 'compare', 'slices',
+           'plot_calibration', 'calibrate', 'Evaluation', 'evaluate', 'score_counts']
 
 # %% ../../nbs/internals/06_evaluation.ipynb #1a0e758e
 def calibration_table(
@@ -83,6 +83,35 @@ def _areas(positive: np.ndarray, weight: np.ndarray, ends: np.ndarray) -> tuple[
     roc_auc = float(np.trapezoid(np.append(0.0, true), np.append(0.0, false)) / (true[-1] * false[-1]))
     return pr_auc, roc_auc
 
+# %% ../../nbs/internals/06_evaluation.ipynb #d4a7b10c
+def draw_blocks(
+    blocks: np.ndarray,  # (n,) what is drawn as a whole, such as the day of each row
+    repeats: int = 200,  # how many draws
+    seed: int = 2013,
+) -> tuple[np.ndarray, np.ndarray]:  # (n,) the number of each row's block, and (repeats, k) how often each was drawn
+    """Draw blocks with replacement, as many as there are."""
+    codes, days = pd.factorize(blocks)
+    return codes, np.random.default_rng(seed).multinomial(len(days), np.full(len(days), 1 / len(days)), size=repeats)
+
+
+def draw_means(
+    values: np.ndarray,  # (n,) one for each row
+    codes: np.ndarray,  # (n,) from `draw_blocks`
+    draws: np.ndarray,  # (repeats, k) from `draw_blocks`
+) -> np.ndarray:  # (repeats,)
+    """Take the mean of the rows of each draw, from the sums of each block."""
+    size = draws.shape[1]
+    return draws @ np.bincount(codes, values, minlength=size) / (draws @ np.bincount(codes, minlength=size))
+
+# %% ../../nbs/internals/06_evaluation.ipynb #d4a7b10f
+def row_losses(
+    label: np.ndarray,  # (n,) 1.0 or 0.0
+    score: np.ndarray,  # (n,) probabilities
+) -> np.ndarray:  # (n,) nats; their mean is the log loss
+    """Work out what each row adds to the log loss."""
+    safe = np.clip(score, 1e-15, 1 - 1e-15)
+    return -np.where(label > 0, np.log(safe), np.log1p(-safe))
+
 # %% ../../nbs/internals/06_evaluation.ipynb #e3956292
 def bootstrap(
     label: np.ndarray,  # (n,) 1.0 or 0.0
@@ -92,22 +121,14 @@ def bootstrap(
     seed: int = 2013,
 ) -> pd.DataFrame:  # a row a draw; columns (candidate, metric) for pr_auc, roc_auc, log_loss
     """Measure on days that are drawn with replacement; every candidate meets the same days."""
-    codes, days = pd.factorize(blocks)
-    draws = np.random.default_rng(seed).multinomial(len(days), np.full(len(days), 1 / len(days)), size=repeats)
+    codes, draws = draw_blocks(blocks, repeats, seed)
     columns: dict[tuple[str, str], Any] = {}
     for name, score in candidates.items():
         order, positive, ends = _ranking(label, score)
         areas = [_areas(positive, draw[codes[order]].astype(np.float64), ends) for draw in draws]
         columns[name, "pr_auc"], columns[name, "roc_auc"] = zip(*areas, strict=True)
-        columns[name, "log_loss"] = _block_log_loss(label, score, codes, draws)
+        columns[name, "log_loss"] = draw_means(row_losses(label, score), codes, draws)
     return pd.DataFrame(columns)
-
-
-def _block_log_loss(label: np.ndarray, score: np.ndarray, codes: np.ndarray, draws: np.ndarray) -> np.ndarray:
-    """Log loss of each draw, from the sums of each block."""
-    safe = np.clip(score, 1e-15, 1 - 1e-15)
-    losses = np.bincount(codes, -np.where(label > 0, np.log(safe), np.log1p(-safe)))
-    return draws @ losses / (draws @ np.bincount(codes))
 
 # %% ../../nbs/internals/06_evaluation.ipynb #70e9f4de
 def compare(
