@@ -472,8 +472,6 @@ def serve(
     if not insecure:
         check_exposure(host)
     launch = _launch(settings.prepare(), limits or Limits(), workers, app)
-    if app != APP:
-        launch()  # what can't be made is said once, here, and not by each worker again and again
     taken = bind(host, port)
     if announce is not None:
         announce(_address(host, taken))
@@ -486,7 +484,10 @@ def _launch(settings: Settings, limits: Limits, workers: int, app: str) -> Launc
     if workers < 1:
         raise ServeError(f"{workers} workers can't serve", "Ask for 1 or more")
     own = replace(limits, rate=limits.rate / workers)
-    return Launch(settings, own, app, os.getpid() if workers > 1 else None)
+    launch = Launch(settings, own, app, os.getpid() if workers > 1 else None)
+    if app != APP:
+        launch()  # what can't be made is said once, here, and not by each worker again and again
+    return launch
 
 
 def _address(host: str, taken: socket.socket) -> str:
