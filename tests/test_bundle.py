@@ -19,6 +19,7 @@ import onnx
 import pandas as pd
 import pytest
 import registry_helpers
+from bundle_helpers import reseal, rewrite
 from conftest import Quarter, settings_in
 from hypothesis import given
 from hypothesis import settings as examples
@@ -38,7 +39,7 @@ from mlops_course.serving.publishing import check_live, live_bundle, publish, re
 
 pytestmark = pytest.mark.filterwarnings("ignore:Series.values returning:DeprecationWarning")  # inside pyarrow
 
-FILES = ["MODEL_CARD.md", "bundle.json", "model.onnx"]
+FILES = ["MODEL_CARD.md", "bundle.json", "golden.json", "model.onnx"]
 ORIGIN = Origin(
     run_id="5e43e4af", data={"features": "features@4", "rows": "flights@5"}, first="2013-01", last="2013-02",
     metrics={"test.pr_auc": 0.55, "test.roc_auc": 0.78, "test.log_loss": 0.43, "train.base_rate": 0.23},
@@ -68,14 +69,6 @@ def made(model: Pipeline, rows: pd.DataFrame, tmp_path_factory: pytest.TempPathF
 def own(made: Path, settings: Settings) -> Path:
     """One that the test may spoil, in the test's workspace."""
     return Path(shutil.copytree(made, bundles_folder(settings) / made.name))
-
-
-def rewrite(folder: Path, name: str, content: bytes) -> None:
-    """Change a file and its checksum, as somebody would who knows the format."""
-    (folder / name).write_bytes(content)
-    manifest = json.loads((folder / "bundle.json").read_text(encoding="utf-8"))
-    manifest["files"][name] = hashlib.sha256(content).hexdigest()
-    (folder / "bundle.json").write_text(json.dumps(manifest), encoding="utf-8")
 
 
 # ---------------------------------------------------------------- it says what scikit-learn says
@@ -155,7 +148,7 @@ def test_rounding_to_the_nearest_would_have_been_refused(
 # ---------------------------------------------------------------- what is in it
 
 
-def test_it_is_three_files_and_the_manifest_has_their_checksums(made: Path) -> None:
+def test_it_is_four_files_and_the_manifest_has_their_checksums(made: Path) -> None:
     assert sorted(path.name for path in made.iterdir()) == FILES
     sums = {name: hashlib.sha256((made / name).read_bytes()).hexdigest() for name in FILES if name != "bundle.json"}
     assert read_bundle(made).files == sums
@@ -165,7 +158,7 @@ def test_the_manifest_knows_the_model_its_inputs_and_where_it_comes_from(
     made: Path, model: Pipeline, rows: pd.DataFrame
 ) -> None:
     manifest = read_bundle(made)
-    assert (manifest.format, manifest.model, manifest.run_id) == (1, "flight-delay@3", "5e43e4af")
+    assert (manifest.format, manifest.model, manifest.run_id) == (2, "flight-delay@3", "5e43e4af")
     assert (manifest.first, manifest.last, manifest.data) == ("2013-01", "2013-02", ORIGIN.data)
     assert [feature.name for feature in manifest.features] == list(model.feature_names_in_)
     texts = {feature.name: list(feature.categories) for feature in manifest.features if feature.kind == "category"}
@@ -240,7 +233,7 @@ def test_a_missing_file_is_refused(own: Path, name: str) -> None:
         read_bundle(own)
 
 
-@pytest.mark.parametrize("name", ["MODEL_CARD.md", "model.onnx"])
+@pytest.mark.parametrize("name", ["MODEL_CARD.md", "golden.json", "model.onnx"])
 @pytest.mark.parametrize(
     "spoil", [lambda content: content[:-1], lambda content: content[:9] + b"?" + content[10:], lambda content: b""]
 )
@@ -293,10 +286,10 @@ def test_a_huge_file_is_refused_before_it_is_read(own: Path) -> None:
         (b"\x80\x04}", "is not a manifest"),
         (b"[]", "is not a manifest"),
         (b'{"model": "flight-delay@3"}', "missing required field `format`"),
-        (b'{"format": 1}', "missing required field"),
-        (b'{"format": 2, "anything": true}', "has format 2, this program reads format 1"),
+        (b'{"format": 2}', "missing required field"),
+        (b'{"format": 1, "anything": true}', "has format 1, this program reads format 2"),
         (b'{"format": "1"}', "is not a manifest"),
-        (b'{"format": 1, "a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "is not a manifest"),
+        (b'{"format": 2, "a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "is not a manifest"),
     ],
 )
 def test_what_is_no_manifest_of_this_format_is_refused(own: Path, content: bytes, words: str) -> None:
@@ -320,18 +313,128 @@ def test_what_is_no_manifest_of_this_format_is_refused(own: Path, content: bytes
         ({"features": [{"name": "a", "kind": "category", "categories": ["x", "x"]}]}, "with 2 categories"),
         ({"features": [{"name": "a", "kind": "number", "typical": "fog"}]}, "'fog' is typical"),
         ({"features": [{"name": "a", "kind": "image"}]}, "is not a manifest"),
-        ({"files": {}}, "must name model.onnx and MODEL_CARD.md, but names none"),
+        ({"files": {}}, "must name model.onnx, MODEL_CARD.md, golden.json, but names none"),
         ({"files": {"../../secret": "0" * 64, "model.onnx": "0" * 64}}, "must name"),
         ({"files": {"model.pkl": "0" * 64, "MODEL_CARD.md": "0" * 64}}, "must name"),
         ({"more": 1}, "unknown field `more`"),
     ],
 )
 def test_a_manifest_that_makes_no_sense_is_refused(own: Path, change: dict[str, Any], words: str) -> None:
-    manifest = json.loads((own / "bundle.json").read_text(encoding="utf-8"))
-    (own / "bundle.json").write_text(json.dumps(manifest | change), encoding="utf-8")
+    reseal(own, **change)
     with pytest.raises(BundleError) as caught:
         read_bundle(own)
     assert words in str(caught.value)
+
+
+def one_letter(manifest: dict[str, Any]) -> None:
+    """An airline that the model knows has another name."""
+    known = manifest["features"][0]["categories"]
+    known[0] = known[0][:-1] + "?"
+
+
+CHANGES: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "a letter of a category": one_letter,
+    "the order of categories": lambda manifest: manifest["features"][0]["categories"].reverse(),
+    "the order of features": lambda manifest: manifest["features"].reverse(),
+    "what is typical": lambda manifest: manifest["features"][-1].update(typical=7.5),
+    "the threshold": lambda manifest: manifest.update(threshold=0.3),
+    "the horizon": lambda manifest: manifest.update(horizon_minutes=0),
+    "what the key is": lambda manifest: manifest.update(key=["flight"]),
+    "the data": lambda manifest: manifest["data"].update(features="features@5"),
+    "the run": lambda manifest: manifest.update(run_id="another"),
+    "the machine": lambda manifest: manifest["fingerprint"].update(commit="0" * 40),
+    "the version": lambda manifest: manifest.update(model="flight-delay@4"),
+    "the question": lambda manifest: manifest.update(question="Is it Monday?"),
+    "the checksum of the model": lambda manifest: manifest["files"].update({"model.onnx": "0" * 64}),
+    "the digest": lambda manifest: manifest.update(digest="0" * 64),
+    "no digest": lambda manifest: manifest.pop("digest"),
+}
+
+
+@pytest.mark.parametrize("what", list(CHANGES))
+def test_a_manifest_that_was_changed_is_refused_whatever_it_was(own: Path, settings: Settings, what: str) -> None:
+    manifest = json.loads((own / "bundle.json").read_text(encoding="utf-8"))
+    CHANGES[what](manifest)
+    (own / "bundle.json").write_text(json.dumps(manifest), encoding="utf-8")
+    for use in (read_bundle, load_predictor, lambda folder: publish(settings, folder)):
+        with pytest.raises(BundleError, match="was changed after it was written"):
+            use(own)
+    assert live_bundle(settings) is None
+
+
+def test_how_a_manifest_is_indented_does_not_matter(own: Path) -> None:
+    before = read_bundle(own)
+    (own / "bundle.json").write_bytes(msgspec.json.format((own / "bundle.json").read_bytes(), indent=7))
+    assert read_bundle(own) == before
+
+
+# ---------------------------------------------------------------- it answers as the original model did
+
+
+def golden_rows(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "golden.json").read_text(encoding="utf-8"))
+    return found
+
+
+def test_the_golden_rows_have_each_category_missing_values_and_the_scores_of_scikit_learn(
+    made: Path, model: Pipeline, rows: pd.DataFrame
+) -> None:
+    golden = golden_rows(made)
+    frame = pd.DataFrame(golden["features"])
+    assert list(frame.columns) == list(model.feature_names_in_)
+    np.testing.assert_array_equal(scores(model, frame.astype({"wind_gust": float})), golden["scores"])
+    for feature in read_bundle(made).features:
+        assert set(feature.categories) <= set(frame[feature.name])
+    assert frame["wind_gust"].isna().mean() > 0.5, "as in the data"
+    real = rows[list(frame.columns)].iloc[[0, -1]]
+    assert frame["distance"].iloc[[0, -1]].tolist() == real["distance"].tolist(), "the first one and the last one"
+    assert len(set(golden["scores"])) > 100
+
+
+@pytest.mark.parametrize("places", [(0, -1), (1, -2), (2, -3)])  # ranked by how late they are: these differ most
+def test_categories_that_change_places_are_found_whatever_the_checksums_say(
+    own: Path, settings: Settings, places: tuple[int, int]
+) -> None:
+    one, other = places
+    features = json.loads((own / "bundle.json").read_text(encoding="utf-8"))["features"]
+    for feature in features:
+        if known := feature.get("categories"):
+            known[one], known[other] = known[other], known[one]
+            break
+    reseal(own, features=features)
+    assert read_bundle(own).model == own.name, "all checksums are right"
+    with pytest.raises(BundleError, match=r"flight-delay@3 scores \d+ of \d+ golden rows otherwise than .* row \d"):
+        load_predictor(own)
+    with pytest.raises(BundleError, match="golden rows otherwise"):
+        publish(settings, own)
+    assert live_bundle(settings) is None
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda golden: golden["scores"].clear(), "have [0, "),
+        (lambda golden: golden["features"]["carrier"].pop(), "values a column"),
+        (lambda golden: golden["features"].pop("carrier"), "lack carrier"),
+        (lambda golden: golden["features"].update(more=[0.0] * len(golden["scores"])), "knows no feature 'more'"),
+        (lambda golden: golden["scores"].__setitem__(3, 0.5), "row 3 as 0."),
+        (lambda golden: golden.clear(), "can't be read"),
+    ],
+)
+def test_golden_rows_that_are_not_what_they_should_be_are_refused(
+    own: Path, spoil: Callable[[dict[str, Any]], Any], words: str
+) -> None:
+    golden = golden_rows(own)
+    spoil(golden)
+    rewrite(own, "golden.json", json.dumps(golden).encode())
+    with pytest.raises(BundleError) as caught:
+        load_predictor(own)
+    assert words in str(caught.value)
+    assert "flight-delay@3" in str(caught.value)
+
+
+def test_golden_rows_do_not_count_as_requests(made: Path) -> None:
+    assert not load_predictor(made).unknown
 
 
 # ---------------------------------------------------------------- nothing in it is run
@@ -464,8 +567,7 @@ def test_it_is_used_without_the_libraries_that_made_it_and_in_little_memory(made
 def second(own: Path) -> str:
     """Another bundle beside it."""
     other = Path(shutil.copytree(own, own.with_name("flight-delay@4")))
-    manifest = json.loads((other / "bundle.json").read_text(encoding="utf-8"))
-    (other / "bundle.json").write_text(json.dumps(manifest | {"model": other.name}), encoding="utf-8")
+    reseal(other, model=other.name)
     return other.name
 
 
@@ -522,6 +624,25 @@ def test_a_bundle_that_was_changed_after_it_was_published_is_refused(own: Path, 
     shutil.rmtree(own)
     with pytest.raises(BundleError, match="there is no"):
         live_bundle(settings)
+
+
+def test_a_version_that_was_published_never_changes(
+    own: Path, model: Pipeline, rows: pd.DataFrame, settings: Settings, tmp_path: Path
+) -> None:
+    newer = msgspec.structs.replace(ORIGIN, run_id="another")
+    write_bundle(settings, flight_delay, model, rows, own.name, newer)
+    published = {name: (publish(settings, own.name) / name).read_bytes() for name in FILES}
+    publish(settings, second(own))
+    with pytest.raises(BundleError, match=r"flight-delay@3 was published with another content.*as a new version"):
+        write_bundle(settings, flight_delay, model, rows, own.name, ORIGIN)
+    elsewhere = write_bundle(settings_in(tmp_path), flight_delay, model, rows, own.name, ORIGIN)
+    with pytest.raises(BundleError, match="a published version never changes"):
+        publish(settings, elsewhere)
+    assert {name: (own / name).read_bytes() for name in FILES} == published
+    shutil.rmtree(own)
+    assert write_bundle(settings, flight_delay, model, rows, own.name, newer) == own, "the same again changes nothing"
+    assert publish(settings, own.name) == live_bundle(settings)
+    assert {name: (own / name).read_bytes() for name in FILES} == published
 
 
 def test_whoever_looks_while_bundles_are_swapped_always_finds_a_whole_one(own: Path, settings: Settings) -> None:

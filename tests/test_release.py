@@ -757,7 +757,7 @@ def test_of_many_who_change_the_same_revision_one_succeeds(settings: Settings) -
     assert [line["revision"] for line in read_release_history(settings)] == [1, 2]
 
 
-def live(settings: Settings, reference: str) -> None:
+def live(settings: Settings, reference: str, *_: object) -> None:
     """Make a folder look as if it were the live bundle."""
     manifest = settings.serving / "bundles" / reference / "bundle.json"
     write_atomic(manifest, "{}")
@@ -823,7 +823,7 @@ def test_a_person_who_rolls_back_while_the_guard_promotes_has_the_last_word(
     write_counts(settings, release.id, "one", counted(1000))
     person = threading.Thread(target=roll_back_release, args=(settings, "customers complain"))
 
-    def interrupted(settings: Settings, reference: str) -> None:
+    def interrupted(settings: Settings, reference: str, *_: object) -> None:
         if reference == CANDIDATE:
             person.start()
             person.join(0.5)  # whoever waits for a lock waits longer than this

@@ -1,5 +1,6 @@
 """The processes that serve: started, killed, replaced, swapped under load, and ended with what they were at."""
 
+import http.client
 import json
 import os
 import re
@@ -146,6 +147,88 @@ def test_asked_to_end_it_finishes_what_it_is_at(home: Path) -> None:
         assert len(logged(running)) == 1
 
 
+class Visitors:
+    """Clients that ask without a pause until nobody listens; every second one over a new connection each time."""
+
+    def __init__(self, running: Running, number: int = 12) -> None:
+        self.port, self.answered = running.port, 0
+        record = running.client.get("/examples").json()[0]["record"]
+        self.body = json.dumps({"record": record}).encode()
+        self.lost: list[str] = []
+        self.threads = [threading.Thread(target=self._visit, args=(each % 2 == 0,)) for each in range(number)]
+        for thread in self.threads:
+            thread.start()
+
+    def _visit(self, keep: bool) -> None:
+        while True:
+            client = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+            try:
+                client.connect()
+            except ConnectionRefusedError:
+                return
+            last = False
+            while not last:
+                try:
+                    client.request("POST", "/predict", self.body, {"Content-Type": "application/json"})
+                    response = client.getresponse()
+                    response.read()
+                except (OSError, http.client.HTTPException) as error:
+                    self.lost.append(repr(error))
+                    break
+                self.answered += response.status == 200
+                self.lost += [] if response.status == 200 else [f"status {response.status}"]
+                last = response.getheader("connection") == "close" or not keep
+            client.close()
+
+    def join(self) -> None:
+        """Wait until each has found nobody."""
+        for thread in self.threads:
+            thread.join(40)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system can't be told to let nobody in")
+@pytest.mark.parametrize("count", ["1", "3"])
+def test_asked_to_end_amid_many_clients_it_loses_none(home: Path, count: str) -> None:
+    with serving(home, "--workers", count) as running:
+        visitors = Visitors(running)
+        until(lambda: visitors.answered > 300)
+        assert running.stop() == 0
+        visitors.join()
+        assert visitors.lost == []
+        assert visitors.answered <= len(logged(running)) <= visitors.answered + 1  # and the one who only looked
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system can't be told to let nobody in")
+@pytest.mark.slow
+def test_workers_that_are_replaced_in_turn_lose_none(home: Path) -> None:
+    with serving(home, "--workers", "2") as running:
+        until(lambda: len(workers(running)) == 2)
+        before, visitors = workers(running), Visitors(running)
+        until(lambda: visitors.answered > 100)
+        running.process.send_signal(signal.SIGHUP)
+        until(lambda: not {*before} & {*workers(running)}, 60)
+        seen = visitors.answered
+        until(lambda: visitors.answered > seen + 100)
+        assert running.stop() == 0
+        visitors.join()
+        assert visitors.lost == []
+
+
+def test_a_client_that_is_silent_may_ask_once_more_and_is_told_that_it_was_the_last_time(home: Path) -> None:
+    with serving(home) as running:
+        client = http.client.HTTPConnection("127.0.0.1", running.port, timeout=30)
+        client.request("GET", "/health/live")
+        assert client.getresponse().read()
+        idle = socket.create_connection(("127.0.0.1", running.port))
+        running.process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        client.request("GET", "/health/live")
+        response = client.getresponse()
+        assert (response.status, response.getheader("connection")) == (200, "close")
+        assert idle.recv(1) == b"", "who says nothing is let go"
+        assert running.process.wait(20) == 0
+
+
 def refuses(port: int) -> bool:
     with socket.socket() as attempt:
         return attempt.connect_ex(("127.0.0.1", port)) != 0
@@ -164,9 +247,12 @@ def test_without_their_supervisor_the_workers_end_as_well(home: Path) -> None:
     with serving(home, "--workers", "2") as running:
         until(lambda: len(workers(running)) == 2)
         found = workers(running)
+        folder = Path(psutil.Process(found[0]).environ()["PROMETHEUS_MULTIPROC_DIR"])
+        assert list(folder.iterdir())
         running.process.kill()
         running.process.wait(10)
         until(lambda: not any(psutil.pid_exists(each) for each in found))
+        assert not folder.exists(), "where they counted together"
         assert refuses(running.port), "the address is free for the next one"
 
 

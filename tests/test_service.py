@@ -10,6 +10,7 @@ import httpx
 import numpy as np
 import onnx
 import pytest
+from bundle_helpers import reseal, rewrite
 from fastapi.testclient import TestClient
 from service_helpers import FIRST, SECOND, Running, serving, until
 
@@ -325,19 +326,29 @@ def test_a_score_that_is_no_number_is_a_failure_of_the_model(
 
 
 def test_a_model_that_cannot_answer_is_not_published(home: Path) -> None:
-    (home / "serving" / "bundles" / SECOND / "model.onnx").rename(home / "model.onnx")
-    broken = onnx.load_model(home / "model.onnx")
+    folder = home / "serving" / "bundles" / SECOND
+    broken = onnx.load_model(folder / "model.onnx")
     broken.graph.node[0].domain = "else.where"
-    content = broken.SerializeToString()
-    manifest = home / "serving" / "bundles" / SECOND / "bundle.json"
-    found = json.loads(manifest.read_bytes())
-    found["files"]["model.onnx"] = hashlib.sha256(content).hexdigest()
-    manifest.write_text(json.dumps(found))
-    (home / "serving" / "bundles" / SECOND / "model.onnx").write_bytes(content)
+    rewrite(folder, "model.onnx", broken.SerializeToString())
     live = (home / "serving" / "flight-delay" / "live.json").read_bytes()
     with pytest.raises(BundleError, match="operations are"):
         publish(Settings(home=home), SECOND)
     assert (home / "serving" / "flight-delay" / "live.json").read_bytes() == live
+
+
+def test_a_model_that_answers_otherwise_than_it_should_does_not_take_over(home: Path) -> None:
+    models = LiveModels(Settings(home=home), patience=0)
+    models.refresh()
+    before = models.live().predictor.reference
+    folder = publish(Settings(home=home), SECOND)
+    features = json.loads((folder / "bundle.json").read_bytes())["features"]
+    next(known for feature in features if (known := feature.get("categories"))).reverse()
+    reseal(folder, features=features)
+    live = home / "serving" / "flight-delay" / "live.json"
+    digest = hashlib.sha256((folder / "bundle.json").read_bytes()).hexdigest()
+    live.write_text(json.dumps({"bundle": SECOND, "manifest": digest}))
+    models.refresh()
+    assert (models.live().predictor.reference, "golden rows otherwise" in models.problem) == (before, True)
 
 
 def test_whatever_a_new_model_raises_is_counted_and_tried_again(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,9 +16,9 @@ import msgspec
 from mlops_course.environment import CourseError, Settings, replacing, write_atomic
 
 # %% auto #0
-__all__ = ['MANIFEST_FILE', 'MODEL_FILE', 'CARD_FILE', 'GRAPH_INPUT', 'GRAPH_OUTPUT', 'REMEDY', 'BUNDLE_REFERENCE', 'BundleError',
-           'Feature', 'Manifest', 'place_bundle', 'open_bundle', 'read_bundle', 'bundles_folder', 'case_of',
-           'case_folder', 'find_bundle', 'manifest_sha256']
+__all__ = ['MANIFEST_FILE', 'MODEL_FILE', 'CARD_FILE', 'GOLDEN_FILE', 'GRAPH_INPUT', 'GRAPH_OUTPUT', 'REMEDY', 'BUNDLE_REFERENCE',
+           'BundleError', 'Feature', 'Manifest', 'write_manifest', 'place_bundle', 'open_bundle', 'read_bundle',
+           'Golden', 'read_golden', 'bundles_folder', 'case_of', 'case_folder', 'find_bundle', 'manifest_sha256']
 
 # %% ../../nbs/internals/07_bundle.ipynb #52f7bd54
 class BundleError(CourseError):
@@ -35,11 +35,12 @@ class Feature(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     group: str = ""  # features that say much the same belong together
 
 # %% ../../nbs/internals/07_bundle.ipynb #a608e197
-_FORMAT = 1  # of the folder; another one is refused
-MANIFEST_FILE, MODEL_FILE, CARD_FILE = "bundle.json", "model.onnx", "MODEL_CARD.md"
+_FORMAT = 2  # of the folder; another one is refused
+MANIFEST_FILE, MODEL_FILE, CARD_FILE, GOLDEN_FILE = "bundle.json", "model.onnx", "MODEL_CARD.md", "golden.json"
+_FILES = (MODEL_FILE, CARD_FILE, GOLDEN_FILE)  # all but the manifest
 GRAPH_INPUT, GRAPH_OUTPUT = "features", "probabilities"  # of the graph: (n, k) float32 to (n, 2) float32
 
-
+# %% ../../nbs/internals/07_bundle.ipynb #601d0009
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     "What a bundle says about itself."
 
@@ -60,29 +61,44 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     noun: str = "row"  # what one row is, in words
     row_title: str = ""  # how to show a key; empty: all its parts
     files: dict[str, str] = {}  # SHA-256 of every other file
+    digest: str = ""  # SHA-256 of all that stands here, but for this field: so it covers the whole bundle
+
+# %% ../../nbs/internals/07_bundle.ipynb #601d0002
+def _digest(manifest: Manifest) -> str:
+    """SHA-256 of all that a manifest says, but for its digest."""
+    return hashlib.sha256(msgspec.json.encode(msgspec.structs.replace(manifest, digest=""))).hexdigest()
+
+
+def write_manifest(
+    manifest: Manifest,  # what a bundle says about itself; the checksums are filled in
+    files: Mapping[str, bytes],  # the content of its other files, by name
+) -> bytes:  # the content of `bundle.json`
+    "Write down what a bundle says about itself: the same bundle gives the same bytes."
+    sums = {name: hashlib.sha256(content).hexdigest() for name, content in sorted(files.items())}
+    about = msgspec.structs.replace(manifest, files=sums)
+    sealed = msgspec.structs.replace(about, digest=_digest(about))
+    return msgspec.json.format(msgspec.json.encode(sealed), indent=1)
 
 # %% ../../nbs/internals/07_bundle.ipynb #d62a7858
 def place_bundle(
     folder: Path,  # where it shall be
     manifest: Manifest,  # what it says about itself; the checksums are filled in
-    files: Mapping[str, bytes],  # the content of the model and of its card, by name
+    files: Mapping[str, bytes],  # the content of the model, of its card and of its golden rows, by name
 ) -> Path:  # the folder
     """Write a bundle beside its place and rename it; what stood there goes.
 
     Raises:
         WorkspaceError: the workspace can't be written to.
     """
-    sums = {name: hashlib.sha256(content).hexdigest() for name, content in sorted(files.items())}
-    about = msgspec.json.encode(msgspec.structs.replace(manifest, files=sums))
     with replacing(folder, folders=True) as beside:
-        for name, content in {**files, MANIFEST_FILE: msgspec.json.format(about, indent=1)}.items():
+        for name, content in {**files, MANIFEST_FILE: write_manifest(manifest, files)}.items():
             write_atomic(beside / name, content)
     return folder
 
 # %% ../../nbs/internals/07_bundle.ipynb #d44cdda1
 REMEDY = "Fetch the bundle again, or package the model again"
 # Bytes; more is refused before it is read.
-_MAX_BYTES = {MANIFEST_FILE: 4_000_000, MODEL_FILE: 500_000_000, CARD_FILE: 1_000_000}
+_MAX_BYTES = {MANIFEST_FILE: 4_000_000, MODEL_FILE: 500_000_000, CARD_FILE: 1_000_000, GOLDEN_FILE: 50_000_000}
 
 
 def _read(folder: Path, name: str) -> bytes:
@@ -126,6 +142,8 @@ def _decode(content: bytes, path: Path) -> Manifest:
         raise BundleError(f"{path} is not a manifest: {error}", REMEDY) from error
     if nonsense := _nonsense(manifest):
         raise BundleError(f"{path} makes no sense: {nonsense}", REMEDY)
+    if manifest.digest != _digest(manifest):
+        raise BundleError(f"{path} was changed after it was written: its digest is that of another text", REMEDY)
     return manifest
 
 # %% ../../nbs/internals/07_bundle.ipynb #5c03335e
@@ -152,9 +170,9 @@ def _nonsense(manifest: Manifest) -> str | None:
 # %% ../../nbs/internals/07_bundle.ipynb #46aa576c
 def _check_names(folder: Path, manifest: Manifest) -> None:
     """Refuse a bundle that lacks a file, or holds one that it does not speak of."""
-    if set(manifest.files) != {MODEL_FILE, CARD_FILE}:
+    if set(manifest.files) != set(_FILES):
         names = ", ".join(sorted(manifest.files)) or "none"
-        wrong = f"{folder / MANIFEST_FILE} must name {MODEL_FILE} and {CARD_FILE}, but names {names}"
+        wrong = f"{folder / MANIFEST_FILE} must name {', '.join(_FILES)}, but names {names}"
         raise BundleError(wrong, REMEDY)
     there = {path.name for path in folder.iterdir()}
     if foreign := sorted(there - {MANIFEST_FILE, *manifest.files}):
@@ -192,6 +210,32 @@ def read_bundle(
         BundleError: a file is missing, damaged, foreign, or of another format.
     """
     return open_bundle(folder)[0]
+
+# %% ../../nbs/internals/07_bundle.ipynb #601d0007
+class Golden(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    "Rows, and the scores that a model must give them."
+
+    features: dict[str, list[float | str | None]]  # a value for each row, by feature
+    scores: list[float]  # of the original model, a probability for each row
+
+
+def read_golden(
+    content: bytes,  # of `golden.json`
+    reference: str,  # the model, such as `flight-delay@3`
+) -> Golden:  # with as many values of each feature as there are scores, at least one
+    """Read the golden rows of a bundle.
+
+    Raises:
+        BundleError: it isn't what it should be.
+    """
+    try:
+        golden = msgspec.json.decode(content, type=Golden)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise BundleError(f"the golden rows of {reference} can't be read: {error}", REMEDY) from error
+    lengths = {len(golden.scores), *map(len, golden.features.values())}
+    if len(lengths) != 1 or not golden.scores:
+        raise BundleError(f"the golden rows of {reference} have {sorted(lengths)} values a column", REMEDY)
+    return golden
 
 # %% ../../nbs/internals/07_bundle.ipynb #9aaae586
 def bundles_folder(

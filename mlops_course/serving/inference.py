@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 
 from mlops_course.serving.bundle import (
-    GRAPH_INPUT, GRAPH_OUTPUT, MODEL_FILE, REMEDY, BundleError, Manifest, open_bundle,
+    GOLDEN_FILE, GRAPH_INPUT, GRAPH_OUTPUT, MODEL_FILE, REMEDY, BundleError, Golden, Manifest, open_bundle, read_golden,
 )
 from mlops_course.serving.encoding import Encoder
 from mlops_course.serving.onnx_graph import open_session
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['Predictor', 'load_predictor', 'typical_record', 'smoke_test', 'Reason']
+__all__ = ['SCORE_TOLERANCE', 'Predictor', 'typical_record', 'check_golden', 'load_predictor', 'make_predictor', 'Reason']
 
 # %% ../../nbs/internals/07_inference.ipynb #cba7f083
 _CHUNK = 16_384  # rows scored in one call
@@ -79,6 +79,38 @@ class Predictor:
         "Say which features move a score: each group in turn is made typical."
         return _reasons(self, np.asarray(row, np.float32).reshape(-1), count)
 
+# %% ../../nbs/internals/07_inference.ipynb #df33a368
+def typical_record(
+    predictor: Predictor,  # whose features
+) -> dict[str, Any]:  # a value for each
+    """A record of typical values."""
+    return {feature.name: feature.typical for feature in predictor.manifest.features}
+
+# %% ../../nbs/internals/07_inference.ipynb #e7b74620
+SCORE_TOLERANCE = 1e-5  # largest difference to the original model's score that is accepted
+
+
+def check_golden(
+    predictor: Predictor,  # just loaded
+    golden: Golden,  # rows with the scores of the original model
+) -> None:
+    """Make sure that a model answers as it did when it was packaged.
+
+    Raises:
+        BundleError: it can't score the rows, or not as it should.
+    """
+    records = [dict(zip(golden.features, row, strict=True)) for row in zip(*golden.features.values(), strict=True)]
+    try:
+        found = predictor.scores(predictor.encode(records))
+    except Exception as error:  # whatever a runtime raises
+        raise BundleError(f"{predictor.reference} can't score its golden rows: {error}", REMEDY) from error
+    predictor.unknown.clear()  # nobody asked for these
+    wrong = np.flatnonzero(~(np.abs(found - golden.scores) <= SCORE_TOLERANCE))
+    if wrong.size:
+        many, row = f"{len(wrong)} of {len(found)} golden rows", int(wrong[0])
+        instead = f"row {row} as {found[row]:.6f}, not as {golden.scores[row]:.6f}"
+        raise BundleError(f"{predictor.reference} scores {many} otherwise than it should: {instead}", REMEDY)
+
 # %% ../../nbs/internals/07_inference.ipynb #b15d674b
 def load_predictor(
     folder: str | Path,  # the bundle
@@ -89,31 +121,22 @@ def load_predictor(
     Raises:
         BundleError: it is not what it should be.
     """
-    manifest, files = open_bundle(folder)
-    return Predictor(manifest, files[MODEL_FILE], threads)
+    return make_predictor(*open_bundle(folder), threads)
 
-# %% ../../nbs/internals/07_inference.ipynb #df33a368
-def typical_record(
-    predictor: Predictor,  # whose features
-) -> dict[str, Any]:  # a value for each
-    """A record of typical values."""
-    return {feature.name: feature.typical for feature in predictor.manifest.features}
 
-# %% ../../nbs/internals/07_inference.ipynb #e7b74620
-def smoke_test(
-    predictor: Predictor,  # just loaded
-) -> None:
-    """Make sure that a model can answer: a typical row gets a score.
+def make_predictor(
+    manifest: Manifest,  # of a bundle
+    files: Mapping[str, bytes],  # the content of its other files, verified
+    threads: int = 1,  # how many rows are scored at the same time in a batch
+) -> Predictor:  # ready to answer
+    """Load a bundle that was read already.
 
     Raises:
-        BundleError: it is not what it should be.
+        BundleError: it doesn't answer as it should.
     """
-    try:
-        score = predictor.scores(predictor.encode([typical_record(predictor)]))
-    except Exception as error:  # whatever a runtime raises
-        raise BundleError(f"{predictor.reference} can't score a typical row: {error}", REMEDY) from error
-    if score.shape != (1,) or not np.isfinite(score).all():
-        raise BundleError(f"{predictor.reference} scores a typical row as {score.tolist()}", REMEDY)
+    predictor = Predictor(manifest, files[MODEL_FILE], threads)
+    check_golden(predictor, read_golden(files[GOLDEN_FILE], manifest.model))
+    return predictor
 
 # %% ../../nbs/internals/07_inference.ipynb #d7c1f36b
 class Reason(msgspec.Struct, frozen=True):

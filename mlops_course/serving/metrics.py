@@ -42,6 +42,7 @@ class Metrics:
         self.log_bytes = Gauge("log_bytes", "Size of the prediction log.", multiprocess_mode="livemax", **own)
         self._responses: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
         self._scored: dict[tuple[str, str], tuple[Counter, Counter, Histogram]] = {}
+        self.seconds.labels("/predict")  # so that each file of this process is there from the start
 
     def answered(self, path: str, method: str, status: int, seconds: float) -> None:
         """Count one response."""
@@ -85,7 +86,7 @@ def expose(
 ) -> bytes:  # text in Prometheus' format
     """Write all numbers, of all processes."""
     folder, registry = os.environ.get("PROMETHEUS_MULTIPROC_DIR"), metrics.registry
-    if folder and os.name == "posix":
+    if folder and os.name == "posix" and Path(folder).is_dir():
         with suppress(FileNotFoundError):  # another process buries the same one
             _forget_dead_processes(Path(folder))
         registry = CollectorRegistry()

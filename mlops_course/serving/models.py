@@ -18,7 +18,7 @@ import msgspec
 from mlops_course.environment import CourseError, Settings
 from mlops_course.serving.bundle import CARD_FILE, case_folder
 from mlops_course.serving.publishing import LIVE_FILE, for_case, live_bundle, served_case
-from mlops_course.serving.inference import Predictor, load_predictor, smoke_test
+from mlops_course.serving.inference import Predictor, load_predictor
 from mlops_course.serving.problems import HTTPProblem, without_folder
 
 if TYPE_CHECKING:
@@ -165,7 +165,6 @@ def _take_live(models: LiveModels) -> None:
         models.problem = "what was published is gone" if models.choice else _NONE_YET
         return
     predictor, card = load_predictor(folder), (folder / CARD_FILE).read_text(encoding="utf-8")
-    smoke_test(predictor)
     models.settings = for_case(models.settings, predictor.reference)  # another use case that is published stays out
     models.choice, models.card, models.problem = Choice(predictor), card, ""
     gc.collect()  # the type of the old model's records refers to itself: nothing else would ever free it

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from fnmatch import fnmatchcase
+from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,9 +17,10 @@ import numpy as np
 
 from mlops_course.environment import Settings, fingerprint
 from mlops_course.serving.bundle import (
-    CARD_FILE, GRAPH_INPUT, MODEL_FILE, BundleError, Feature, Manifest, bundles_folder, place_bundle,
+    CARD_FILE, GOLDEN_FILE, GRAPH_INPUT, MODEL_FILE, BundleError, Feature, Golden, Manifest,
 )
-from mlops_course.serving.inference import Predictor
+from mlops_course.serving.inference import SCORE_TOLERANCE, Predictor
+from mlops_course.serving.publishing import keep_bundle
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,7 +29,8 @@ if TYPE_CHECKING:
     from mlops_course.project import UseCase
 
 # %% auto #0
-__all__ = ['Origin', 'convert_to_onnx', 'describe_features', 'model_card', 'write_bundle', 'group_features', 'check_parity']
+__all__ = ['Origin', 'convert_to_onnx', 'describe_features', 'model_card', 'choose_golden', 'write_bundle', 'group_features',
+           'check_parity']
 
 # %% ../../nbs/internals/07_packaging.ipynb #be4f7a8f
 class Origin(msgspec.Struct, frozen=True, kw_only=True):
@@ -147,8 +150,34 @@ def _card_limits(use_case: UseCase, figures: Mapping[str, float]) -> list[str]:
         f"How likely is not why: a reason is what moves the score of `{use_case.name}`, not what causes the event.",
     ]
 
-# %% ../../nbs/internals/07_packaging.ipynb #f6146fb0
-_TOLERANCE = 1e-5  # largest difference of a score that is accepted
+# %% ../../nbs/internals/07_packaging.ipynb #601d0022
+_PLAIN, _MOST = 32, 1000  # golden rows as they are, and the most in which categories are tried
+
+
+def choose_golden(
+    model: Pipeline,  # of scikit-learn
+    features: Sequence[Feature],  # from `describe_features`
+    rows: pd.DataFrame,  # features of the training, at least one row
+) -> Golden:  # rows from the whole table, evenly, with the model's scores
+    "Choose rows that show the categories of a model, and score them with scikit-learn."
+    from mlops_course.experiments import scores
+
+    variations = min(_MOST, max(len(feature.categories) for feature in features))
+    places = np.linspace(0, len(rows) - 1, _PLAIN + variations).astype(int)
+    chosen = rows[[feature.name for feature in features]].iloc[places].reset_index(drop=True)
+    for feature in features:
+        if feature.kind == "category":
+            plain = list(chosen[feature.name].astype(object)[:_PLAIN])
+            chosen[feature.name] = plain + list(islice(cycle(feature.categories), variations))
+    values = {feature.name: _as_json(chosen[feature.name], feature.kind) for feature in features}
+    return Golden(values, scores(model, chosen).tolist())
+
+# %% ../../nbs/internals/07_packaging.ipynb #601d0023
+def _as_json(column: pd.Series, kind: str) -> list[float | str | None]:
+    """The values of a feature as a request has them."""
+    plain: type = float if kind == "number" else str
+    numbers = column.astype(np.float32) if kind == "number" else column
+    return [None if missing else plain(value) for value, missing in zip(numbers, column.isna(), strict=True)]
 
 # %% ../../nbs/internals/07_packaging.ipynb #19a602b8
 def write_bundle(
@@ -162,15 +191,15 @@ def write_bundle(
     """Write a model as a bundle.
 
     Raises:
-        BundleError: the graph does not score as scikit-learn does.
+        BundleError: the graph does not score as scikit-learn does, or that version was published otherwise.
     """
     graph, groups = convert_to_onnx(model), group_features(map(str, rows.columns), use_case.groups)
     features = describe_features(model, rows, groups)
     manifest = _manifest(use_case, features, reference, origin)
     check_parity(model, manifest, graph, rows)
-    card = model_card(use_case, manifest, origin)
-    files = {MODEL_FILE: graph, CARD_FILE: card.encode()}
-    return place_bundle(bundles_folder(settings) / reference, manifest, files)
+    card, golden = model_card(use_case, manifest, origin), choose_golden(model, features, rows)
+    files = {MODEL_FILE: graph, CARD_FILE: card.encode(), GOLDEN_FILE: msgspec.json.encode(golden)}
+    return keep_bundle(settings, manifest, files)
 
 # %% ../../nbs/internals/07_packaging.ipynb #583a0959
 def group_features(
@@ -213,7 +242,7 @@ def check_parity(
     found, wanted = predictor.scores(predictor.encode_frame(rows)), scores(model, rows)
     difference = float(np.abs(found - wanted).max(initial=0.0))
     flips = int(((found >= manifest.threshold) != (wanted >= manifest.threshold)).sum())
-    if not difference <= _TOLERANCE or flips:
+    if not difference <= SCORE_TOLERANCE or flips:
         problem = f"the graph of {manifest.model} differs from scikit-learn by up to {difference:.2g}"
         problem += f", and in {flips} of {len(rows)} decisions"
         raise BundleError(problem, "Train on float32 features and ordinal codes, as `experiments.train` does")

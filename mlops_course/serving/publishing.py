@@ -5,6 +5,7 @@
 # %% ../../nbs/internals/07_publishing.ipynb #744cadfc
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,13 +15,14 @@ import msgspec
 from mlops_course.environment import Settings, workspace_error, write_atomic
 from mlops_course.ledger import LedgerEntry, append_entry, current_user, read_ledger
 from mlops_course.serving.bundle import (
-    BUNDLE_REFERENCE, MODEL_FILE, BundleError, bundles_folder, case_folder, case_of, find_bundle, manifest_sha256,
-    open_bundle, place_bundle,
+    BUNDLE_REFERENCE, MANIFEST_FILE, BundleError, Manifest, bundles_folder, case_folder, case_of, find_bundle,
+    manifest_sha256, open_bundle, place_bundle, write_manifest,
 )
-from mlops_course.serving.inference import Predictor, smoke_test
+from mlops_course.serving.inference import make_predictor
 
 # %% auto #0
-__all__ = ['LIVE_FILE', 'served_case', 'live_file', 'for_case', 'pinned', 'live_bundle', 'publish', 'check_live', 'repair_live']
+__all__ = ['LIVE_FILE', 'served_case', 'live_file', 'for_case', 'pinned', 'live_bundle', 'keep_bundle', 'publish', 'check_live',
+           'repair_live']
 
 # %% ../../nbs/internals/07_publishing.ipynb #d039f425
 LIVE_FILE = "live.json"
@@ -98,7 +100,8 @@ def live_bundle(
         raise BundleError(f"{path} names {live.bundle!r}, which is not a version of {name}", "Publish a bundle again")
     folder = bundles_folder(settings) / live.bundle
     if manifest_sha256(folder) != live.manifest:
-        raise BundleError(f"{folder} is not the bundle that was published", "Publish it again, after a look at it")
+        remedy = "Fetch that bundle again as it was, or publish another version"
+        raise BundleError(f"{folder} is not the bundle that was published", remedy)
     return folder
 
 # %% ../../nbs/internals/07_publishing.ipynb #07ab1e02
@@ -143,6 +146,33 @@ def _said(content: bytes) -> dict[str, str | None]:
         return {"live": None, "manifest": None}
     return {"live": live.bundle, "manifest": live.manifest}
 
+# %% ../../nbs/internals/07_publishing.ipynb #601d0032
+def keep_bundle(
+    settings: Settings,  # whose workspace
+    manifest: Manifest,  # what the bundle says about itself
+    files: Mapping[str, bytes],  # the content of its other files, by name
+) -> Path:  # the folder
+    """Put a bundle where its version belongs. What was published under that name can't be replaced.
+
+    Raises:
+        BundleError: that version was published with another content.
+        LedgerError: the ledger is damaged.
+    """
+    home, content = bundles_folder(settings) / manifest.model, write_manifest(manifest, files)
+    published = [each.after["manifest"] for each in read_ledger(settings) if each.after.get("live") == manifest.model]
+    if published and published[-1] != hashlib.sha256(content).hexdigest():
+        problem = f"{manifest.model} was published with another content, and a published version never changes"
+        raise BundleError(problem, "Register the model as a new version")
+    if not _holds(home, {**files, MANIFEST_FILE: content}):
+        place_bundle(home, manifest, files)
+    return home
+
+
+def _holds(folder: Path, files: Mapping[str, bytes]) -> bool:
+    """Whether a folder has these files, and no others."""
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    return names == set(files) and all(_content(folder / name) == content for name, content in files.items())
+
 # %% ../../nbs/internals/07_publishing.ipynb #bb204adc
 def publish(
     settings: Settings,  # whose workspace
@@ -153,14 +183,12 @@ def publish(
     """Make a bundle the one of its use case that is served.
 
     Raises:
-        BundleError: it is not there, damaged, or it can't answer.
+        BundleError: it is not there, damaged, doesn't answer as it should, or was published with another content.
     """
     folder = find_bundle(settings, bundle)
     manifest, files = open_bundle(folder)
-    smoke_test(Predictor(manifest, files[MODEL_FILE]))
-    home = bundles_folder(settings) / manifest.model
-    if folder.resolve() != home.resolve():
-        place_bundle(home, manifest, files)
+    make_predictor(manifest, files)
+    home = keep_bundle(settings, manifest, files)
     _make_live(settings, _Live(manifest.model, manifest_sha256(home)), reason, by)
     return home
 

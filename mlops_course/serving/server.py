@@ -5,14 +5,19 @@
 # %% ../../nbs/internals/07_server.ipynb #dc629ace
 from __future__ import annotations
 
+import asyncio
+import ctypes
 import errno
 import json
 import logging
 import multiprocessing
 import os
 import pkgutil
+import select
+import shutil
 import signal
 import socket
+import struct
 import sys
 import tempfile
 import threading
@@ -20,12 +25,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from http import HTTPStatus
 from pathlib import Path
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any
 
 # %% auto #0
-__all__ = ['APP', 'Progress', 'Connection', 'read_on', 'end_if_overdue', 'end_if_stalled', 'watch_connections', 'ServeError',
-           'bind', 'Launch', 'JsonLines', 'serve']
+__all__ = ['APP', 'Progress', 'Connection', 'read_on', 'end_if_overdue', 'end_if_stalled', 'end_soon', 'watch_connections',
+           'ServeError', 'bind', 'Launch', 'JsonLines', 'refuse_newcomers', 'serve']
 
 # %% ../../nbs/internals/07_server.ipynb #0c21a6c5
 import uvicorn
@@ -50,6 +55,7 @@ class Progress:
     in_headers: bool = True  # whether headers are being read
     unread: bytes = b""  # what has come in and waits until there is room for more requests
     refused: bool = False  # whether nothing is read any more
+    ending: bool = False  # whether the next response is the last one
     unwritten: int = 0  # bytes that the client had not taken a second ago
     stalled_since: float = float("inf")  # when it last took some
 
@@ -85,8 +91,7 @@ class Connection(HttpToolsProtocol):
         self.progress = Progress(monotonic())
         self.flow = _Flow(transport, self.progress)
         watch_connections(self)
-        if len(self.connections) > self.app.limits.connections:
-            _refuse(self, HTTPProblem(503, f"{len(self.connections)} connections are open", "Try again later"))
+        _check_room(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget what nobody waits for."""
@@ -115,11 +120,9 @@ class Connection(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """From here on, the layer around the app watches. Raises: ValueError, which has the parser stop."""
-        self.progress.pending, self.progress.in_headers = 0, False
-        if problem := _head_problem(self):
-            _refuse(self, problem)
-            raise ValueError(problem.problem)
+        _check_head(self)
         super().on_headers_complete()
+        self.cycle.keep_alive = self.cycle.keep_alive and not self.progress.ending
 
     def on_body(self, body: bytes) -> None:
         """The body grows: the layer around the app counts it."""
@@ -131,11 +134,14 @@ class Connection(HttpToolsProtocol):
         super().on_message_complete()
         self.progress.waiting_since, self.progress.pending = float("inf"), 0
 
+    def shutdown(self) -> None:
+        """End after the next response."""
+        end_soon(self)
+
     def on_response_complete(self) -> None:
         """There is room for one more."""
         super().on_response_complete()
-        if self.progress.unread:
-            read_on(self)
+        read_on(self)
 
 # %% ../../nbs/internals/07_server.ipynb #6f0b1c01
 def _too_long(limit: int) -> HTTPProblem:
@@ -143,6 +149,21 @@ def _too_long(limit: int) -> HTTPProblem:
     return HTTPProblem(431, f"the headers have more than {limit} bytes", "Send fewer or shorter headers")
 
 
+def _check_room(connection: Connection) -> None:
+    """Refuse a connection that is one too many."""
+    if len(connection.connections) > connection.app.limits.connections:
+        problem = f"{len(connection.connections)} connections are open"
+        _refuse(connection, HTTPProblem(503, problem, "Try again later"))
+
+
+def _check_head(connection: Connection) -> None:
+    """Take a request's headers as they are, or refuse them. Raises: ValueError, which has the parser stop."""
+    connection.progress.pending, connection.progress.in_headers = 0, False
+    if problem := _head_problem(connection):
+        _refuse(connection, problem)
+        raise ValueError(problem.problem)
+
+# %% ../../nbs/internals/07_server.ipynb #601d0108
 def _head_problem(connection: Connection) -> HTTPProblem | None:
     """Why a request's headers are refused; None: they aren't."""
     limit, progress = connection.app.limits.head, connection.progress
@@ -229,6 +250,26 @@ def end_if_stalled(
     progress.unwritten = unwritten
     if now - progress.stalled_since >= connection.app.limits.seconds:
         connection.transport.abort()
+
+# %% ../../nbs/internals/07_server.ipynb #601d0106
+_LINGER = 1.0  # seconds that a silent client has for one more request, when the service ends
+
+
+def end_soon(
+    connection: Connection,  # any
+) -> None:
+    """End a connection after the next response: when it is silent, a request may be under way all the same."""
+    connection.progress.ending = True
+    if connection.cycle is None or connection.cycle.response_complete:
+        connection.loop.call_later(_LINGER, _end_if_idle, connection)
+    else:
+        connection.cycle.keep_alive = False
+
+
+def _end_if_idle(connection: Connection) -> None:
+    """Close, unless a request has come: then its response says that it is the last one."""
+    if connection.cycle is None or connection.cycle.response_complete:
+        connection.transport.close()
 
 # %% ../../nbs/internals/07_server.ipynb #4c3619ac
 def watch_connections(
@@ -321,6 +362,7 @@ def _end_with_supervisor() -> None:
     if parent is not None:
         parent.join()
         _log.error("the process %s, which looks after this one, is gone", parent.pid)
+        shutil.rmtree(os.environ["PROMETHEUS_MULTIPROC_DIR"], ignore_errors=True)  # who counts has its files open
         signal.raise_signal(signal.SIGTERM) if os.name == "nt" else os.kill(os.getpid(), signal.SIGTERM)
 
 # %% ../../nbs/internals/07_server.ipynb #62f5475b
@@ -361,7 +403,36 @@ def _server_config(
         launch, factory=True, workers=workers, http=Connection, ws="none", interface="asgi3", lifespan="on",
         log_config=_log_config(as_json), access_log=False, server_header=False, proxy_headers=False,
         timeout_keep_alive=30, timeout_graceful_shutdown=max(1, int(launch.limits.seconds)), backlog=2048,
+        timeout_worker_healthcheck=15,  # seconds that a new worker may take to start; a busy machine needs some
     )  # fmt: skip
+
+# %% ../../nbs/internals/07_server.ipynb #601d0102
+_SO_ATTACH_FILTER = 26
+_DROP_SYN = (  # a program for the system's packet filter: code, jump if true, jump if false, operand
+    (0x30, 0, 0, 13),  # load the byte with the flags
+    (0x45, 0, 1, 0x02),  # is it a SYN?
+    (0x06, 0, 0, 0),  # drop it
+    (0x06, 0, 0, 0xFFFFFFFF),  # let it pass
+)
+
+
+def refuse_newcomers(
+    taken: socket.socket,  # that listens
+) -> None:
+    """Have the system begin no more connections; those in its queue can still be accepted. Only Linux can."""
+    if sys.platform != "linux":
+        return
+    program = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in _DROP_SYN))
+    try:
+        filtering = struct.pack("HL", len(_DROP_SYN), ctypes.addressof(program))
+        taken.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, filtering)
+    except OSError as error:  # a container may forbid it
+        _log.warning("new connections can't be refused, so the last ones may be cut off: %s", error)
+
+# %% ../../nbs/internals/07_server.ipynb #601d0103
+def _has_queue(taken: socket.socket) -> bool:
+    """Whether somebody waits to be accepted."""
+    return bool(select.select([taken], [], [], 0)[0])
 
 # %% ../../nbs/internals/07_server.ipynb #0b1806e3
 def serve(
@@ -407,12 +478,45 @@ def _run_one(
     taken: socket.socket,  # where it listens
 ) -> None:
     """Serve in this process."""
-    server = uvicorn.Server(config)
+    server = _Server(config)
     for each in (signal.SIGTERM, signal.SIGINT):
         signal.signal(each, server.handle_exit)  # the server raises it once more when it has ended
     server.run([taken])
 
+# %% ../../nbs/internals/07_server.ipynb #601d0105
+_HANDSHAKE = 0.1  # seconds: those who were connecting when the door was closed are in by then
+
+
+class _Server(uvicorn.Server):
+    """A server that has the queue worked off before it ends."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Close the door, wait until all who are inside are served, and end."""
+        for taken in sockets or []:
+            refuse_newcomers(taken)
+        end = monotonic() + (self.config.timeout_graceful_shutdown or 0)
+        await asyncio.sleep(_HANDSHAKE)
+        while any(map(_has_queue, sockets or [])) and monotonic() < end:
+            await asyncio.sleep(0.01)
+        await super().shutdown(sockets)
+
 # %% ../../nbs/internals/07_server.ipynb #979aef2a
+class _Supervisor(Multiprocess):
+    """Looks after the workers, and has the queue worked off before they end."""
+
+    def terminate_all(self) -> None:
+        """Close the door, wait until all who are inside are served, and end the workers."""
+        for taken in self.sockets:
+            refuse_newcomers(taken)
+        end = monotonic() + (self.config.timeout_graceful_shutdown or 0)
+        sleep(_HANDSHAKE)
+        while any(map(_has_queue, self.sockets)) and monotonic() < end:
+            sleep(0.01)
+        super().terminate_all()
+        for taken in self.sockets:
+            taken.close()  # or the system would go on to let people wait, for nobody
+
+# %% ../../nbs/internals/07_server.ipynb #601d0109
 def _run_many(
     config: uvicorn.Config,  # of the server
     taken: socket.socket,  # where all of them listen
@@ -421,7 +525,7 @@ def _run_many(
     with tempfile.TemporaryDirectory(prefix="mlops_course_metrics_", ignore_cleanup_errors=True) as folder:
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
         try:
-            Multiprocess(config, sockets=[taken]).run()
+            _Supervisor(config, sockets=[taken]).run()
         finally:
             del os.environ["PROMETHEUS_MULTIPROC_DIR"]
             taken.close()
