@@ -273,6 +273,19 @@ def test_a_port_that_is_taken_is_said_in_one_line(tmp_path: Path, count: str) ->
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1"])
+def test_where_others_can_reach_it_it_serves_only_when_that_is_wanted(tmp_path: Path, host: str) -> None:
+    done = run_serve("--home", str(tmp_path), "--host", host)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert f"others can reach {host}, and nobody has to show a key" in done.stderr
+    assert "--insecure" in done.stderr
+
+
+def test_others_can_reach_it_when_that_is_wanted(home: Path) -> None:
+    with serving(home, "--host", "0.0.0.0", "--insecure", ready=False) as running:
+        until(lambda: httpx.get(f"http://127.0.0.1:{running.port}/health/live").status_code == 200)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -61,6 +61,7 @@ def _serve(
     service: Annotated[str | None, typer.Option("--app", help="module:function that makes another app.")] = None,
     use_case: Case = None,
     home: Home = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Let others reach it, without a key.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Log as JSON, a document a line.")] = False,
 ) -> None:
     """Serve the published model as a REST service."""
@@ -71,7 +72,7 @@ def _serve(
 
     settings = served_settings(home, use_case)  # before anything starts: several use cases may be live
     announce = _announce(about_service(settings, service), as_json)
-    serve(settings, host, port, workers, read_limits(limit or []), as_json, announce, service or APP)
+    serve(settings, host, port, workers, read_limits(limit or []), as_json, announce, service or APP, insecure)
 
 # %% ../../nbs/internals/cli_serve.ipynb #11c10002
 @serve_app.command("publish")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import errno
+import ipaddress
 import json
 import logging
 import multiprocessing
@@ -30,7 +31,7 @@ from typing import Any
 
 # %% auto #0
 __all__ = ['APP', 'Progress', 'Connection', 'read_on', 'end_if_overdue', 'end_if_stalled', 'end_soon', 'watch_connections',
-           'ServeError', 'bind', 'Launch', 'JsonLines', 'refuse_newcomers', 'serve']
+           'ServeError', 'bind', 'check_exposure', 'Launch', 'JsonLines', 'refuse_newcomers', 'serve']
 
 # %% ../../nbs/internals/07_server.ipynb #0c21a6c5
 import uvicorn
@@ -324,6 +325,23 @@ def bind(
         raise ServeError(f"can't listen on {host} port {port}: {error}", "Name another --host or --port") from error
     return taken
 
+# %% ../../nbs/internals/07_server.ipynb #601d0202
+def check_exposure(
+    host: str,  # a name or an address of this machine
+) -> None:
+    """Refuse an address at which others can reach the service.
+
+    Raises:
+        ServeError: they can.
+    """
+    try:
+        found = {str(each[4][0]).partition("%")[0] for each in socket.getaddrinfo(host, None)}
+    except OSError:  # there is no such address, and whoever wants to take it is told
+        return
+    if not all(ipaddress.ip_address(address).is_loopback for address in found):
+        remedy = "Serve on 127.0.0.1, or add --insecure if something else keeps strangers away, such as a firewall"
+        raise ServeError(f"others can reach {host}, and nobody has to show a key", remedy)
+
 # %% ../../nbs/internals/07_server.ipynb #03ac27a7
 APP = "mlops_course.serving.app:create_app"
 
@@ -444,17 +462,16 @@ def serve(
     as_json: bool = False,  # whether the log is for programs
     announce: Callable[[str], None] | None = None,  # is told the address
     app: str = APP,  # `module:function` that makes the app
+    insecure: bool = False,  # whether others may reach it, though nobody has to show a key
 ) -> None:
     """Serve until told to end.
 
     Raises:
         ServeError: it can't be done.
     """
-    if workers < 1:
-        raise ServeError(f"{workers} workers can't serve", "Ask for 1 or more")
+    if not insecure:
+        check_exposure(host)
     launch = _launch(settings.prepare(), limits or Limits(), workers, app)
-    if app != APP:
-        launch()  # what can't be made is said once, here, and not by each worker again and again
     taken = bind(host, port)
     if announce is not None:
         announce(_address(host, taken))
@@ -464,8 +481,13 @@ def serve(
 # %% ../../nbs/internals/07_server.ipynb #cf2cd10c
 def _launch(settings: Settings, limits: Limits, workers: int, app: str) -> Launch:
     """How each worker makes its app, with its share of the rate."""
+    if workers < 1:
+        raise ServeError(f"{workers} workers can't serve", "Ask for 1 or more")
     own = replace(limits, rate=limits.rate / workers)
-    return Launch(settings, own, app, os.getpid() if workers > 1 else None)
+    launch = Launch(settings, own, app, os.getpid() if workers > 1 else None)
+    if app != APP:
+        launch()  # what can't be made is said once, here, and not by each worker again and again
+    return launch
 
 
 def _address(host: str, taken: socket.socket) -> str:
