@@ -367,7 +367,7 @@ SECTIONS = (
     ("Data", "ingestion, validation, features known at prediction time"),
     ("Experiments", "honest validation, training, search, tracking"),
     ("Packaging", "the model bundle, the inference function, online features, the REST API, the container"),
-    ("Versioning", "model versions and aliases; lineage comes later"),
+    ("Versioning", "versions of data and models, a ledger, lineage, the way back by a command"),
     ("Pipelines", "notebooks as stages: cached, parallel, resumable, on one machine or a Dask cluster"),
     ("CI/CD", "tests for models, a gate, a check of scripts; release and rollback come later"),
     ("Deployment", "batch, online and micro-batch; shadow, canary, blue/green, A/B with a guard; Kubernetes"),

@@ -24,10 +24,10 @@ from mlops_course.serving.inference import Predictor, load_predictor
 from mlops_course.serving.packaging import Origin, write_bundle
 
 # %% auto #0
-__all__ = ['versions', 'register', 'find_version', 'champion_reference', 'promote', 'package', 'load_scorer', 'score_month',
-           'fair_rivals', 'PromotionDecision', 'decide_promotion', 'register_and_promote', 'champion_history',
-           'champion_at', 'CHALLENGER', 'CHAMPION', 'PREVIOUS', 'PromotionConflict', 'RegistryError', 'open_registry',
-           'ANY', 'compare_versions', 'delete_version', 'roll_back']
+__all__ = ['champion_history', 'champion_at', 'versions', 'register', 'find_version', 'champion_reference', 'promote', 'package',
+           'load_scorer', 'score_month', 'fair_rivals', 'PromotionDecision', 'decide_promotion', 'register_and_promote',
+           'CHALLENGER', 'CHAMPION', 'PREVIOUS', 'PromotionConflict', 'RegistryError', 'open_registry', 'ANY',
+           'compare_versions', 'delete_version', 'roll_back']
 
 # %% ../../nbs/08_versioning.ipynb #72c96acf
 if TYPE_CHECKING:
@@ -39,6 +39,27 @@ if TYPE_CHECKING:
 
 _all_ = ["CHALLENGER", "CHAMPION", "PREVIOUS", "PromotionConflict", "RegistryError", "open_registry"]
 _all_ += ["ANY", "compare_versions", "delete_version", "roll_back"]
+
+# %% ../../nbs/08_versioning.ipynb #08a5e002
+def champion_history(
+    settings: Settings,  # whose workspace
+    use_case: UseCase,  # whose champions
+) -> list[Period]:  # oldest first; the first one is without a champion
+    """List who was champion, from when to when, and why."""
+    return list_periods(read_ledger(settings), use_case.name)
+
+
+def champion_at(
+    settings: Settings,  # whose workspace
+    use_case: UseCase,  # whose champion
+    moment: datetime,  # without a time zone: UTC
+) -> Period:  # its `value` is the champion; None: there was none
+    """Find the champion of a moment, to the millisecond.
+
+    Raises:
+        LedgerError: the ledger was edited, so it can't be trusted.
+    """
+    return find_period(settings, use_case.name, as_time(moment))
 
 # %% ../../nbs/08_versioning.ipynb #f11cd60c
 def versions(
@@ -287,24 +308,3 @@ def register_and_promote(
         promote(settings, use_case, reference, reason, expected=champion)
         return {"model": reference, "champion": reference, "previous": champion, "promoted": True}
     return {"model": reference, "champion": champion, "previous": champion, "promoted": False}
-
-# %% ../../nbs/08_versioning.ipynb #08a5e002
-def champion_history(
-    settings: Settings,  # whose workspace
-    use_case: UseCase,  # whose champions
-) -> list[Period]:  # oldest first; the first one is without a champion
-    """List who was champion, from when to when, and why."""
-    return list_periods(read_ledger(settings), use_case.name)
-
-
-def champion_at(
-    settings: Settings,  # whose workspace
-    use_case: UseCase,  # whose champion
-    moment: datetime,  # without a time zone: UTC
-) -> Period:  # its `value` is the champion; None: there was none
-    """Find the champion of a moment, to the millisecond.
-
-    Raises:
-        LedgerError: the ledger was edited, so it can't be trusted.
-    """
-    return find_period(settings, use_case.name, as_time(moment))
