@@ -53,9 +53,9 @@ def _approve(
     reference: _Version, reason: _Because, by: _By = None, home: Home = None, as_json: AsJson = False
 ) -> None:
     """Agree to a version as it is now: one changed byte of model, data, code or report afterwards voids it."""
-    from mlops_course.delivery.sign_off import sign_off
+    from mlops_course.delivery.sign_off import approve
 
-    line = sign_off(settings_of(home), reference, reason, by)
+    line = approve(settings_of(home), reference, reason, by)
     if as_json:
         print_json({"model": reference, "by": line.by, "line": line.number, "digests": line.after})
     else:

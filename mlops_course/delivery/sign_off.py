@@ -15,12 +15,12 @@ import msgspec
 from mlops_course.delivery.gate import GateDecision
 from mlops_course.environment import CourseError, Settings, write_atomic
 from mlops_course.ledger import LedgerEntry, append_entry, current_user, read_ledger
-from mlops_course.registry.data_versions import open_version
-from mlops_course.registry.restoring import content_digest
+from mlops_course.data import split_reference
+from mlops_course.registry.data_versions import require_readable
 from mlops_course.serving.bundle import case_of, find_bundle, manifest_sha256, read_bundle
 
 # %% auto #0
-__all__ = ['SignOffError', 'report_file', 'write_report', 'sign_off_digests', 'GateReport', 'read_report', 'sign_off',
+__all__ = ['SignOffError', 'report_file', 'write_report', 'sign_off_digests', 'GateReport', 'read_report', 'approve',
            'require_sign_off']
 
 # %% ../../nbs/internals/10_sign_off.ipynb #51900009
@@ -65,6 +65,15 @@ def _code_digest() -> str:
     return total.hexdigest()
 
 
+def _data_digest(settings: Settings, reference: str) -> str:
+    """SHA-256 of a version of a table, file by file."""
+    folder, total = settings.data / split_reference(reference)[0], hashlib.sha256()
+    for name in sorted(require_readable(settings, reference)):
+        with (folder / name).open("rb") as file:
+            total.update(f"{name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return total.hexdigest()
+
+# %% ../../nbs/internals/10_sign_off.ipynb #51900103
 def sign_off_digests(
     settings: Settings,  # whose workspace
     reference: str,  # the version, such as `flight-delay@3`; it is packaged
@@ -78,9 +87,10 @@ def sign_off_digests(
     """
     report, folder = report_file(settings, reference), find_bundle(settings, reference)
     if not report.is_file():
-        raise SignOffError(f"the gate hasn't judged {reference}", f"Run: mlops-course deliver gate {reference}")
+        remedy = f"Run: mlops-course deliver gate {reference} --first … --last …"
+        raise SignOffError(f"the gate hasn't judged {reference}", remedy)
     tables = sorted(read_bundle(folder).data.items())
-    data = {f"data.{name}": content_digest(open_version(settings, version)) for name, version in tables}
+    data = {f"data.{name}": _data_digest(settings, version) for name, version in tables}
     said = hashlib.sha256(report.read_bytes()).hexdigest()
     return {"model": manifest_sha256(folder), **data, "code": _code_digest(), "report": said}
 
@@ -106,10 +116,11 @@ def read_report(
     try:
         return msgspec.json.decode(path.read_bytes(), type=GateReport)
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise SignOffError(f"{path} isn't a report: {error}", f"Run: mlops-course deliver gate {reference}") from error
+        remedy = f"Run: mlops-course deliver gate {reference} --first … --last …"
+        raise SignOffError(f"{path} isn't a report: {error}", remedy) from error
 
 # %% ../../nbs/internals/10_sign_off.ipynb #51900016
-def sign_off(
+def approve(
     settings: Settings,  # whose workspace
     reference: str,  # the version, such as `flight-delay@3`
     reason: str,  # why
