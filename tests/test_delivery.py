@@ -21,9 +21,9 @@ from mlops_course.commands import as_group
 from mlops_course.commands.deliver import deliver_commands
 from mlops_course.data import replace_months
 from mlops_course.delivery import sign_off as sign_off_module
-from mlops_course.delivery.delivering import DeliveryError, deliver, try_service, undo_delivery
+from mlops_course.delivery.delivering import SmokeTestError, deliver, try_service, undo_delivery
 from mlops_course.delivery.gate import GateDecision
-from mlops_course.delivery.sign_off import SignOffError, approve, report_file, require_sign_off, write_report
+from mlops_course.delivery.sign_off import SignOffError, approve, gate_report_file, require_sign_off, write_gate_report
 from mlops_course.environment import Settings
 from mlops_course.experiments import TrainingConfig, connect, quiet_mlflow, train
 from mlops_course.ledger import read_ledger
@@ -52,10 +52,10 @@ def template(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Pat
         model = train(rows, flight_delay, TrainingConfig(iterations=trees, leaf_samples=50))
         origin = Origin(run_id=run, data={"features": features}, first="2013-01", last="2013-01")
         write_bundle(settings, flight_delay, model, rows, reference, origin)
-    write_report(settings, FIRST, PROMOTE, None)
+    write_gate_report(settings, FIRST, PROMOTE, None)
     approve(settings, FIRST, "the first one", by="eve")
     deliver(settings, flight_delay, FIRST, "the first one", by="ann")
-    write_report(settings, SECOND, PROMOTE, FIRST)
+    write_gate_report(settings, SECOND, PROMOTE, FIRST)
     approve(settings, SECOND, "I have read the report", by="eve")
     return settings.home
 
@@ -77,7 +77,7 @@ def test_an_approval_says_who_why_and_what(settings: Settings) -> None:
 
 
 def change_report(settings: Settings) -> None:
-    path = report_file(settings, SECOND)
+    path = gate_report_file(settings, SECOND)
     path.write_bytes(path.read_bytes().replace(b"no guard", b"mo guard"))
 
 
@@ -122,19 +122,19 @@ def test_one_byte_of_the_code_voids_it(
 
 
 def test_nobody_agrees_to_what_the_gate_has_rejected_or_has_not_seen(settings: Settings) -> None:
-    write_report(settings, SECOND, GateDecision("reject", "carrier=UA lost", ()), FIRST)
+    write_gate_report(settings, SECOND, GateDecision("reject", "carrier=UA lost", ()), FIRST)
     with pytest.raises(SignOffError, match=rf"the gate has rejected {SECOND}: carrier=UA lost"):
         approve(settings, SECOND, "it is Friday")
-    report_file(settings, SECOND).unlink()
+    gate_report_file(settings, SECOND).unlink()
     with pytest.raises(SignOffError, match=f"the gate hasn't judged {SECOND}"):
         approve(settings, SECOND, "it is Friday")
-    report_file(settings, SECOND).write_text("{")
+    gate_report_file(settings, SECOND).write_text("{")
     with pytest.raises(SignOffError, match="isn't a report"):
         approve(settings, SECOND, "it is Friday")
 
 
 def test_what_needs_a_person_can_be_agreed_to(settings: Settings) -> None:
-    write_report(settings, SECOND, GateDecision("needs a person", "in doubt: the ranking", ()), FIRST)
+    write_gate_report(settings, SECOND, GateDecision("needs a person", "in doubt: the ranking", ()), FIRST)
     approve(settings, SECOND, "the ranking of 19 h is right now, it was wrong before", by="eve")
     deliver(settings, flight_delay, SECOND, "better")
     assert production(settings) == (SECOND, SECOND)
@@ -155,7 +155,7 @@ def test_a_delivery_is_done_once_however_often_it_is_asked_for(settings: Setting
 
 
 def test_a_comparison_with_another_champion_is_worth_nothing(settings: Settings) -> None:
-    write_report(settings, SECOND, PROMOTE, None)
+    write_gate_report(settings, SECOND, PROMOTE, None)
     approve(settings, SECOND, "not read closely", by="eve")
     with pytest.raises(PromotionConflict, match=f"{FIRST} is champion, not nobody"):
         deliver(settings, flight_delay, SECOND, "better")
@@ -200,7 +200,7 @@ def test_the_running_service_is_asked_for_golden_rows(settings: Settings) -> Non
         status, said = command("rollback", SECOND, "--reason", "complaints", "--url", running.url)
         assert (status, said) == (0, f"{FIRST} is in production again\n")
         assert running.client.get("/model").json()["model"] == FIRST
-        with pytest.raises(DeliveryError, match=rf"answers with {FIRST}, not with {SECOND}, after 0.5 s"):
+        with pytest.raises(SmokeTestError, match=rf"answers with {FIRST}, not with {SECOND}, after 0.5 s"):
             try_service(running.url, settings.serving / "bundles" / SECOND, 0.5)
-    with pytest.raises(DeliveryError, match="doesn't answer"):
+    with pytest.raises(SmokeTestError, match="doesn't answer"):
         try_service(running.url, settings.serving / "bundles" / FIRST)

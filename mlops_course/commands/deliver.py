@@ -36,11 +36,11 @@ def _gate(
     as_json: AsJson = False,
 ) -> None:
     """Judge a version against the champion, and keep the report. Exit status 1: rejected; 3: a person decides."""
-    from mlops_course.delivery.delivering import judge
+    from mlops_course.delivery.delivering import judge_version
     from mlops_course.project import DEFAULT_USE_CASE
 
     settings, case = settings_of(home), find_case(use_case or DEFAULT_USE_CASE)
-    name, decision, report = judge(settings, case, reference, first, last)
+    name, decision, report = judge_version(settings, case, reference, first, last)
     if as_json:
         print_json({"model": name, "action": decision.action, "reason": decision.reason, "report": report})
     else:

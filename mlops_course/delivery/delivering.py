@@ -15,7 +15,7 @@ from urllib.request import Request, urlopen
 
 from mlops_course.data import newest_reference, split_reference
 from mlops_course.delivery.gate import GateDecision, run_gate
-from mlops_course.delivery.sign_off import read_report, require_sign_off, write_report
+from mlops_course.delivery.sign_off import read_gate_report, require_sign_off, write_gate_report
 from mlops_course.environment import CourseError, Settings
 from mlops_course.experiments import find_tracked_run, run_value
 from mlops_course.project import UseCase
@@ -25,14 +25,17 @@ from mlops_course.serving.inference import SCORE_TOLERANCE
 from mlops_course.serving.publishing import for_case, live_bundle, publish
 
 # %% auto #0
-__all__ = ['Release', 'DeliveryError', 'judge', 'try_service', 'deliver', 'undo_delivery']
+__all__ = ['SmokeTestError', 'judge_version', 'try_service', 'deliver', 'undo_delivery']
 
 # %% ../../nbs/internals/10_delivering.ipynb #de100007
-class DeliveryError(CourseError):
+class SmokeTestError(CourseError):
     """A version can't be delivered, or the service doesn't answer as it should."""
 
 
-def judge(
+_Release = Callable[[Settings, str, str, str | None], Any]  # workspace, version, why, who: it answers from then on
+
+# %% ../../nbs/internals/10_delivering.ipynb #de100101
+def judge_version(
     settings: Settings,  # workspace and store
     use_case: UseCase,  # what is predicted
     reference: str,  # the challenger: alias or version
@@ -54,8 +57,8 @@ def judge(
         given or newest_reference(settings, split_reference(run_value(run, f"data.{what}"))[0])
         for what, given in (("features", features), ("rows", rows))
     ]
-    decision = run_gate(settings, use_case, name, *tables, first, last)
-    return name, decision, write_report(settings, name, decision, champion)
+    decision = run_gate(settings, use_case, name, tables[0], tables[1], first, last)
+    return name, decision, write_gate_report(settings, name, decision, champion)
 
 # %% ../../nbs/internals/10_delivering.ipynb #de100012
 def _ask(url: str, body: Any = None) -> Any:
@@ -67,16 +70,16 @@ def _ask(url: str, body: Any = None) -> Any:
             return json.load(response)
     except (URLError, OSError, ValueError) as error:
         remedy = "See whether the service runs, then deliver again"
-        raise DeliveryError(f"{url} doesn't answer: {error}", remedy) from error
+        raise SmokeTestError(f"{url} doesn't answer: {error}", remedy) from error
 
-
+# %% ../../nbs/internals/10_delivering.ipynb #de100103
 def _wait_for(url: str, reference: str, seconds: float) -> None:
     """Wait until the service answers with a version."""
     end = time.monotonic() + seconds
     while (found := _ask(f"{url}/model")["model"]) != reference:
         if time.monotonic() > end:
             problem = f"{url} answers with {found}, not with {reference}, after {seconds:g} s"
-            raise DeliveryError(problem, "See its log; then deliver again, or run: mlops-course deliver rollback")
+            raise SmokeTestError(problem, "See its log; then deliver again, or run: mlops-course deliver rollback")
         time.sleep(0.2)
 
 # %% ../../nbs/internals/10_delivering.ipynb #de100013
@@ -91,7 +94,7 @@ def try_service(
     """Ask a running service for some golden rows, and compare.
 
     Raises:
-        DeliveryError: it doesn't answer, answers with another model, or scores otherwise than it should.
+        SmokeTestError: it doesn't answer, answers with another model, or scores otherwise than it should.
     """
     manifest, files = open_bundle(bundle)
     golden, url = read_golden(files[GOLDEN_FILE], manifest.model), url.rstrip("/")
@@ -102,13 +105,10 @@ def try_service(
         found, wanted = _ask(f"{url}/predict", {"record": record})["score"], golden.scores[place]
         if not abs(found - wanted) <= SCORE_TOLERANCE:
             problem = f"{url} scores golden row {place} of {manifest.model} as {found}, not as {wanted:.6f}"
-            raise DeliveryError(problem, "Run: mlops-course deliver rollback")
+            raise SmokeTestError(problem, "Run: mlops-course deliver rollback")
     return len(places)
 
 # %% ../../nbs/internals/10_delivering.ipynb #de100016
-Release = Callable[[Settings, str, str, str | None], Any]  # workspace, version, why, who: it answers from then on
-
-
 def deliver(
     settings: Settings,  # workspace and store
     use_case: UseCase,  # what is predicted
@@ -116,27 +116,31 @@ def deliver(
     reason: str,  # why
     by: str | None = None,  # who; None: whoever runs this
     url: str = "",  # where the service runs; empty: nobody is asked
-    release: Release = publish,
+    release: _Release = publish,
 ) -> list[str]:  # what was done now, in words; empty: all had been done
     """Bring an approved version into production; after an interruption, do it again.
 
     Raises:
         SignOffError: nobody has approved it, or something has changed since.
         PromotionConflict: another version is champion than the one that the gate compared it with.
-        DeliveryError: the service doesn't answer as it should.
+        SmokeTestError: the service doesn't answer as it should.
     """
-    approval, done = require_sign_off(settings, reference), []
-    expected = read_report(settings, reference).champion
-    before = promote(settings, use_case, reference, reason, by, approval.by, expected)
+    approval, report, done = require_sign_off(settings, reference), read_gate_report(settings, reference), []
+    before = promote(settings, use_case, reference, reason, by, approval.by, report.champion)
     if before != reference:
         done.append(f"{reference} is champion, after {before or 'nobody'}")
     if _live_name(settings, reference) != reference:
         release(settings, reference, reason, by)
         done.append(f"{reference} is published")
-    if url:
-        asked = try_service(url, package(settings, use_case, reference))
-        done.append(f"{url} scores {asked} golden rows as it should")
-    return done
+    return done + _tried(settings, use_case, reference, url)
+
+# %% ../../nbs/internals/10_delivering.ipynb #de100102
+def _tried(settings: Settings, use_case: UseCase, reference: str, url: str) -> list[str]:
+    """Ask the service, if there is one to be asked; what came of it, in words."""
+    if not url:
+        return []
+    asked = try_service(url, package(settings, use_case, reference))
+    return [f"{url} scores {asked} golden rows as it should"]
 
 
 def _live_name(settings: Settings, reference: str) -> str | None:
@@ -158,12 +162,11 @@ def undo_delivery(
     Raises:
         RegistryError: there was none before.
         PromotionConflict: that version isn't in production.
-        DeliveryError: the service doesn't answer as it should.
+        SmokeTestError: the service doesn't answer as it should.
     """
     target = roll_back(settings, use_case, reason, bad, by)
-    folder = package(settings, use_case, target)
+    package(settings, use_case, target)
     if _live_name(settings, target) != target:
         publish(settings, target, reason, by)
-    if url:
-        try_service(url, folder)
+    _tried(settings, use_case, target, url)
     return target

@@ -20,15 +20,15 @@ from mlops_course.registry.data_versions import require_readable
 from mlops_course.serving.bundle import case_of, find_bundle, manifest_sha256, read_bundle
 
 # %% auto #0
-__all__ = ['SignOffError', 'report_file', 'write_report', 'sign_off_digests', 'GateReport', 'read_report', 'approve',
-           'require_sign_off']
+__all__ = ['SignOffError', 'gate_report_file', 'write_gate_report', 'sign_off_digests', 'GateReport', 'read_gate_report',
+           'approve', 'require_sign_off']
 
 # %% ../../nbs/internals/10_sign_off.ipynb #51900009
 class SignOffError(CourseError):
     """Nobody has agreed, or not to this."""
 
-
-def report_file(
+# %% ../../nbs/internals/10_sign_off.ipynb #51900104
+def gate_report_file(
     settings: Settings,  # whose workspace
     reference: str,  # the challenger, such as `flight-delay@3`
 ) -> Path:
@@ -36,8 +36,8 @@ def report_file(
     case_of(reference)  # it becomes a path, so it must be a version
     return settings.runs / "gates" / f"{reference}.json"
 
-
-def write_report(
+# %% ../../nbs/internals/10_sign_off.ipynb #51900105
+def write_gate_report(
     settings: Settings,  # whose workspace
     reference: str,  # the challenger, such as `flight-delay@3`
     decision: GateDecision,  # what the gate said
@@ -51,7 +51,7 @@ def write_report(
     checks = [{**asdict(check), "verdict": check.verdict} for check in decision.checks]
     about = {"challenger": reference, "champion": champion, **asdict(decision), "checks": checks}
     content = msgspec.json.encode(about)
-    path = report_file(settings, reference)
+    path = gate_report_file(settings, reference)
     write_atomic(path, msgspec.json.format(content, indent=1))
     return path
 
@@ -85,7 +85,7 @@ def sign_off_digests(
         BundleError: it isn't packaged, or damaged.
         DataError: a version of a table is gone.
     """
-    report, folder = report_file(settings, reference), find_bundle(settings, reference)
+    report, folder = gate_report_file(settings, reference), find_bundle(settings, reference)
     if not report.is_file():
         remedy = f"Run: mlops-course deliver gate {reference} --first … --last …"
         raise SignOffError(f"the gate hasn't judged {reference}", remedy)
@@ -103,7 +103,7 @@ class GateReport(msgspec.Struct, frozen=True):
     champion: str | None  # whom it was compared with; None: nobody
 
 
-def read_report(
+def read_gate_report(
     settings: Settings,  # whose workspace
     reference: str,  # the challenger
 ) -> GateReport:  # what the gate said
@@ -112,7 +112,7 @@ def read_report(
     Raises:
         SignOffError: it hasn't said anything, or the file is damaged.
     """
-    path = report_file(settings, reference)
+    path = gate_report_file(settings, reference)
     try:
         return msgspec.json.decode(path.read_bytes(), type=GateReport)
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
@@ -133,7 +133,7 @@ def approve(
         LedgerError: the ledger is damaged.
     """
     digests = sign_off_digests(settings, reference)
-    report = read_report(settings, reference)
+    report = read_gate_report(settings, reference)
     if report.action == "reject":
         raise SignOffError(f"the gate has rejected {reference}: {report.reason}", "Train a better one")
     what = LedgerEntry(
