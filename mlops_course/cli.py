@@ -19,6 +19,7 @@ from typer.models import CommandInfo, TyperInfo
 
 from mlops_course.commands.learn import learn_app
 from mlops_course.commands.look import look_app
+from mlops_course.commands.deliver import deliver_commands
 from mlops_course.commands.models import ledger_commands, models_commands
 from mlops_course.commands.release import release_commands
 from mlops_course.commands.run import run_app
@@ -80,6 +81,7 @@ class Commands(TyperGroup):
 # %% ../nbs/cli.ipynb #079db2e9
 serve_app.add_typer(release_commands, name="release")
 serve_app.add_typer(models_commands, name="models")
+serve_app.add_typer(deliver_commands, name="deliver")
 look_app.add_typer(ledger_commands, name="ledger")
 PANELS = {"Learn": learn_app, "Run": run_app, "Serve": serve_app, "Look": look_app}
 

@@ -369,7 +369,7 @@ SECTIONS = (
     ("Packaging", "the model bundle, the inference function, online features, the REST API, the container"),
     ("Versioning", "versions of data and models, a ledger, lineage, the way back by a command"),
     ("Pipelines", "notebooks as stages: cached, parallel, resumable, on one machine or a Dask cluster"),
-    ("CI/CD", "tests for models, a gate, a check of scripts; release and rollback come later"),
+    ("CI/CD", "tests for models, a gate, sign-off, delivery and the way back; the workflows come later"),
     ("Deployment", "batch, online and micro-batch; shadow, canary, blue/green, A/B with a guard; Kubernetes"),
     ("Monitoring", "drift and delayed labels; alerts and dashboards come later"),
     ("Security and governance", "signed models, audit log, explanations"),

@@ -166,10 +166,20 @@ def open_store(
         mlflow = quiet_mlflow()
         make_store(settings)
         relocate(settings)
-        if mlflow.get_tracking_uri() != settings.tracking:
+        if new := mlflow.get_tracking_uri() != settings.tracking:
             _clear_artifact_cache()
         mlflow.set_tracking_uri(settings.tracking)
         mlflow.set_registry_uri(settings.tracking)
+        if new and tracking_file(settings) is None:
+            _make_tables(settings)
+
+# %% ../../nbs/internals/06_tracking.ipynb #5e0c81b1
+def _make_tables(settings: Settings) -> None:
+    """Have MLflow make its tables in a server's database; several processes at once would hinder each other."""
+    from filelock import FileLock
+
+    with FileLock(settings.prepare().home / ".tables.lock", timeout=120):
+        quiet_mlflow().search_experiments(max_results=1)
 
 
 def _clear_artifact_cache() -> None:
