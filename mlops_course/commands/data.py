@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mlops_course.commands import AsJson, Home, find_case, settings_of
+from mlops_course.commands import Approver, AsJson, Because, By, DefinedCase, Home, defined_case, settings_of
 from mlops_course.console import print_all, print_json, table
 
 if TYPE_CHECKING:
     from mlops_course.environment import Settings
-    from mlops_course.project import UseCase
     from mlops_course.registry.data_diff import TableDiff
     from mlops_course.registry.lineage import Lineage
     from mlops_course.registry.retention import VersionFate
@@ -25,25 +24,6 @@ data_commands = typer.Typer(no_args_is_help=True, help="Look at versions of tabl
 
 
 lineage_commands = typer.Typer()
-
-
-_Case = Annotated[str | None, typer.Option("--use-case", help="As module:name. Default: the course's own.")]
-
-
-_Because = Annotated[str, typer.Option("--reason", help="Why; the ledger keeps it.")]
-
-
-_By = Annotated[str | None, typer.Option("--by", help="Who does it. Default: the system's user.")]
-
-
-_Approver = Annotated[str, typer.Option("--approver", help="Who agreed.")]
-
-
-def _case(name: str | None) -> "UseCase":
-    """The use case that is meant."""
-    from mlops_course.project import DEFAULT_USE_CASE
-
-    return find_case(name or DEFAULT_USE_CASE)
 
 # %% ../../nbs/internals/cli_data.ipynb #5be05769
 @data_commands.command("history")
@@ -87,14 +67,14 @@ def _diff(
     before: Annotated[str, typer.Argument(help="A version, name@3 or name@tag.")],
     after: Annotated[str, typer.Argument(help="Another version of the same table; its name alone: the newest.")],
     key: Annotated[list[str] | None, typer.Option(help="A column that names a row; repeatable.")] = None,
-    use_case: _Case = None,
+    use_case: DefinedCase = None,
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare two versions: columns, rows, distributions. Exit status 1 when they differ."""
     from mlops_course.registry.data_diff import diff_versions, table_key
 
-    columns = key or table_key(_case(use_case), before.partition("@")[0])
+    columns = key or table_key(defined_case(use_case), before.partition("@")[0])
     diff = diff_versions(settings_of(home), before, after, columns)
     if as_json:
         print_json({**vars(diff), "distributions": diff.distributions.to_dict("index"), "same": diff.same})
@@ -126,9 +106,9 @@ def _tag(
 @data_commands.command("restore")
 def _restore(
     versions: Annotated[list[str], typer.Argument(help="What is to be the newest again: name@3 or name@tag.")],
-    reason: _Because,
-    by: _By = None,
-    approver: _Approver = "",
+    reason: Because,
+    by: By = None,
+    approver: Approver = "",
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
@@ -178,7 +158,7 @@ def _prune(
     days: Annotated[float, typer.Option(min=0, help="Younger versions stay.")] = 7.0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go, and why the rest stays.")] = False,
     reason: Annotated[str, typer.Option("--reason", help="Why; the ledger keeps it. Default: they are unused.")] = "",
-    by: _By = None,
+    by: By = None,
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
@@ -223,7 +203,7 @@ def _lineage(
     towards: Annotated[str, typer.Option(help="back, forth or both.")] = "both",
     as_picture: Annotated[bool, typer.Option("--mermaid", help="Print the source of a Mermaid diagram.")] = False,
     as_events: Annotated[bool, typer.Option("--openlineage", help="Print OpenLineage run events.")] = False,
-    use_case: _Case = None,
+    use_case: DefinedCase = None,
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
@@ -233,7 +213,7 @@ def _lineage(
 
     if towards not in ("back", "forth", "both"):
         raise ParameterError(f"--towards {towards!r} is not a direction", "Write back, forth or both")
-    settings, case = settings_of(home), _case(use_case)
+    settings, case = settings_of(home), defined_case(use_case)
     whole, start = lineage.find_thing(settings, case, lineage.lineage_graph(settings, case), what)
     part = lineage.lineage_of(whole, start, back=towards != "forth", forth=towards != "back")
     form = "mermaid" if as_picture else "events" if as_events else "json" if as_json else "table"
@@ -243,14 +223,14 @@ def _lineage(
 @lineage_commands.command("reproduce")
 def _reproduce(
     model: Annotated[str, typer.Argument(help="champion, or a version, name@3.")] = "champion",
-    use_case: _Case = None,
+    use_case: DefinedCase = None,
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
     """Make a model again from its data. Exit status 1 when a result differs, with the first thing that does."""
     from mlops_course.registry.reproduction import reproduce_model
 
-    again = reproduce_model(settings_of(home), _case(use_case), model)
+    again = reproduce_model(settings_of(home), defined_case(use_case), model)
     first = again.first_difference
     if as_json:
         lines = [{**vars(each), "same": each.same} for each in again.comparisons]

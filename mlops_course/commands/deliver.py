@@ -10,16 +10,13 @@ from typing import Annotated
 
 import typer
 
-from mlops_course.commands import AsJson, Home, find_case, settings_of
+from mlops_course.commands import AsJson, Because, By, DefinedCase, Home, defined_case, settings_of
 from mlops_course.console import print_json
 
 # %% ../../nbs/internals/cli_deliver.ipynb #c11de004
 deliver_commands = typer.Typer(no_args_is_help=True, help="Bring a model into production, and back.")
 
 _Version = Annotated[str, typer.Argument(help="A version, name@number.")]
-_Because = Annotated[str, typer.Option("--reason", help="Why; the ledger keeps it.")]
-_By = Annotated[str | None, typer.Option("--by", help="Who does it. Default: the system's user.")]
-_Case = Annotated[str | None, typer.Option("--use-case", help="As module:name. Default: the course's own.")]
 _Url = Annotated[str, typer.Option("--url", help="Where the service runs: it is asked for some rows.")]
 
 # %% ../../nbs/internals/cli_deliver.ipynb #c11de008
@@ -31,15 +28,14 @@ def _gate(
     reference: Annotated[str, typer.Argument(help="challenger, or a version, name@number.")],
     first: Annotated[str, typer.Option(help="First month of the test, such as 2013-10.")],
     last: Annotated[str, typer.Option(help="Last month of the test.")],
-    use_case: _Case = None,
+    use_case: DefinedCase = None,
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
     """Judge a version against the champion, and keep the report. Exit status 1: rejected; 3: a person decides."""
     from mlops_course.delivery.delivering import judge_version
-    from mlops_course.project import DEFAULT_USE_CASE
 
-    settings, case = settings_of(home), find_case(use_case or DEFAULT_USE_CASE)
+    settings, case = settings_of(home), defined_case(use_case)
     name, decision, report = judge_version(settings, case, reference, first, last)
     if as_json:
         print_json({"model": name, "action": decision.action, "reason": decision.reason, "report": report})
@@ -50,7 +46,7 @@ def _gate(
 # %% ../../nbs/internals/cli_deliver.ipynb #c11de010
 @deliver_commands.command("approve")
 def _approve(
-    reference: _Version, reason: _Because, by: _By = None, home: Home = None, as_json: AsJson = False
+    reference: _Version, reason: Because, by: By = None, home: Home = None, as_json: AsJson = False
 ) -> None:
     """Agree to a version as it is now: one changed byte of model, data, code or report afterwards voids it."""
     from mlops_course.delivery.sign_off import approve
@@ -65,18 +61,17 @@ def _approve(
 @deliver_commands.command("release")
 def _release(
     reference: _Version,
-    reason: _Because,
-    by: _By = None,
+    reason: Because,
+    by: By = None,
     url: _Url = "",
-    use_case: _Case = None,
+    use_case: DefinedCase = None,
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
     """Make an approved version champion, publish it, and ask the service. Exit status 3: another one is champion."""
     from mlops_course.delivery.delivering import deliver
-    from mlops_course.project import DEFAULT_USE_CASE
 
-    case = find_case(use_case or DEFAULT_USE_CASE)
+    case = defined_case(use_case)
     done = deliver(settings_of(home).prepare(), case, reference, reason, by, url)
     if as_json:
         print_json({"model": reference, "done": done})
@@ -86,18 +81,17 @@ def _release(
 # %% ../../nbs/internals/cli_deliver.ipynb #c11de015
 @deliver_commands.command("rollback")
 def _roll_back(
-    reason: _Because,
+    reason: Because,
     bad: Annotated[str, typer.Argument(help="The version to take out; then it can be said twice.")] = "champion",
-    by: _By = None,
+    by: By = None,
     url: _Url = "",
-    use_case: _Case = None,
+    use_case: DefinedCase = None,
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
     """Take a version out of production, and bring back the one before it."""
     from mlops_course.delivery.delivering import undo_delivery
-    from mlops_course.project import DEFAULT_USE_CASE
 
-    case = find_case(use_case or DEFAULT_USE_CASE)
+    case = defined_case(use_case)
     now = undo_delivery(settings_of(home).prepare(), case, reason, bad, by, url)
     print_json({"model": now}) if as_json else typer.echo(f"{now} is in production again")

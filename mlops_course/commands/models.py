@@ -11,30 +11,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mlops_course.commands import AsJson, Home, find_case, settings_of
+from mlops_course.commands import Approver, AsJson, Because, By, DefinedCase, Home, defined_case, settings_of
 from mlops_course.console import print_all, print_json, show, table
 
 if TYPE_CHECKING:
     from mlops_course.environment import Settings
     from mlops_course.ledger import LedgerEntry, Period
-    from mlops_course.project import UseCase
 
 # %% ../../nbs/internals/cli_models.ipynb #d85fdd73
 models_commands = typer.Typer(no_args_is_help=True, help="Look at models; promote one, go back, delete one.")
 ledger_commands = typer.Typer(no_args_is_help=True, help="Show each change of production; verify, repair.")
 
-_Case = Annotated[str | None, typer.Option("--use-case", help="As module:name. Default: the course's own.")]
-_Because = Annotated[str, typer.Option("--reason", help="Why; the ledger keeps it.")]
-_By = Annotated[str | None, typer.Option("--by", help="Who does it. Default: the system's user.")]
-_Approver = Annotated[str, typer.Option("--approver", help="Who agreed.")]
 _Model = Annotated[str, typer.Argument(help="champion, challenger, previous, or a version, name@number.")]
-
-
-def _case(name: str | None) -> "UseCase":
-    """The use case that is meant."""
-    from mlops_course.project import DEFAULT_USE_CASE
-
-    return find_case(name or DEFAULT_USE_CASE)
 
 # %% ../../nbs/internals/cli_models.ipynb #58ffe198
 def _line(entry: "LedgerEntry") -> list[object]:
@@ -92,7 +80,7 @@ def _verify(home: Home = None, as_json: AsJson = False) -> None:
 
 # %% ../../nbs/internals/cli_models.ipynb #576f8d72
 @ledger_commands.command("repair")
-def _repair(by: _By = None, home: Home = None, as_json: AsJson = False) -> None:
+def _repair(by: By = None, home: Home = None, as_json: AsJson = False) -> None:
     """Finish what was cut short, and write down what the ledger lacks. What is served stays.
 
     A last line that was cut off is kept in a file beside the ledger. A line that was edited can't be repaired.
@@ -128,7 +116,7 @@ def _tell_period(period: "Period") -> str:
 @models_commands.command("at")
 def _at(
     moment: Annotated[str, typer.Argument(help="Such as 2013-11-05T12:00, which is UTC.")],
-    use_case: _Case = None,
+    use_case: DefinedCase = None,
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
@@ -138,7 +126,7 @@ def _at(
     from mlops_course.ledger import find_period, read_moment
 
     time = read_moment(moment)
-    period = find_period(settings_of(home), _case(use_case).name, time)
+    period = find_period(settings_of(home), defined_case(use_case).name, time)
     if as_json:
         ends = {name: msgspec.to_builtins(getattr(period, name)) for name in ("since", "until")}
         print_json({"moment": time, "champion": period.value, "exact": period.exact, **ends})
@@ -149,11 +137,11 @@ def _at(
 
 # %% ../../nbs/internals/cli_models.ipynb #25bdf308
 @models_commands.command("list")
-def _list(use_case: _Case = None, home: Home = None, as_json: AsJson = False) -> None:
+def _list(use_case: DefinedCase = None, home: Home = None, as_json: AsJson = False) -> None:
     """List the versions, oldest first."""
     from mlops_course.registry.changes import list_models
 
-    found = list_models(settings_of(home), _case(use_case))
+    found = list_models(settings_of(home), defined_case(use_case))
     if as_json:
         print_json(found)
         return
@@ -163,7 +151,7 @@ def _list(use_case: _Case = None, home: Home = None, as_json: AsJson = False) ->
 
 # %% ../../nbs/internals/cli_models.ipynb #dd6b88b7
 @models_commands.command("show")
-def _show(reference: _Model, use_case: _Case = None, home: Home = None, as_json: AsJson = False) -> None:
+def _show(reference: _Model, use_case: DefinedCase = None, home: Home = None, as_json: AsJson = False) -> None:
     """Show what is known of a version, and what was done with it."""
     import msgspec
 
@@ -171,7 +159,7 @@ def _show(reference: _Model, use_case: _Case = None, home: Home = None, as_json:
     from mlops_course.registry.changes import describe_version
 
     settings = settings_of(home)
-    about = describe_version(settings, _case(use_case), reference)
+    about = describe_version(settings, defined_case(use_case), reference)
     lines = [entry for entry in read_ledger(settings) if entry.subject == about["version"]]
     if as_json:
         print_json({**about, "ledger": msgspec.to_builtins(lines)})
@@ -182,12 +170,12 @@ def _show(reference: _Model, use_case: _Case = None, home: Home = None, as_json:
 # %% ../../nbs/internals/cli_models.ipynb #288dd744
 @models_commands.command("compare")
 def _compare(
-    one: _Model, other: _Model = "champion", use_case: _Case = None, home: Home = None, as_json: AsJson = False
+    one: _Model, other: _Model = "champion", use_case: DefinedCase = None, home: Home = None, as_json: AsJson = False
 ) -> None:
     """Show in what two versions differ."""
     from mlops_course.registry import compare_versions
 
-    found = compare_versions(settings_of(home), _case(use_case), one, other)
+    found = compare_versions(settings_of(home), defined_case(use_case), one, other)
     if as_json:
         print_json({name: list(pair) for name, pair in found.items()})
     elif not found:
@@ -204,18 +192,18 @@ def _tell(document: dict[str, Any], line: str, as_json: bool) -> None:
 @models_commands.command("promote")
 def _promote(
     reference: _Model,
-    reason: _Because,
+    reason: Because,
     replaces: Annotated[str, typer.Option(help="The champion that it is to replace; nobody: there is none.")] = "any",
-    by: _By = None,
-    approver: _Approver = "",
-    use_case: _Case = None,
+    by: By = None,
+    approver: Approver = "",
+    use_case: DefinedCase = None,
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
     """Make a version the champion. Exit status 3: another one is champion than the one to be replaced."""
     from mlops_course.registry import champion_reference, promote
 
-    settings, case = settings_of(home), _case(use_case)
+    settings, case = settings_of(home), defined_case(use_case)
     expected = None if replaces == "nobody" else replaces
     before = promote(settings, case, reference, reason, by, approver, expected)
     now = champion_reference(settings, case)
@@ -225,33 +213,33 @@ def _promote(
 # %% ../../nbs/internals/cli_models.ipynb #e29be219
 @models_commands.command("rollback")
 def _roll_back(
-    reason: _Because,
+    reason: Because,
     bad: Annotated[str, typer.Argument(help="The version to take out; then it can be said twice.")] = "champion",
-    by: _By = None,
-    approver: _Approver = "",
-    use_case: _Case = None,
+    by: By = None,
+    approver: Approver = "",
+    use_case: DefinedCase = None,
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
     """Go back to the version that was champion before."""
     from mlops_course.registry import roll_back
 
-    now = roll_back(settings_of(home), _case(use_case), reason, bad, by, approver)
+    now = roll_back(settings_of(home), defined_case(use_case), reason, bad, by, approver)
     _tell({"champion": now}, f"{now} is champion again", as_json)
 
 # %% ../../nbs/internals/cli_models.ipynb #5e18ef23
 @models_commands.command("delete")
 def _delete(
     reference: Annotated[str, typer.Argument(help="A version, name@number, that no alias names.")],
-    reason: _Because,
-    by: _By = None,
-    approver: _Approver = "",
-    use_case: _Case = None,
+    reason: Because,
+    by: By = None,
+    approver: Approver = "",
+    use_case: DefinedCase = None,
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
     """Delete a version that nothing needs. Its run and its bundle stay."""
     from mlops_course.registry import delete_version
 
-    delete_version(settings_of(home), _case(use_case), reference, reason, by, approver)
+    delete_version(settings_of(home), defined_case(use_case), reference, reason, by, approver)
     _tell({"deleted": reference}, f"{reference} is deleted", as_json)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mlops_course.commands import AsJson, Case, Home, find_case, served_settings, settings_of
+from mlops_course.commands import AsJson, Case, DefinedCase, Home, defined_case, served_settings, settings_of
 from mlops_course.console import print_json
 
 if TYPE_CHECKING:
@@ -94,16 +94,12 @@ def _publish(
     print_json({"live": folder.name, "folder": folder}) if as_json else typer.echo(f"{folder.name} is live")
 
 # %% ../../nbs/internals/cli_serve.ipynb #5e7e0006
-_Collected = Annotated[str | None, typer.Option("--use-case", help="As module:name. Default: the course's own.")]
-
-
 @serve_app.command("collect-predictions")
-def _collect(use_case: _Collected = None, home: Home = None, as_json: AsJson = False) -> None:
+def _collect(use_case: DefinedCase = None, home: Home = None, as_json: AsJson = False) -> None:
     """Move what a service has logged into a table."""
-    from mlops_course.project import DEFAULT_USE_CASE
     from mlops_course.serving.predictions import collect_predictions, others_waiting
 
-    case, settings = find_case(use_case or DEFAULT_USE_CASE), settings_of(home).prepare()
+    case, settings = defined_case(use_case), settings_of(home).prepare()
     found = collect_predictions(settings, case)
     if as_json:
         print_json(asdict(found))
