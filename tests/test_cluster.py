@@ -37,7 +37,8 @@ def scheduler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     port = free_port()
     address = f"tcp://127.0.0.1:{port}"
     quiet = ["--no-dashboard"]
-    processes = [start("dask_scheduler", "--host", "127.0.0.1", "--port", str(port), *quiet, folder=folder)]
+    place = ["--host", "127.0.0.1", "--port", str(port), "--dashboard-address", "127.0.0.1:0"]
+    processes = [start("dask_scheduler", *place, *quiet, folder=folder)]
     for number in range(2):
         place = ["--local-directory", str(folder / str(number))]
         processes.append(start("dask_worker", address, "--nthreads", "1", *quiet, *place, folder=folder))

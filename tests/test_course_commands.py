@@ -11,6 +11,7 @@ from typing import Any
 
 import psutil
 import pytest
+from conftest import free_port
 
 from mlops_course.course.lessons import notebook_text, read_notebook
 
@@ -197,15 +198,17 @@ def test_lab_opens_jupyterlab_at_the_copy(terminal: Terminal) -> None:
 
     (terminal.folder / "jupyter_server_config.json").write_text('{"ServerApp": {"allow_root": true}}', encoding="utf-8")
     terminal.environment |= {"JUPYTER_TOKEN": "let-me-in", "JUPYTER_CONFIG_DIR": str(terminal.folder)}
+    port = free_port()
     process = subprocess.Popen(
-        [*COMMAND, "lab", "21", "--no-browser", "--port", "18921"], cwd=terminal.folder, env=terminal.environment,
+        [*COMMAND, "lab", "21", "--no-browser", "--port", str(port)], cwd=terminal.folder, env=terminal.environment,
         stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
     )  # fmt: skip
+    address = f"http://127.0.0.1:{port}/api/contents/21_numbers.ipynb?token=let-me-in&content=0"
     try:
         end = time.monotonic() + 60
         while True:
             try:
-                with urlopen("http://127.0.0.1:18921/api/contents/21_numbers.ipynb?token=let-me-in&content=0") as page:
+                with urlopen(address) as page:
                     assert json.load(page)["name"] == "21_numbers.ipynb"
                 break
             except OSError:

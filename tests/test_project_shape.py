@@ -202,6 +202,13 @@ def test_a_notebook_gives_no_machine_away(notebook: Path) -> None:
     assert re.findall(r"/(?:home|root|Users|tmp|private/var)/[\w.-]+", text) == []
 
 
+@by_notebook
+def test_nothing_in_a_notebook_wants_a_port_that_another_notebook_may_have(notebook: Path) -> None:
+    """Dask takes 8787 for itself where it isn't told otherwise, and says so below the cell when that is taken."""
+    starting = [source for source in code_cells(notebook) if "LocalCluster(" in source]
+    assert [source for source in starting if '"dashboard_address": "127.0.0.1:0"' not in source] == []
+
+
 STAGES = [notebook for notebook in NOTEBOOKS if notebook.parent.name == "pipelines"]
 
 
