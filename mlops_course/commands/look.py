@@ -15,6 +15,7 @@ import typer
 
 from mlops_course.commands import AsJson, Home, settings_of
 from mlops_course.commands.data import data_commands, lineage_commands
+from mlops_course.commands.readiness import readiness_commands
 from mlops_course.console import print_all, print_json, show, table
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 # %% ../../nbs/internals/cli_look.ipynb #8b76ee81
 look_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 look_app.add_typer(data_commands, name="data")
-look_app.registered_commands += lineage_commands.registered_commands
+look_app.registered_commands += lineage_commands.registered_commands + readiness_commands.registered_commands
 
 # %% ../../nbs/internals/cli_look.ipynb #6389db5c
 def _run_row(run: dict[str, Any]) -> list[object]:
