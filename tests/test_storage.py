@@ -229,6 +229,7 @@ def test_without_a_storage_nothing_needs_the_extra(tmp_path: Path) -> None:
 DENY = {"Effect": "Deny", "Action": "s3:*", "Resource": "*"}
 
 
+@pytest.mark.slow
 def test_keys_that_the_server_does_not_know(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     process, address = start_server(INITIAL_NO_AUTH_ACTION_COUNT="4")
     try:
