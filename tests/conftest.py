@@ -19,7 +19,7 @@ from mlops_course.project import flight_delay, read_delivery
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait don't spin: tests may share a busy machine
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # whoever starts the tests in the background of a shell
     signal.signal(signal.SIGINT, signal.default_int_handler)
-pytest_plugins = ["service_helpers", "run_rules"]  # fixtures for the tests of the service; options of .ci/run
+pytest_plugins = ["service_helpers", "delivery_helpers", "run_rules"]  # fixtures; options of .ci/run
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -50,7 +50,7 @@ def write_gate_report(
     """
     checks = [{**asdict(check), "verdict": check.verdict} for check in decision.checks]
     about = {"challenger": reference, "champion": champion, **asdict(decision), "checks": checks}
-    content = msgspec.json.encode(about)
+    content = msgspec.json.encode(about, enc_hook=lambda number: number.item())  # some are NumPy's
     path = gate_report_file(settings, reference)
     write_atomic(path, msgspec.json.format(content, indent=1))
     return path
@@ -143,13 +143,16 @@ def approve(
     return append_entry(settings, what)
 
 # %% ../../nbs/internals/10_sign_off.ipynb #51900101
+_TAKEN_OUT = ("rollback", "withdraw")  # out of production, or out of a release that had only begun
+
+
 def _last_approval(entries: list[LedgerEntry], reference: str) -> LedgerEntry | None:
     """The approval that counts; None: there is none, or the version was taken out after it."""
     found = None
     for entry in entries:
         if entry.event == "approve" and entry.subject == reference:
             found = entry
-        elif entry.event == "rollback" and entry.before.get("champion") == reference:
+        elif reference in (entry.before.get("champion"), entry.before.get("candidate")) and entry.event in _TAKEN_OUT:
             found = None
     return found
 
