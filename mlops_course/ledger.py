@@ -29,7 +29,7 @@ class LedgerError(CourseError):
 class LedgerEntry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """What somebody did to production, and its place in the ledger."""
 
-    event: str  # register, promote, rollback, delete, adopt, publish, restore, prune
+    event: str  # register, approve, promote, rollback, release, withdraw, delete, adopt, publish, restore, prune
     use_case: str  # its name
     subject: str  # what it is about, such as `flight-delay@3` or `flight-delay/flights@7`
     by: str  # who

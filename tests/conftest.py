@@ -19,7 +19,7 @@ from mlops_course.project import flight_delay, read_delivery
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait don't spin: tests may share a busy machine
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # whoever starts the tests in the background of a shell
     signal.signal(signal.SIGINT, signal.default_int_handler)
-pytest_plugins = ["service_helpers", "run_rules"]  # fixtures for the tests of the service; options of .ci/run
+pytest_plugins = ["service_helpers", "delivery_helpers", "run_rules"]  # fixtures; options of .ci/run
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -39,7 +39,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def workspace_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test depends on the settings of whoever runs it, or writes into their workspace."""
-    for name in ("SEED", "THREADS", "TRACKING_URI", "FEATURES_URL", "USE_CASE"):
+    for name in ("SEED", "THREADS", "TRACKING_URI", "FEATURES_URL", "USE_CASE", "STORAGE"):
         monkeypatch.delenv(f"MLOPS_COURSE_{name}", raising=False)
     monkeypatch.setenv("MLOPS_COURSE_HOME", str(tmp_path / "workspace"))
 
@@ -91,7 +91,8 @@ class Quarter:
 
 def settings_in(home: Path) -> Settings:
     """Settings that depend on nobody's environment."""
-    return Settings(home=home, seed=2013, threads=None, tracking_uri=None, features_url=None, use_case=None).prepare()
+    nothing = dict.fromkeys(("threads", "tracking_uri", "features_url", "use_case", "storage"))
+    return Settings(home=home, seed=2013, **nothing).prepare()
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""The road to production, in processes that are killed on the way."""
+"""The road to production: a workspace with two versions, and processes that are killed on the way."""
 
 import shutil
 import sys
@@ -6,18 +6,54 @@ from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
+import pytest
 from kill_helpers import kill_after_change, run_child
 
+from mlops_course.data import replace_months
 from mlops_course.delivery.delivering import deliver, undo_delivery
+from mlops_course.delivery.gate import GateDecision
+from mlops_course.delivery.sign_off import approve, write_gate_report
+from mlops_course.deployment import promote_release
+from mlops_course.deployment.rollout import roll_out
 from mlops_course.environment import Settings
+from mlops_course.experiments import TrainingConfig, connect, quiet_mlflow, train
 from mlops_course.ledger import repair_ledger, verify_ledger
 from mlops_course.project import flight_delay
-from mlops_course.registry import champion_reference
+from mlops_course.registry import champion_reference, register
 from mlops_course.registry.store import check_registry, repair_registry
-from mlops_course.serving import live_bundle
-from mlops_course.serving.publishing import check_live, repair_live
+from mlops_course.serving import Origin, live_bundle, write_bundle
+from mlops_course.serving.publishing import check_live, for_case, repair_live
 
 FIRST, SECOND = "flight-delay@1", "flight-delay@2"
+PROMOTE = GateDecision("promote", "better, and no guard broken", ())
+
+
+@pytest.fixture(scope="session")
+def two_versions(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Path:
+    """Two versions, packaged; the first one is delivered, the second one judged and approved."""
+    settings = Settings(home=tmp_path_factory.mktemp("two-versions")).prepare()
+    shutil.copy(empty_store, settings.home / "mlflow.db")
+    draw = np.random.default_rng(2013)
+    rows = pd.DataFrame({name: draw.choice(["AA", "UA"], 500) for name in flight_delay.categorical})
+    rows["wind_speed"] = (draw.random(500) * 40).astype(np.float32)
+    rows["label"] = (rows["wind_speed"] > 25).astype(float)
+    features, _ = replace_months(settings, "flight-delay/features", rows.assign(period="2013-01"))
+    experiment, client = connect(settings, flight_delay), quiet_mlflow().MlflowClient()
+    for trees in (3, 5):
+        about = {"model_digest": f"d{trees}", "first": "2013-01", "last": "2013-01", "model_uri": "s3://nowhere"}
+        run = client.create_run(experiment, tags={**about, "data.features": features}).info.run_id
+        reference = register(settings, flight_delay, run, by="ann")
+        model = train(rows, flight_delay, TrainingConfig(iterations=trees, leaf_samples=50))
+        origin = Origin(run_id=run, data={"features": features}, first="2013-01", last="2013-01")
+        write_bundle(settings, flight_delay, model, rows, reference, origin)
+    write_gate_report(settings, FIRST, PROMOTE, None)
+    approve(settings, FIRST, "the first one", by="eve")
+    deliver(settings, flight_delay, FIRST, "the first one", by="ann")
+    write_gate_report(settings, SECOND, PROMOTE, FIRST)
+    approve(settings, SECOND, "I have read the report", by="eve")
+    return settings.home
 
 
 def production(settings: Settings) -> tuple[str | None, str | None]:
@@ -34,7 +70,16 @@ def come_back(settings: Settings) -> None:
     undo_delivery(settings, flight_delay, "complaints", bad=SECOND)
 
 
-WAYS: dict[str, tuple[Callable[[Settings], None], str]] = {"there": (go, SECOND), "back": (come_back, FIRST)}
+def go_step_by_step(settings: Settings) -> None:
+    """With a person in place of the guard, who promotes what runs."""
+    if roll_out(settings, flight_delay, SECOND, "better").under_way:
+        promote_release(for_case(settings, SECOND), "no complaints")
+        roll_out(settings, flight_delay, SECOND, "better")
+
+
+WAYS: dict[str, tuple[Callable[[Settings], None], str]] = {
+    "there": (go, SECOND), "back": (come_back, FIRST), "step by step": (go_step_by_step, SECOND),
+}  # fmt: skip
 
 
 def judge(settings: Settings, way: str) -> None:

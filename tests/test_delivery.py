@@ -4,66 +4,52 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import delivery_helpers
-import numpy as np
-import pandas as pd
 import pytest
 from bundle_helpers import reseal
-from conftest import settings_in
-from delivery_helpers import FIRST, SECOND, production
-from service_helpers import serving
+from conftest import Quarter
+from delivery_helpers import FIRST, PROMOTE, SECOND, production
+from service_helpers import Running, serving
 from typer.testing import CliRunner
 
 from mlops_course.commands import as_group
 from mlops_course.commands.deliver import deliver_commands
-from mlops_course.data import replace_months
 from mlops_course.delivery import sign_off as sign_off_module
 from mlops_course.delivery.delivering import SmokeTestError, deliver, try_service, undo_delivery
 from mlops_course.delivery.gate import GateDecision
+from mlops_course.delivery.report import REPORT_MARK
 from mlops_course.delivery.sign_off import SignOffError, approve, gate_report_file, require_sign_off, write_gate_report
+from mlops_course.deployment import ReleaseError, promote_release, roll_back_release, start_release
+from mlops_course.deployment.rollout import RolloutPlan, roll_out
 from mlops_course.environment import Settings
-from mlops_course.experiments import TrainingConfig, connect, quiet_mlflow, train
+from mlops_course.experiments import TrainingConfig, train_run
 from mlops_course.ledger import read_ledger
 from mlops_course.project import flight_delay
 from mlops_course.registry import PromotionConflict, RegistryError, register
-from mlops_course.serving import Origin, write_bundle
 
-PROMOTE = GateDecision("promote", "better, and no guard broken", ())
-
-
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Path:
-    """Two versions, packaged; the first one is delivered, the second one judged and approved."""
-    settings = settings_in(tmp_path_factory.mktemp("template"))
-    shutil.copy(empty_store, settings.home / "mlflow.db")
-    draw = np.random.default_rng(2013)
-    rows = pd.DataFrame({name: draw.choice(["AA", "UA"], 500) for name in flight_delay.categorical})
-    rows["wind_speed"] = (draw.random(500) * 40).astype(np.float32)
-    rows["label"] = (rows["wind_speed"] > 25).astype(float)
-    features, _ = replace_months(settings, "flight-delay/features", rows.assign(period="2013-01"))
-    experiment, client = connect(settings, flight_delay), quiet_mlflow().MlflowClient()
-    for trees in (3, 5):
-        about = {"model_digest": f"d{trees}", "first": "2013-01", "last": "2013-01", "model_uri": "s3://nowhere"}
-        run = client.create_run(experiment, tags={**about, "data.features": features}).info.run_id
-        reference = register(settings, flight_delay, run, by="ann")
-        model = train(rows, flight_delay, TrainingConfig(iterations=trees, leaf_samples=50))
-        origin = Origin(run_id=run, data={"features": features}, first="2013-01", last="2013-01")
-        write_bundle(settings, flight_delay, model, rows, reference, origin)
-    write_gate_report(settings, FIRST, PROMOTE, None)
-    approve(settings, FIRST, "the first one", by="eve")
-    deliver(settings, flight_delay, FIRST, "the first one", by="ann")
-    write_gate_report(settings, SECOND, PROMOTE, FIRST)
-    approve(settings, SECOND, "I have read the report", by="eve")
-    return settings.home
+SHADOW = RolloutPlan("shadow")
 
 
 @pytest.fixture
-def settings(template: Path, tmp_path: Path) -> Settings:
+def settings(two_versions: Path, tmp_path: Path) -> Settings:
     """A copy of that."""
-    return Settings(home=shutil.copytree(template, tmp_path / "workspace"))
+    return Settings(home=shutil.copytree(two_versions, tmp_path / "workspace"))
+
+
+class Terminal:
+    """A shell in which somebody delivers."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.home = str(settings.home)
+
+    def __call__(self, *words: str) -> tuple[int, str]:
+        done = CliRunner().invoke(as_group(deliver_commands), [*words, "--home", self.home])
+        return done.exit_code, done.output + str(done.exception or "")
 
 
 # ---------------------------------------------------------------- an approval is about contents
@@ -175,9 +161,9 @@ def test_the_way_back_takes_the_approval_along(settings: Settings) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="fork is for Linux")
-@pytest.mark.parametrize("way", ["there", "back"])
-def test_whoever_is_killed_on_the_way_goes_on(template: Path, tmp_path: Path, way: str) -> None:
-    command = [sys.executable, delivery_helpers.__file__, way, str(template), str(tmp_path)]
+@pytest.mark.parametrize("way", ["there", "back", "step by step"])
+def test_whoever_is_killed_on_the_way_goes_on(two_versions: Path, tmp_path: Path, way: str) -> None:
+    command = [sys.executable, delivery_helpers.__file__, way, str(two_versions), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     assert int(done.stdout) > 12, "two lines, MLflow's transactions, and the file that names what is live"
@@ -187,12 +173,7 @@ def test_whoever_is_killed_on_the_way_goes_on(template: Path, tmp_path: Path, wa
 
 
 def test_the_running_service_is_asked_for_golden_rows(settings: Settings) -> None:
-    run = CliRunner()
-
-    def command(*words: str) -> tuple[int, str]:
-        done = run.invoke(as_group(deliver_commands), [*words, "--home", str(settings.home)])
-        return done.exit_code, done.output
-
+    command = Terminal(settings)
     with serving(settings.home) as running:
         status, said = command("release", SECOND, "--reason", "better", "--url", running.url, "--json")
         assert (status, json.loads(said)["done"][-1]) == (0, f"{running.url} scores 5 golden rows as it should")
@@ -204,3 +185,106 @@ def test_the_running_service_is_asked_for_golden_rows(settings: Settings) -> Non
             try_service(running.url, settings.serving / "bundles" / SECOND, 0.5)
     with pytest.raises(SmokeTestError, match="doesn't answer"):
         try_service(running.url, settings.serving / "bundles" / FIRST)
+
+
+# ---------------------------------------------------------------- a few requests first
+
+
+def events(settings: Settings, subject: str) -> list[str]:
+    return [line.event for line in read_ledger(settings) if line.subject == subject]
+
+
+def test_a_canary_is_champion_only_after_it_was_promoted(settings: Settings) -> None:
+    for began in (True, False):
+        done, under_way = roll_out(settings, flight_delay, SECOND, "better", by="ann")
+        assert len(done) == began
+        assert under_way.startswith(f"canary of {SECOND}: 5% of the requests, step 1 of 2, since 20")
+        assert production(settings) == (FIRST, FIRST)
+    promote_release(settings, "an hour without a complaint")
+    assert production(settings) == (FIRST, SECOND)
+    promoted = [f"{SECOND} is champion, after {FIRST}"]
+    assert roll_out(settings, flight_delay, SECOND, "better", by="ann") == (promoted, "")
+    assert roll_out(settings, flight_delay, SECOND, "better", by="ann") == ([], "")
+    assert production(settings) == (SECOND, SECOND)
+    assert events(settings, SECOND) == ["register", "approve", "release", "publish", "promote"]
+
+
+def test_whom_the_guard_has_rolled_back_needs_another_approval(settings: Settings) -> None:
+    roll_out(settings, flight_delay, SECOND, "better", SHADOW)
+    roll_back_release(settings, "complaints")
+    with pytest.raises(ReleaseError, match=rf"{SECOND} was rolled back \(person: complaints\)"):
+        roll_out(settings, flight_delay, SECOND, "better", SHADOW)
+    with pytest.raises(SignOffError, match="or it was taken out since"):
+        roll_out(settings, flight_delay, SECOND, "better", SHADOW)
+    assert production(settings) == (FIRST, FIRST)
+    approve(settings, SECOND, "the complaints were about the weather", by="eve")
+    assert roll_out(settings, flight_delay, SECOND, "better", SHADOW).done == [f"shadow of {SECOND} began"]
+
+
+def test_nothing_begins_without_an_approval_or_beside_another_release(settings: Settings) -> None:
+    lines = len(read_ledger(settings))
+    write_gate_report(settings, SECOND, PROMOTE, None)
+    with pytest.raises(SignOffError, match=r"since then changed: report\."):
+        roll_out(settings, flight_delay, SECOND, "better")
+    approve(settings, SECOND, "not read closely", by="eve")
+    with pytest.raises(PromotionConflict, match=f"{FIRST} is champion, not nobody"):
+        roll_out(settings, flight_delay, SECOND, "better")
+    assert (len(read_ledger(settings)), production(settings)) == (lines + 1, (FIRST, FIRST))
+    write_gate_report(settings, SECOND, PROMOTE, FIRST)
+    approve(settings, SECOND, "read closely", by="eve")
+    start_release(settings, SECOND, "ab", reason="somebody else's")
+    with pytest.raises(ReleaseError, match=f"{SECOND} is being released since"):
+        roll_out(settings, flight_delay, SECOND, "better")
+
+
+@pytest.mark.slow
+def test_the_guard_of_a_running_service_lets_a_delivery_go_on(settings: Settings) -> None:
+    limits = ["shift=1", "decision_flip_rate=1", "slice_shift=1", "slice_decision_flip_rate=1", "latency=100", "slow=1"]
+    limits += ["hold_seconds=1", "min_requests=20", "min_samples=10", "slices=carrier"]
+    words = ["release", SECOND, "--reason", "better", "--strategy", "blue-green"]
+    words += [word for limit in limits for word in ("--limit", limit)]
+    command = Terminal(settings)
+    with serving(settings.home, "--app", "mlops_course.deployment:release_app") as running:
+        status, said = command(*words, "--url", running.url)
+        assert (status, production(settings)) == (4, (FIRST, FIRST)), said
+        asking = threading.Thread(target=ask_until_live, args=(running, settings))
+        asking.start()
+        status, said = command(*words, "--url", running.url, "--wait", "60")
+        asking.join()
+        assert (status, production(settings)) == (0, (SECOND, SECOND)), said
+        assert f"{running.url} scores 5 golden rows as it should" in said
+
+
+def ask_until_live(running: Running, settings: Settings) -> None:
+    """Clients who want to know something, until the candidate is live."""
+    record = dict.fromkeys(flight_delay.categorical, "AA") | {"wind_speed": 12.0}
+    end = time.monotonic() + 60
+    while production(settings)[1] != SECOND and time.monotonic() < end:
+        for _ in range(20):
+            assert running.ask(record=record).status_code == 200
+        time.sleep(0.05)
+
+
+# ---------------------------------------------------------------- the whole road, with real flights
+
+
+@pytest.mark.slow
+def test_from_real_flights_to_production_by_commands_alone(own_quarter: Quarter) -> None:
+    settings, command = own_quarter.settings, Terminal(own_quarter.settings)
+    months = ["--first", "2013-02", "--last", "2013-03"]
+    for iterations, reference in ((10, FIRST), (60, SECOND)):
+        config = TrainingConfig(iterations=iterations, leaf_samples=50)
+        run = train_run(settings, flight_delay, own_quarter.features, own_quarter.rows, "2013-01", "2013-01", config)
+        assert register(settings, flight_delay, run, by="ann") == reference
+        status, said = command("gate", reference, *months, "--json")
+        assert (status, json.loads(said)["action"]) == (0, "promote"), said
+        assert command("approve", reference, "--reason", "I have read it", "--by", "eve")[0] == 0
+        assert command("release", reference, "--reason", "better", "--by", "ann")[0] == 0
+        assert production(settings) == (reference, reference)
+    status, said = command("gate", FIRST, *months)
+    assert status == 1 and "reject" in said, "it was worse, and still is"
+    status, said = command("report", SECOND)
+    assert said.startswith(f"{REPORT_MARK}\n### {SECOND} against {FIRST}: promote\n")
+    assert "| log loss against flight-delay@1 | -0.0" in said and "Slices: " in said
+    with pytest.raises(SignOffError, match=f"the gate has rejected {FIRST}"):
+        approve(settings, FIRST, "it is Friday")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -19,20 +18,20 @@ from mlops_course.delivery.sign_off import read_gate_report, require_sign_off, w
 from mlops_course.environment import CourseError, Settings
 from mlops_course.experiments import find_tracked_run, run_value
 from mlops_course.project import UseCase
+from mlops_course.ledger import LedgerEntry
 from mlops_course.registry import champion_reference, find_version, package, promote, roll_back
+from mlops_course.registry.changes import require_champion
+from mlops_course.registry.store import changing_registry
 from mlops_course.serving.bundle import GOLDEN_FILE, open_bundle, read_golden
 from mlops_course.serving.inference import SCORE_TOLERANCE
 from mlops_course.serving.publishing import for_case, live_bundle, publish
 
 # %% auto #0
-__all__ = ['SmokeTestError', 'judge_version', 'try_service', 'deliver', 'undo_delivery']
+__all__ = ['SmokeTestError', 'judge_version', 'try_service', 'require_deliverable', 'deliver', 'undo_delivery']
 
 # %% ../../nbs/internals/10_delivering.ipynb #de100007
 class SmokeTestError(CourseError):
     """A version can't be delivered, or the service doesn't answer as it should."""
-
-
-_Release = Callable[[Settings, str, str, str | None], Any]  # workspace, version, why, who: it answers from then on
 
 # %% ../../nbs/internals/10_delivering.ipynb #de100101
 def judge_version(
@@ -108,6 +107,24 @@ def try_service(
             raise SmokeTestError(problem, "Run: mlops-course deliver rollback")
     return len(places)
 
+# %% ../../nbs/internals/10_delivering.ipynb #de100110
+def require_deliverable(
+    settings: Settings,  # workspace and store
+    use_case: UseCase,  # what is predicted
+    reference: str,  # a version, such as `flight-delay@3`
+) -> LedgerEntry:  # the approval that counts
+    """Make sure that a version is approved as it is now, and was compared with the present champion.
+
+    Raises:
+        SignOffError: nobody has approved it, or something has changed since.
+        PromotionConflict: another version is champion than the one that the gate compared it with.
+    """
+    approval, report = require_sign_off(settings, reference), read_gate_report(settings, reference)
+    if champion_reference(settings, use_case) != reference:
+        with changing_registry(settings, use_case) as registry:
+            require_champion(registry, report.champion)
+    return approval
+
 # %% ../../nbs/internals/10_delivering.ipynb #de100016
 def deliver(
     settings: Settings,  # workspace and store
@@ -116,7 +133,6 @@ def deliver(
     reason: str,  # why
     by: str | None = None,  # who; None: whoever runs this
     url: str = "",  # where the service runs; empty: nobody is asked
-    release: _Release = publish,
 ) -> list[str]:  # what was done now, in words; empty: all had been done
     """Bring an approved version into production; after an interruption, do it again.
 
@@ -130,7 +146,7 @@ def deliver(
     if before != reference:
         done.append(f"{reference} is champion, after {before or 'nobody'}")
     if _live_name(settings, reference) != reference:
-        release(settings, reference, reason, by)
+        publish(settings, reference, reason, by)
         done.append(f"{reference} is published")
     return done + _tried(settings, use_case, reference, url)
 

@@ -178,8 +178,8 @@ def _lost(commands: list[_Command], script: str, pipefail: bool) -> Iterator[tup
                 yield each.place, "errexit-off"
         if each.after in ("|", "|&") and not pipefail and not each.asked and not _SURE.match(each.text):
             yield each.place, "pipe"
-        swallows = each.before == "||" and not each.depth and not each.asked and _SWALLOWS.match(each.text)
-        if swallows and each.after not in ("&&", "|"):
+        swallows = each.before == "||" and not each.depth and not each.asked
+        if swallows and _SWALLOWS.match(_last(commands[number:]).text) and each.after not in ("&&", "|"):
             yield each.place, "or-true"
         if each.after == "$(" and _DECLARED.match(each.text):
             yield each.place, "declared"
@@ -195,6 +195,14 @@ def _looked_at(rest: list[_Command], script: str) -> bool:
     return not rest or "$?" in script[rest[0].place : end]
 
 # %% ../../nbs/internals/10_exit_status.ipynb #3878f69d
+def _last(commands: list[_Command]) -> _Command:
+    """The first of them; if it begins a group in braces, the last one of the group: its status is the group's."""
+    if "{" not in commands[0].lead.split():
+        return commands[0]
+    end = next((at for at, each in enumerate(commands) if each.text == "}"), len(commands))
+    return commands[max(end - 1, 0)]
+
+
 def _followed(commands: list[_Command], number: int) -> bool:
     """Whether anything runs after a command: the other branches of its `if` or `case` don't."""
     skipping, nested = False, 0

@@ -16,7 +16,7 @@ from mlops_course.delivery.gate import GateDecision
 from mlops_course.environment import CourseError, Settings, write_atomic
 from mlops_course.ledger import LedgerEntry, append_entry, current_user, read_ledger
 from mlops_course.data import split_reference
-from mlops_course.registry.data_versions import require_readable
+from mlops_course.registry.data_versions import fetch_version
 from mlops_course.serving.bundle import case_of, find_bundle, manifest_sha256, read_bundle
 
 # %% auto #0
@@ -50,7 +50,7 @@ def write_gate_report(
     """
     checks = [{**asdict(check), "verdict": check.verdict} for check in decision.checks]
     about = {"challenger": reference, "champion": champion, **asdict(decision), "checks": checks}
-    content = msgspec.json.encode(about)
+    content = msgspec.json.encode(about, enc_hook=lambda number: number.item())  # some are NumPy's
     path = gate_report_file(settings, reference)
     write_atomic(path, msgspec.json.format(content, indent=1))
     return path
@@ -68,7 +68,7 @@ def _code_digest() -> str:
 def _data_digest(settings: Settings, reference: str) -> str:
     """SHA-256 of a version of a table, file by file."""
     folder, total = settings.data / split_reference(reference)[0], hashlib.sha256()
-    for name in sorted(require_readable(settings, reference)):
+    for name in sorted(fetch_version(settings, reference)):
         with (folder / name).open("rb") as file:
             total.update(f"{name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     return total.hexdigest()
@@ -143,13 +143,16 @@ def approve(
     return append_entry(settings, what)
 
 # %% ../../nbs/internals/10_sign_off.ipynb #51900101
+_TAKEN_OUT = ("rollback", "withdraw")  # out of production, or out of a release that had only begun
+
+
 def _last_approval(entries: list[LedgerEntry], reference: str) -> LedgerEntry | None:
     """The approval that counts; None: there is none, or the version was taken out after it."""
     found = None
     for entry in entries:
         if entry.event == "approve" and entry.subject == reference:
             found = entry
-        elif entry.event == "rollback" and entry.before.get("champion") == reference:
+        elif reference in (entry.before.get("champion"), entry.before.get("candidate")) and entry.event in _TAKEN_OUT:
             found = None
     return found
 
