@@ -184,7 +184,7 @@ def _script_commands(path: Path) -> list[list[str]]:
 
 # %% ../../nbs/internals/10_automation.ipynb #61936dcf
 _TRIGGERS = {"push", "pull_request", "schedule"}
-_BY_HAND = re.compile(r"\binputs\.|workflow_dispatch|^\s*(?:\$\{\{)?\s*false\b")
+_BY_HAND = re.compile(r"\binputs\.|workflow_dispatch|^\s*(?:\$\{\{)?\s*false\b", re.IGNORECASE)  # YAML makes it False
 
 
 def _triggers(workflow: Mapping[Any, Any]) -> frozenset[str]:

@@ -236,7 +236,7 @@ def train_small(
     config: TrainingConfig,  # how to train
 ) -> Pipeline:
     """Train on few rows in one thread: several would wait for each other longer than they work."""
-    from threadpoolctl import threadpool_limits
+    from threadpoolctl import threadpool_limits  # scikit-learn brings it with it
 
     with threadpool_limits(1):
         return train(frame, use_case, config)

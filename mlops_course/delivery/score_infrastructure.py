@@ -148,10 +148,10 @@ def canary_problem(
         return "no release was recorded"
     told = f"{release.get('strategy')} of {release.get('candidate')}, {release.get('status')} by {release.get('by')}"
     if release.get("candidate") != live:
-        return f"the last release was a {told}, and live is {live}"
+        return f"the last release was a {told}, and live is {live or 'nothing'}"
     if release.get("status") != "promoted" or release.get("by") != "guard":
         return f"the last release was a {told}: no guard has promoted it"
-    return "" if release.get("strategy") in ("canary", "shadow", "blue-green") else f"a {told} isn't a canary"
+    return "" if release.get("strategy") in ("canary", "shadow", "blue-green") else f"nobody went first in {told}"
 
 # %% ../../nbs/internals/10_score_infrastructure.ipynb #d0e8cc9b
 def check_canary(evidence: Evidence) -> Finding:
