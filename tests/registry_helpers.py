@@ -11,6 +11,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -132,16 +134,42 @@ def join_race(settings: Settings, who: str, times: int) -> None:
             print(json.dumps(("lost", str(error))))
 
 
+def join_search(settings: Settings, who: str, times: int) -> None:
+    """Look for the experiment, which isn't there yet, and print what it is."""
+    print(json.dumps(connect(settings, flight_delay)))
+
+
+CROWDS = {"crowd": join_crowd, "race": join_race, "search": join_search}
+
+
 def run_crowd(settings: Settings, task: str, times: int) -> list[list[Any]]:
     """Eight processes that do the same at once; what each of them printed."""
-    open_registry(settings, flight_delay)
     variables = {**os.environ, "MLOPS_COURSE_HOME": str(settings.home), "MLOPS_COURSE_TRACKING_URI": settings.tracking}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": variables}
-    command = [sys.executable, __file__, task]
-    crowd = [subprocess.Popen([*command, f"w{each}", str(times)], **pipes) for each in range(8)]
-    ended = [(*process.communicate(timeout=1500), process.returncode) for process in crowd]
-    assert [status for _, _, status in ended] == [0] * 8, ended
-    return [[json.loads(line) for line in output.splitlines()] for output, _, _ in ended]
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, __file__, task, str(times), folder]
+        done = subprocess.run(command, capture_output=True, text=True, env=variables, timeout=1500)
+        assert done.returncode == 0, done.stderr[-3000:]
+        files = [Path(folder) / f"w{each}" for each in range(8)]
+        return [[json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] for file in files]
+
+
+def fork_crowd(task: str, times: int, folder: Path) -> bool:
+    """Be eight processes, with all imported and nothing opened; whether each came to its end."""
+    import mlflow.store.model_registry.sqlalchemy_store
+    import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
+
+    quiet_mlflow()
+    waiting, starter = os.pipe()
+
+    def take_part(who: str) -> None:
+        os.close(starter)
+        os.read(waiting, 1)  # until the pipe is closed: all are there
+        with (folder / who).open("w", encoding="utf-8") as file, redirect_stdout(file):
+            CROWDS[task](Settings(), who, times)
+
+    crowd = [begin_child(partial(take_part, f"w{each}")) for each in range(8)]
+    os.close(starter)
+    return [end_of(child) for child in crowd] == [0] * 8
 
 
 # ---------------------------------------------------------------- killed
@@ -310,10 +338,8 @@ def kill_publications(settings: Settings, old: str, new: str) -> None:
 
 if __name__ == "__main__":
     task, *words = sys.argv[1:]
-    if task == "crowd":
-        join_crowd(Settings(), words[0], int(words[1]))
-    elif task == "race":
-        join_race(Settings(), words[0], int(words[1]))
+    if task in CROWDS:
+        sys.exit(0 if fork_crowd(task, int(words[0]), Path(words[1])) else 1)
     elif task == "publish":
         kill_publications(Settings(), *words)
     else:

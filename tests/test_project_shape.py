@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable
 from configparser import ConfigParser
 from pathlib import Path
 from types import ModuleType
@@ -63,8 +64,29 @@ def section(notebook: Path) -> int | None:
 
 SECTIONS = {module: section(notebook) for notebook in NOTEBOOKS if (module := exported_module(notebook))}
 IMPORT_RULES = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]
-by_module = pytest.mark.parametrize("path", MODULES, ids=name_of)
-by_notebook = pytest.mark.parametrize("notebook", NOTEBOOKS, ids=name_of)
+
+
+def for_each(paths: list[Path]) -> Callable[[Callable[[Path], None]], Callable[[], None]]:
+    """One test of many files, which names each that breaks the rule: as many tests would take much longer."""
+    assert len(paths) > 2, paths
+
+    def as_one(judge: Callable[[Path], None]) -> Callable[[], None]:
+        def test() -> None:
+            wrong = {}
+            for path in paths:
+                try:
+                    judge(path)
+                except AssertionError as error:
+                    wrong[name_of(path)] = str(error)
+            assert wrong == {}
+
+        test.__name__, test.__doc__ = judge.__name__, judge.__doc__
+        return test
+
+    return as_one
+
+
+by_module, by_notebook = for_each(MODULES), for_each(NOTEBOOKS)
 
 
 def imported_modules(path: Path) -> set[str]:
@@ -212,7 +234,7 @@ def test_nothing_in_a_notebook_wants_a_port_that_another_notebook_may_have(noteb
 STAGES = [notebook for notebook in NOTEBOOKS if notebook.parent.name == "pipelines"]
 
 
-@pytest.mark.parametrize("notebook", STAGES, ids=name_of)
+@for_each(STAGES)
 def test_a_stage_has_one_cell_of_parameters(notebook: Path) -> None:
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     assert sum("parameters" in cell["metadata"].get("tags", []) for cell in cells) == 1
@@ -249,9 +271,9 @@ def pages() -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("page", pages())
-def test_the_site_names_pages_that_exist(page: str) -> None:
-    assert list((ROOT / "nbs").glob(page))
+def test_the_site_names_pages_that_exist() -> None:
+    assert len(pages()) > 10
+    assert [page for page in pages() if not list((ROOT / "nbs").glob(page))] == []
 
 
 def test_every_notebook_has_a_page() -> None:
@@ -285,7 +307,7 @@ def locked_names() -> set[str]:
 
 def test_the_lock_has_every_requirement_with_hashes_and_no_address() -> None:
     settings = project_settings()
-    groups = ("requirements", "course_requirements", "cluster_requirements", "dev_requirements")
+    groups = ("requirements", "course_requirements", "cluster_requirements", "s3_requirements", "dev_requirements")
     wishes = " ".join(settings[group] for group in groups).split()
     missing = {re.split(r"[\[<>=!~;]", wish)[0] for wish in wishes} - locked_names()
     lock = (ROOT / "requirements.lock").read_text(encoding="utf-8")
@@ -304,7 +326,7 @@ def test_the_version_is_said_once() -> None:
 TESTS = sorted((ROOT / "tests").glob("test_*.py"))
 
 
-@pytest.mark.parametrize("path", TESTS, ids=name_of)
+@for_each(TESTS)
 def test_tests_stand_alone(path: Path) -> None:
     """What several of them need is in conftest.py or in one of the modules of helpers."""
     assert [name for name in imported_modules(path) if name.startswith("test_")] == []

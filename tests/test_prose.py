@@ -5,9 +5,10 @@ import io
 import json
 import re
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import codespell_lib
 import pytest
@@ -21,14 +22,19 @@ NOTEBOOKS = sorted(path for path in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_c
 PAGES = [ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md")]
 CODE = [path for folder in ("tests", "tools", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))]
 SOURCES = [*NOTEBOOKS, *PAGES, *CODE, ROOT / "tasks.py"]
+READ = [*NOTEBOOKS, *PAGES, ROOT / "README.md"]
 WORDS = Path(__file__).with_name("words.txt")
 DICTIONARIES = Path(codespell_lib.__file__).parent / "data"
 # American in one sense and British in another, or the field's own spelling
 ALSO_BRITISH = {"artifact", "artifacts", "practice", "program", "programs", "story", "writable"}
 WORD = re.compile(r"(?<![\w./@=%$\\-])[A-Za-z]+(?:['’][a-z]+)?(?![\w/@=(\\]|\.\w)")
 ENDING = re.compile(r"(?<!n)['’](?:s|d|ll|re|ve|t|m)$")
-by_source = pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
-by_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.relative_to(ROOT).as_posix())
+
+
+def found_in(paths: Iterable[Path], look: Callable[[Path], Any]) -> dict[str, Any]:
+    """What is wrong with each file, by its name; a file with which nothing is wrong isn't there."""
+    found = {path.relative_to(ROOT).as_posix(): look(path) for path in paths}
+    return {name: wrong for name, wrong in found.items() if wrong}
 
 
 # ---------------------------------------------------------------- what is prose
@@ -95,6 +101,13 @@ def words_of(text: str) -> set[str]:
 # ---------------------------------------------------------------- one English
 
 
+@pytest.fixture(scope="module", autouse=True)
+def read_once() -> None:
+    """What all tests look at is read before the first of them."""
+    for path in SOURCES:
+        prose(path)
+
+
 @pytest.fixture(scope="module")
 def dictionary() -> SpellChecker:
     return SpellChecker(language="en")
@@ -111,23 +124,24 @@ def pairs(name: str) -> dict[str, str]:
     return dict(line.split("->", 1) for line in lines if "->" in line)
 
 
-@by_source
-def test_every_word_is_in_the_dictionary(path: Path, dictionary: SpellChecker) -> None:
+def test_every_word_is_in_the_dictionary(dictionary: SpellChecker) -> None:
     """A new word that is right goes into tests/words.txt."""
-    assert sorted(dictionary.unknown(words_of(prose(path))) - own_words()) == []
+    assert len(SOURCES) > 200
+    assert found_in(SOURCES, lambda path: sorted(dictionary.unknown(words_of(prose(path))) - own_words())) == {}
 
 
-@by_source
-def test_no_word_is_a_known_misspelling(path: Path) -> None:
+def test_no_word_is_a_known_misspelling() -> None:
     misspelt = pairs("dictionary.txt")
-    assert {word: misspelt[word] for word in words_of(prose(path)) if word in misspelt} == {}
+    assert len(misspelt) > 10_000
+    found = found_in(SOURCES, lambda path: {word: misspelt[word] for word in words_of(prose(path)) & misspelt.keys()})
+    assert found == {}
 
 
-@by_source
-def test_the_english_is_british(path: Path) -> None:
+def test_the_english_is_british() -> None:
     american = {us.strip(): gb for gb, both in pairs("dictionary_en-GB_to_en-US.txt").items() for us in both.split(",")}
-    found = words_of(prose(path)) - ALSO_BRITISH
-    assert {word: american[word] for word in found if word in american} == {}
+    ours = set(american) - ALSO_BRITISH
+    assert len(ours) > 500
+    assert found_in(SOURCES, lambda path: {word: american[word] for word in words_of(prose(path)) & ours}) == {}
 
 
 def test_the_words_of_our_own_are_sorted_needed_and_used(dictionary: SpellChecker) -> None:
@@ -165,10 +179,12 @@ def words_not_ours(text: str) -> dict[str, str]:
     return {word: instead for words, instead in found for word in words}
 
 
-@pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_one_thing_is_called_by_one_name(path: Path) -> None:
-    page = without_blocks(page_text(path)) if path.suffix in {".ipynb", ".md"} else ""
-    assert words_not_ours(f"{prose(path)}\n{page}") == {}
+def test_one_thing_is_called_by_one_name() -> None:
+    def look(path: Path) -> dict[str, str]:
+        page = without_blocks(page_text(path)) if path.suffix in {".ipynb", ".md"} else ""
+        return words_not_ours(f"{prose(path)}\n{page}")
+
+    assert found_in(TEXTS, look) == {}
 
 
 @pytest.mark.parametrize(
@@ -217,24 +233,28 @@ def links(text: str) -> Iterator[str]:
     yield from (link for pair in found for link in pair if link and not re.match(r"[a-z]+:", link))
 
 
-@pytest.mark.parametrize(
-    "path", [*NOTEBOOKS, *PAGES, ROOT / "README.md"], ids=lambda path: path.relative_to(ROOT).as_posix()
-)
-def test_links_pictures_and_anchors_lead_somewhere(path: Path) -> None:
+def lost_links(path: Path) -> list[str]:
+    """The links of a page that lead nowhere."""
     lost = []
     for link in links(page_text(path)):
         name, _, anchor = link.partition("#")
         target = (path.parent / name).resolve() if name else path
         if not target.exists() or (anchor and anchor not in anchors(page_text(target))):
             lost.append(link)
-    assert lost == []
+    return lost
 
 
+def test_links_pictures_and_anchors_lead_somewhere() -> None:
+    assert found_in(READ, lost_links) == {}
+
+
+@cache
 def exercises() -> set[str]:
     every = "\n".join(page_text(path) for path in NOTEBOOKS)
     return set(re.findall(r"^### Exercise (\d+\.\d+)", every, re.MULTILINE))
 
 
+@cache
 def units() -> set[str]:
     every = "\n".join(page_text(path) for path in NOTEBOOKS)
     return set(re.findall(r"^## (\d+\.\d+) ", every, re.MULTILINE))
@@ -243,31 +263,37 @@ def units() -> set[str]:
 MEANT_TO_FAIL = {"1.9"}  # lesson 1 shows what happens
 
 
-@by_notebook
-def test_exercises_units_and_sections_that_are_named_exist(path: Path) -> None:
+def lost_numbers(path: Path) -> list[str]:
+    """The exercises, units and sections that a notebook names, and that aren't there."""
     code = "\n".join(text for kind, text in cells(path) if kind == "code" and not re.search(r"^#\|\s*export", text))
     text = page_text(path)
     called = re.findall(r"^\s*(?:check|hint|solution|wrong_answers)\(\"(\d+\.\d+)\"", code, re.MULTILINE)
     named = re.findall(r"\b[Ee]xercises? (\d+\.\d+)", text)
     named += re.findall(r"(?:mlops-course (?:check|hint|solution|reset|watch)|check\(\"|hint\(\") ?(\d+\.\d+)", text)
-    if path.name[:2].isdigit() and path.parent == ROOT / "nbs":
-        assert sorted({*called, *named} - exercises() - MEANT_TO_FAIL) == []
+    lesson = path.name[:2].isdigit() and path.parent == ROOT / "nbs"
+    lost = sorted({*called, *named} - exercises() - MEANT_TO_FAIL) if lesson else []
     places = re.findall(r"\b(?:[Uu]nit|[Ss]ection|[Ll]esson) (\d+\.\d+)", text)
-    assert sorted(set(places) - units()) == []
     sections = re.findall(r"\b(?:[Ss]ections?|[Ll]essons?) (\d+)(?![\d.]*\d)", text)
-    assert [number for number in sections if not 1 <= int(number) <= 15] == []
+    return [*lost, *sorted(set(places) - units()), *(number for number in sections if not 1 <= int(number) <= 15)]
+
+
+def test_exercises_units_and_sections_that_are_named_exist() -> None:
+    assert len(exercises()) > 40
+    assert len(units()) > 40
+    assert found_in(NOTEBOOKS, lost_numbers) == {}
 
 
 FOLDERS = "nbs|tests|benchmarks|tools|deploy|mlops_course|\\.github|\\.ci"
 
 
-@pytest.mark.parametrize(
-    "path", [*NOTEBOOKS, *PAGES, ROOT / "README.md"], ids=lambda path: path.relative_to(ROOT).as_posix()
-)
-def test_files_that_are_named_exist(path: Path) -> None:
+def lost_files(path: Path) -> list[str]:
+    """The files that a page names, and that aren't there."""
     named = re.findall(rf"`((?:{FOLDERS})/[\w./*-]*)`", page_text(path))
-    lost = [name for name in named if not (list(ROOT.glob(name.rstrip("/"))) or name.startswith("nbs/_"))]
-    assert lost == []
+    return [name for name in named if not (list(ROOT.glob(name.rstrip("/"))) or name.startswith("nbs/_"))]
+
+
+def test_files_that_are_named_exist() -> None:
+    assert found_in(READ, lost_files) == {}
 
 
 def commands(group: typer.Typer) -> set[str]:
@@ -276,16 +302,15 @@ def commands(group: typer.Typer) -> set[str]:
     return set(getattr(command, "commands", {}))
 
 
-@pytest.mark.parametrize(
-    "path", [*NOTEBOOKS, *PAGES, ROOT / "README.md"], ids=lambda path: path.relative_to(ROOT).as_posix()
-)
-def test_commands_that_are_named_exist(path: Path) -> None:
-    text = page_text(path)
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    listed = re.search(r"^TASKS := (.+)$", makefile, re.MULTILINE)
+def test_commands_that_are_named_exist() -> None:
+    listed = re.search(r"^TASKS := (.+)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     assert listed is not None
-    assert set(re.findall(r"(?:^|`|bin/)mlops-course ([a-z][a-z-]*)", text, re.MULTILINE)) <= commands(app)
-    assert set(re.findall(r"`make ([a-z-]+)", text)) | set(re.findall(r"^make ([a-z-]+)", text, re.M)) <= set(
-        listed[1].split()
-    )
-    assert set(re.findall(r"tasks\.py ([a-z-]+)`", text)) <= set(listed[1].split())
+    ours, tasks = commands(app), set(listed[1].split())
+
+    def look(path: Path) -> list[str]:
+        text = page_text(path)
+        wrong = set(re.findall(r"(?:^|`|bin/)mlops-course ([a-z][a-z-]*)", text, re.MULTILINE)) - ours
+        wrong |= {*re.findall(r"`make ([a-z-]+)", text), *re.findall(r"^make ([a-z-]+)", text, re.M)} - tasks
+        return sorted(wrong | set(re.findall(r"tasks\.py ([a-z-]+)`", text)) - tasks)
+
+    assert found_in(READ, look) == {}

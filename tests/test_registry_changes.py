@@ -1,6 +1,5 @@
 """Nobody loses a promotion: neither one of many at once, nor one that was killed; on SQLite and on PostgreSQL."""
 
-import os
 import shutil
 import sqlite3
 import subprocess
@@ -104,6 +103,7 @@ def test_from_registration_to_the_way_back(settings: Settings) -> None:
 
 @pytest.mark.slow
 def test_a_crowd_that_registers_and_promotes_loses_nothing(settings: Settings) -> None:
+    open_registry(settings, flight_delay)
     run_crowd(settings, "crowd", 25)
     entries = read_ledger(settings)
     assert verify_ledger(settings) == check_registry(settings) == []
@@ -118,6 +118,7 @@ def test_a_crowd_that_registers_and_promotes_loses_nothing(settings: Settings) -
 
 @pytest.mark.slow
 def test_of_a_crowd_that_promotes_each_wins_or_is_told_who_won(local: Settings) -> None:
+    open_registry(local, flight_delay)
     settings, earlier = local, len(read_ledger(local))
     found = run_crowd(settings, "race", 10)
     entries = read_ledger(settings)[earlier:]
@@ -376,31 +377,12 @@ def test_a_list_of_versions_has_the_aliases_that_a_search_leaves_out(local: Sett
     assert found == {named(1): "", named(2): "previous", named(3): "champion", named(4): "", named(5): "challenger"}
 
 
-CONNECT = """
-import sys
-from mlops_course.environment import Settings
-from mlops_course.experiments import connect
-from mlops_course.project import flight_delay
-print("ready", flush=True); sys.stdin.readline()
-print(connect(Settings(), flight_delay))
-"""
-
-
 @pytest.mark.slow
 def test_an_experiment_that_eight_make_at_once_is_one(settings: Settings) -> None:
-    variables = {**os.environ, "MLOPS_COURSE_HOME": str(settings.home), "MLOPS_COURSE_TRACKING_URI": settings.tracking}
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    command = [sys.executable, "-c", CONNECT]
-    crowd = [subprocess.Popen(command, env=variables, text=True, **pipes) for _ in range(8)]
-    for process in crowd:
-        assert process.stdout is not None and process.stdout.readline() == "ready\n"
-    for process in crowd:
-        assert process.stdin is not None
-        process.stdin.write("go\n")
-        process.stdin.flush()
-    ended = [process.communicate(timeout=600) for process in crowd]
-    assert len({output for output, _ in ended}) == 1, ended
-    assert [process.returncode for process in crowd] == [0] * 8
+    found = run_crowd(settings, "search", 1)
+    assert len(found) == 8
+    assert len({str(experiments) for experiments in found}) == 1, found
+    assert len(found[0]) == 1
 
 
 # ---------------------------------------------------------------- side by side

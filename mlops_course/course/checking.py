@@ -11,7 +11,6 @@ import ast
 import contextlib
 import io
 import logging
-import sys
 import tempfile
 import time
 import warnings
@@ -181,22 +180,6 @@ def _quiet() -> Iterator[None]:
         logging.getLogger("traitlets").setLevel(logging.CRITICAL)
         yield
 
-# %% ../../nbs/internals/01_checking.ipynb #e3a3b273
-_SLOW = "rfc3987_syntax"
-
-
-def _papermill() -> Any:
-    """papermill, imported without what only costs time."""
-    hidden = _SLOW not in sys.modules
-    if hidden:
-        sys.modules[_SLOW] = None  # type: ignore[assignment]
-    try:
-        import papermill
-    finally:
-        if hidden:
-            del sys.modules[_SLOW]
-    return papermill
-
 # %% ../../nbs/internals/01_checking.ipynb #b514dcc8
 def run_notebook(
     notebook: dict[str, Any],
@@ -208,7 +191,8 @@ def run_notebook(
     source.write_text(notebook_text(notebook), encoding="utf-8")
     with _quiet():
         _start_ahead(notebook)
-        papermill = _papermill()
+        import papermill
+
         options: dict[str, Any] = {"engine_name": _engine_name(), "cwd": str(working_folder), "progress_bar": False}
         if options["engine_name"] is None:
             options["extra_arguments"] = ["--log-level=CRITICAL"]  # a Jupyter kernel greets on standard error

@@ -7,7 +7,6 @@ __all__ = ['shares', 'modules_of', 'Executor', 'LazyExecutor', 'get_ready']
 
 # %% ../../nbs/internals/09_executor.ipynb #2e5e4c74
 import importlib
-import sys
 import threading
 from collections.abc import Callable
 from typing import Protocol
@@ -116,11 +115,4 @@ def get_ready(
     """Start the processes, and import papermill while they start."""
     executor.start()
     with _PAPERMILL:
-        if "papermill" not in sys.modules:
-            slow = "rfc3987_syntax"
-            hidden = slow not in sys.modules and sys.modules.setdefault(slow, None) is None  # type: ignore[arg-type]
-            try:
-                importlib.import_module("papermill")
-            finally:
-                if hidden:
-                    del sys.modules[slow]
+        importlib.import_module("papermill")
