@@ -111,6 +111,7 @@ setup(
     extras_require={
         "course": settings["course_requirements"].split(),
         "cluster": settings["cluster_requirements"].split(),
+        "s3": settings["s3_requirements"].split(),
         "dev": settings["dev_requirements"].split(),
     },
     entry_points={

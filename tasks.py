@@ -402,7 +402,7 @@ def lock(arguments: list[str]) -> None:
     settings = ConfigParser(delimiters=["="])
     settings.read(ROOT / "settings.ini", encoding="utf-8")
     project = settings["DEFAULT"]
-    groups = ("requirements", "course_requirements", "cluster_requirements", "dev_requirements")
+    groups = ("requirements", "course_requirements", "cluster_requirements", "s3_requirements", "dev_requirements")
     python = project["min_python"]
     compile_lock(LOCK, "\n".join(project[group] for group in groups), python, *arguments)
     with tempfile.TemporaryDirectory() as temporary:

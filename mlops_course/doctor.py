@@ -15,7 +15,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlops_course.environment import Settings, find_project, load_settings, lock_differences, run_quietly, version_of
+from mlops_course.environment import (
+    CourseError, Settings, find_project, load_settings, lock_differences, run_quietly, version_of,
+)
+from mlops_course.storage import check_storage
 
 # %% ../nbs/internals/02_doctor.ipynb #3db4065b
 @dataclass(frozen=True)
@@ -95,6 +98,16 @@ def _look_at_disk(home: Path, gigabytes: float = 3.0) -> Tool:
     remedy += ", or set MLOPS_COURSE_HOME to another folder"
     return Tool("disk space", usable and free >= gigabytes, f"{free:.0f} GB free", purpose, remedy, True)
 
+# %% ../nbs/internals/02_doctor.ipynb #5707c002
+def _look_at_storage(settings: Settings) -> Tool:
+    """Whether the storage takes an object and gives it back."""
+    purpose = "tables, artifacts and bundles"
+    try:
+        check_storage(settings)
+    except CourseError as error:
+        return Tool("storage", False, settings.storage, purpose, str(error), True)
+    return Tool("storage", True, settings.storage, purpose, "", True)
+
 # %% ../nbs/internals/02_doctor.ipynb #ef183d9b
 def check_machine(
     settings: Settings | None = None,  # None: from the environment
@@ -107,4 +120,5 @@ def check_machine(
     settings = settings or load_settings()
     with ThreadPoolExecutor() as pool:
         commands = list(pool.map(lambda row: look_for_command(*row), _COMMANDS))
-    return [*_look_at_python(), *commands, _look_at_disk(settings.home)]
+    storage = [_look_at_storage(settings)] if settings.storage else []
+    return [*_look_at_python(), *commands, _look_at_disk(settings.home), *storage]

@@ -164,6 +164,27 @@ def _checked_home(value: object) -> Path:
         raise ValueError(f"Input should be a folder without {found[0]} in its path: Delta and MLflow can't name it")
     return home
 
+# %% ../nbs/02_environment.ipynb #5707a9e1
+_ADDRESS = r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9_-][A-Za-z0-9._-]*)*"
+
+
+def _checked_storage(value: object) -> str | None:
+    """The address of the storage, without a slash at its end."""
+    if value is None:
+        return None
+    text = str(value).rstrip("/")
+    if "@" in text:
+        raise ValueError("Input should be an address without a name and a password: keys belong into AWS_ variables")
+    if not re.fullmatch(_ADDRESS, text):
+        raise ValueError("Input should be an address such as s3://bucket/course, of letters, digits, '.', '_' and '-'")
+    return text
+
+
+def _folder_of(address: str) -> str:
+    """A folder's name for an address; no two addresses have the same."""
+    plain = address.removeprefix("s3://").replace("/", "-")
+    return f"{plain[:60]}-{hashlib.sha256(address.encode()).hexdigest()[:8]}"
+
 # %% ../nbs/02_environment.ipynb #a7ebc58d
 class Settings(BaseModel):
     """Where results go and how runs are made, from MLOPS_COURSE_* variables. `load_settings` makes one."""
@@ -176,6 +197,7 @@ class Settings(BaseModel):
     tracking_uri: str | None = None
     features_url: str | None = Field(default=None, pattern="^rediss?://.")
     use_case: str | None = Field(default=None, pattern="^[a-z0-9][a-z0-9_-]*$")
+    storage: Annotated[str | None, BeforeValidator(_checked_storage)] = None
 
     @model_validator(mode="before")
     @classmethod
@@ -184,8 +206,8 @@ class Settings(BaseModel):
         return {name: value for name, value in variables.items() if value} | given
 
     @property
-    def data(self) -> Path:  # Delta tables, one folder for each
-        return self.home / "data"
+    def data(self) -> Path:  # Delta tables, one folder for each; with a storage: the copies of what lies there
+        return self.home / "data" if self.storage is None else self.home / "storage" / _folder_of(self.storage) / "data"
 
     @property
     def runs(self) -> Path:  # executed notebooks: the reports
@@ -321,7 +343,8 @@ def load_settings(
         raise SettingsError(f"there is no setting {name!r}", f"The settings are {', '.join(names)}")
     label = name if name in given else f"MLOPS_COURSE_{name.upper()}"
     expected = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    raise SettingsError(f"{label} is {first['input']!r}, but should be {expected}", f"Change or unset {label}")
+    shown = re.sub(r"//[^/]*@", "//…@", repr(first["input"]))  # an address may hold a password
+    raise SettingsError(f"{label} is {shown}, but should be {expected}", f"Change or unset {label}")
 
 # %% ../nbs/02_environment.ipynb #fa33742e
 def _refuse_misspelt(environment: Mapping[str, str], known: list[str]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ import pandas as pd
 from mlops_course.data import feature_names, labels, months, read_table
 from mlops_course.environment import CourseError, Settings, write_atomic
 from mlops_course.experiments import SCORES_FILE, find_tracked_run, measure, quiet_mlflow, score_counts
+from mlops_course.experiments.artifacts import read_artifact
 from mlops_course.project import UseCase, local_day
 from mlops_course.registry import find_version
 
@@ -302,7 +304,7 @@ def _score_drift(run: Run, scored: pd.DataFrame) -> float:
     mlflow = quiet_mlflow()
     if SCORES_FILE not in {file.path for file in mlflow.MlflowClient().list_artifacts(run.info.run_id)}:
         return math.nan
-    then = mlflow.artifacts.load_dict(f"{run.info.artifact_uri}/{SCORES_FILE}")["counts"]
+    then = json.loads(read_artifact(run, SCORES_FILE))["counts"]
     return stability_index(np.asarray(then), score_counts(scored["score"].to_numpy()))
 
 

@@ -42,7 +42,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def workspace_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test depends on the settings of whoever runs it, or writes into their workspace."""
-    for name in ("SEED", "THREADS", "TRACKING_URI", "FEATURES_URL", "USE_CASE"):
+    for name in ("SEED", "THREADS", "TRACKING_URI", "FEATURES_URL", "USE_CASE", "STORAGE"):
         monkeypatch.delenv(f"MLOPS_COURSE_{name}", raising=False)
     monkeypatch.setenv("MLOPS_COURSE_HOME", str(tmp_path / "workspace"))
 
@@ -94,7 +94,8 @@ class Quarter:
 
 def settings_in(home: Path) -> Settings:
     """Settings that depend on nobody's environment."""
-    return Settings(home=home, seed=2013, threads=None, tracking_uri=None, features_url=None, use_case=None).prepare()
+    nothing = dict.fromkeys(("threads", "tracking_uri", "features_url", "use_case", "storage"))
+    return Settings(home=home, seed=2013, **nothing).prepare()
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """Training and testing: the figures are scikit-learn's, a run can be repeated, and nothing looks ahead in time."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -707,6 +708,21 @@ def test_a_model_whose_files_were_exchanged_or_damaged_is_refused(
         load_run_model(settings, flight_delay, run_id)
     assert f"can't load the model of the run {run_id}: " in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert not (folder / "was-here").exists()
+
+
+@pytest.mark.parametrize("damage", [exchange_for_other_types, exchange_for_a_pickle])
+def test_an_exchanged_model_is_refused_even_if_its_checksum_was_exchanged_too(
+    own_quarter: Quarter, damage: Callable[[Path], None]
+) -> None:
+    settings = own_quarter.settings
+    run_id = train_run(settings, flight_delay, own_quarter.features, own_quarter.rows, JANUARY, JANUARY, QUICK)
+    folder = model_folder(settings, run_id)
+    damage(folder)
+    digest = hashlib.sha256((folder / "model.skops").read_bytes()).hexdigest()
+    quiet_mlflow().MlflowClient().set_tag(run_id, "sha256.model/model.skops", digest)
+    with pytest.raises(ExperimentError, match=f"can't load the model of the run {run_id}: (?!.*is damaged)"):
+        load_run_model(settings, flight_delay, run_id)
     assert not (folder / "was-here").exists()
 
 

@@ -307,7 +307,7 @@ def locked_names() -> set[str]:
 
 def test_the_lock_has_every_requirement_with_hashes_and_no_address() -> None:
     settings = project_settings()
-    groups = ("requirements", "course_requirements", "cluster_requirements", "dev_requirements")
+    groups = ("requirements", "course_requirements", "cluster_requirements", "s3_requirements", "dev_requirements")
     wishes = " ".join(settings[group] for group in groups).split()
     missing = {re.split(r"[\[<>=!~;]", wish)[0] for wish in wishes} - locked_names()
     lock = (ROOT / "requirements.lock").read_text(encoding="utf-8")

@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 
 from mlops_course.environment import CourseError, Settings, WorkspaceError
+from mlops_course.remote_tables import changing_table, fetch_rows, pull_log
 
 if TYPE_CHECKING:
     import pyarrow
@@ -102,6 +103,7 @@ def table_version(
     from deltalake.exceptions import DeltaError
 
     location = str(settings.data / name)
+    pull_log(settings, name)
     try:
         return DeltaTable(location).version() if DeltaTable.is_deltatable(location) else None
     except (DeltaError, OSError) as error:
@@ -122,6 +124,16 @@ def newest_reference(
     if version is None:
         raise DataError(f"there is no table {name} in {settings.data}", "Run a pipeline that makes it first")
     return f"{name}@{version}"
+
+# %% ../../nbs/internals/05_tables.ipynb #c868a32f
+def _files_of(table: DeltaTable, periods: Iterable[str] | None, by: str) -> list[str]:
+    """The files that hold the rows of some months; None: of all."""
+    files, wanted = table.get_add_actions(flatten=True), None if periods is None else set(periods)
+    names = [str(name) for name in files.column("path").to_pylist()]
+    if wanted is None or f"partition.{by}" not in files.schema.names:
+        return names
+    months = files.column(f"partition.{by}").to_pylist()
+    return [name for name, month in zip(names, months, strict=True) if str(month) in wanted]
 
 # %% ../../nbs/internals/05_tables.ipynb #c488a09e
 _NAME = re.compile(r"[\w-]+(/[\w-]+)*", re.ASCII)
@@ -171,7 +183,9 @@ def _read_rows(
         raise DataError(f"can't read {reference}: {there}", "Name one that is there, or run the pipeline again")
     filters = None if periods is None else [(by, "in", sorted(periods) or [""])]  # no month at all: no rows
     try:
-        return DeltaTable(str(settings.data / name), version=version).to_pyarrow_table(columns=columns, filters=filters)
+        table = DeltaTable(str(settings.data / name), version=version)
+        fetch_rows(settings, name, _files_of(table, periods, by))
+        return table.to_pyarrow_table(columns=columns, filters=filters)
     except (DeltaError, OSError) as error:
         raise DataError(f"can't read {reference}: {_one_line(error)}", "Its files are gone or damaged") from error
 
@@ -190,6 +204,7 @@ def partition_rows(
     from deltalake.exceptions import DeltaError
 
     name, version = split_reference(reference)
+    pull_log(settings, name)
     try:
         files = DeltaTable(str(settings.data / name), version=version).get_add_actions(flatten=True)
     except (DeltaError, OSError) as error:
@@ -457,7 +472,8 @@ def _write(
         raise WorkspaceError(problem, "Nothing was changed; free some space and run again")
     for attempt in range(_WRITE_ATTEMPTS):
         try:
-            return _overwrite(str(settings.data / name), name, rows, by, changed, derived, sources)
+            with changing_table(settings, name) as place:
+                return _overwrite(str(place), name, rows, by, changed, derived, sources)
         except (DeltaError, OSError) as error:
             if isinstance(error, CommitFailedError) and attempt < _WRITE_ATTEMPTS - 1:
                 continue
@@ -465,7 +481,7 @@ def _write(
             raise WorkspaceError(f"can't write the table {name}: {_one_line(error)}", remedy) from error
 
 # %% ../../nbs/internals/05_tables.ipynb #5e0c81ab
-_WRITE_ATTEMPTS = 5  # at writing months that another run writes, too
+_WRITE_ATTEMPTS = 20  # at writing months that another run writes, too
 _KEEP_LOG = {"delta.enableExpiredLogCleanup": "false"}  # else versions are forgotten after 30 days and 100 writes
 
 
@@ -532,11 +548,13 @@ def _rewrite(settings: Settings, name: str, column: str, kind: pyarrow.DataType)
     from deltalake import DeltaTable, write_deltalake
     from deltalake.exceptions import DeltaError
 
-    table = DeltaTable(str(settings.data / name))
-    rows = table.to_pyarrow_table()
+    reference = newest_reference(settings, name)
+    rows = _read_rows(settings, reference, None, None, "")
     try:
         wide = rows.set_column(rows.schema.get_field_index(column), column, rows[column].cast(kind))
-        write_deltalake(table, wide, mode="overwrite", schema_mode="overwrite")
+        with changing_table(settings, name) as place:
+            table = DeltaTable(str(place), version=split_reference(reference)[1])
+            write_deltalake(table, wide, mode="overwrite", schema_mode="overwrite")
     except pyarrow.ArrowInvalid as error:
         problem = f"not every value of {name}.{column} is exact as {kind}: {_one_line(error)}"
         raise DataError(problem, "Nothing was changed; write to a table of another name") from error

@@ -16,7 +16,7 @@ from mlops_course.delivery.gate import GateDecision
 from mlops_course.environment import CourseError, Settings, write_atomic
 from mlops_course.ledger import LedgerEntry, append_entry, current_user, read_ledger
 from mlops_course.data import split_reference
-from mlops_course.registry.data_versions import require_readable
+from mlops_course.registry.data_versions import fetch_version
 from mlops_course.serving.bundle import case_of, find_bundle, manifest_sha256, read_bundle
 
 # %% auto #0
@@ -68,7 +68,7 @@ def _code_digest() -> str:
 def _data_digest(settings: Settings, reference: str) -> str:
     """SHA-256 of a version of a table, file by file."""
     folder, total = settings.data / split_reference(reference)[0], hashlib.sha256()
-    for name in sorted(require_readable(settings, reference)):
+    for name in sorted(fetch_version(settings, reference)):
         with (folder / name).open("rb") as file:
             total.update(f"{name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     return total.hexdigest()

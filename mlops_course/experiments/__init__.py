@@ -28,6 +28,7 @@ __all__ = ['SCORES_FILE', 'time_splits', 'train_run', 'evaluate_run', 'reproduce
            'rows_known_by', 'run_value', 'tracked_run', 'training_rows']
 
 # %% ../../nbs/06_experiments.ipynb #f0cba50f
+from mlops_course.experiments.artifacts import seal_run
 from mlops_course.experiments.evaluation import METRICS as METRICS
 from mlops_course.experiments.evaluation import (
     Evaluation, bootstrap, calibrate, compare, evaluate, measure, plot_calibration, score_counts, slices,
@@ -132,6 +133,7 @@ def _logged(settings: Settings, run_id: str, result: Evaluation, data: Mapping[s
         mlflow.log_table(result.slices, "slices.json")
         mlflow.log_dict({"counts": score_counts(result.candidates["model"]).tolist()}, SCORES_FILE)
         mlflow.log_dict(json.loads(result.comparison.to_json(orient="index")), "comparison.json")
+        seal_run(run_id)
     return result
 
 # %% ../../nbs/06_experiments.ipynb #28346dbf

@@ -30,9 +30,13 @@ import pandas as pd
 
 from mlops_course.data import labelled_features, month_after, parse_month
 from mlops_course.environment import Settings, cores, fingerprint, workspace_error, write_atomic
+from mlops_course.experiments.artifacts import (
+    artifacts_address, digests_of, fetch_artifact, seal_run, settle_experiment,
+)
 from mlops_course.experiments.model import ExperimentError
 from mlops_course.project import UseCase
 from mlops_course.relocation import local_path, relocate, tracking_file
+from mlops_course.storage import require_storage
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -112,7 +116,7 @@ def make_store(
         if not path.exists():
             new = Path(folder) / "new.db"
             with _without_waiting(new):
-                SqlAlchemyStore(f"sqlite:///{new.as_posix()}", settings.artifacts.as_uri()).engine.dispose()
+                SqlAlchemyStore(f"sqlite:///{new.as_posix()}", artifacts_address(settings)).engine.dispose()
             write_atomic(path, new.read_bytes())
 
 # %% ../../nbs/internals/06_tracking.ipynb #5c7c404e
@@ -125,6 +129,7 @@ def connect(
     Raises:
         ExperimentError: the store can't be opened.
     """
+    require_storage(settings)
     open_store(settings)
     with _explained(settings):
         return _experiment(settings, use_case)
@@ -193,9 +198,11 @@ def _experiment(settings: Settings, use_case: UseCase) -> str:
     """Id of the use case's experiment, which is made by whoever needs it first."""
     mlflow = quiet_mlflow()
     found = mlflow.get_experiment_by_name(use_case.name)
-    if found is None:
+    if found is not None:
+        settle_experiment(settings, found)
+    else:
         try:
-            return str(mlflow.create_experiment(use_case.name, artifact_location=settings.artifacts.as_uri()))
+            return str(mlflow.create_experiment(use_case.name, artifact_location=artifacts_address(settings)))
         except mlflow.MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
@@ -245,6 +252,7 @@ def tracked_run(
     with explain_full_disk(settings), mlflow.start_run(experiment_id=experiment, run_name=name, tags=tags) as run:
         mlflow.log_dict(now, "fingerprint.json")
         yield run
+        seal_run(str(run.info.run_id))
 
 # %% ../../nbs/internals/06_tracking.ipynb #effd07b7
 def find_tracked_run(
@@ -332,6 +340,7 @@ def log_model(
         reason = textwrap.shorten(str(error).rpartition("Root error: ")[2], 200, placeholder=" …").rstrip(".")
         raise ExperimentError(f"the model can't be stored: {reason}", "Build it of TRUSTED_TYPES only") from error
     _drop_artifact_path(str(stored.model_id))
+    mlflow.set_tags(digests_of(str(stored.model_uri), "model/"))
     return str(stored.model_uri)
 
 # %% ../../nbs/internals/06_tracking.ipynb #cd435280
@@ -356,13 +365,16 @@ def load_run_model(
     """
     import skops.io
 
-    address = run_value(find_tracked_run(settings, use_case, run_id), "model_uri")
-    mlflow = quiet_mlflow()
+    run = find_tracked_run(settings, use_case, run_id)
+    mlflow, address = quiet_mlflow(), run_value(run, "model_uri")
     try:
-        folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=address))
-        return skops.io.load(folder / "model.skops", trusted=TRUSTED_TYPES)
-    except (mlflow.MlflowException, OSError, ValueError, KeyError, TypeError, BadZipFile) as error:
-        reason = textwrap.shorten(str(error) or type(error).__name__, 200, placeholder=" …").rstrip(".")
+        address = str(mlflow.get_logged_model(address.rpartition("/")[2]).artifact_location)
+        with TemporaryDirectory(ignore_cleanup_errors=True) as place:
+            path = fetch_artifact(run, "model/model.skops", address, Path(place))
+            return skops.io.load(path, trusted=TRUSTED_TYPES)
+    except (mlflow.MlflowException, ExperimentError, OSError, ValueError, KeyError, TypeError, BadZipFile) as error:
+        said = error.problem if isinstance(error, ExperimentError) else str(error)
+        reason = textwrap.shorten(said or type(error).__name__, 300, placeholder=" …").rstrip(".")
         problem = f"can't load the model of the run {run_id}: {reason}"
         raise ExperimentError(problem, "Train it again, or go back to an earlier version") from error
 

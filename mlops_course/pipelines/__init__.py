@@ -46,6 +46,7 @@ from mlops_course.pipelines.scheduler import (
     interruptible,
 )
 from mlops_course.pipelines.secrets import require_secrets
+from mlops_course.storage import require_storage
 
 _all_ = ["Parameter", "Pipeline", "Stage", "Options", "Planned", "PipelineRun", "StageRun"]
 _all_ += ["CourseError", "ParameterError", "PipelineError", "ResultError", "RunError", "StageError"]
@@ -96,6 +97,7 @@ def run(
     """
     context = prepare(pipeline, parameters, settings, options)
     require_secrets(context.wanted, context.values)
+    require_storage(context.settings)
     context.settings.prepare()
     width, threads = shares(context)
     with interruptible(), contextlib.closing(LazyExecutor(context, threads)) as workers:
@@ -180,6 +182,7 @@ def _fill_all(contexts: Mapping[str, Context], on_event: Listener | None) -> lis
     first, sessions, claims = next(iter(contexts.values())), list[RunSession](), Claims()
     for context in contexts.values():
         require_secrets(context.wanted, context.values)
+    require_storage(first.settings)
     first.settings.prepare()
     width = first.options.width or min(cores(), len(contexts))
     threads = first.settings.threads or max(1, cores() // width)

@@ -19,9 +19,10 @@ from mlops_course.registry.changes import ANY, compare_versions, delete_version,
 from mlops_course.registry.store import (
     CHALLENGER, CHAMPION, PREVIOUS, PromotionConflict, RegistryError, changing_registry, open_registry, search_versions,
 )
-from mlops_course.serving.bundle import BundleError, bundles_folder, read_bundle
+from mlops_course.serving.bundle import BundleError, read_bundle
 from mlops_course.serving.inference import Predictor, load_predictor
 from mlops_course.serving.packaging import Origin, write_bundle
+from mlops_course.serving.publishing import fetch_bundle
 
 # %% auto #0
 __all__ = ['champion_history', 'champion_at', 'versions', 'register', 'find_version', 'champion_reference', 'promote', 'package',
@@ -195,7 +196,7 @@ def package(
     """
     version = find_version(settings, use_case, reference)
     name, run_id = f"{use_case.name}@{version.version}", str(version.run_id)
-    folder = bundles_folder(settings) / name
+    folder = fetch_bundle(settings, name)
     run = find_tracked_run(settings, use_case, run_id)
     origin = _origin(run)
     if not _packaged(folder, origin):

@@ -15,7 +15,7 @@ import pandas as pd
 from mlops_course.data import DataError, split_reference
 from mlops_course.environment import Settings
 from mlops_course.project import UseCase
-from mlops_course.registry.data_versions import open_version, require_readable, resolve_version
+from mlops_course.registry.data_versions import fetch_version, open_version, resolve_version
 
 if TYPE_CHECKING:
     from deltalake import DeltaTable
@@ -168,7 +168,7 @@ def _comparable(settings: Settings, before: str, after: str) -> list[str]:
     if len({split_reference(each)[0] for each in references}) > 1:
         raise DataError(f"{before} and {after} are versions of two tables", "Name two versions of one table")
     for reference in references:
-        require_readable(settings, reference)
+        fetch_version(settings, reference)
     return references
 
 # %% ../../nbs/internals/08_data_diff.ipynb #5c78b715

@@ -19,6 +19,7 @@ import msgspec
 from mlops_course.data import DataError, split_reference, table_version
 from mlops_course.environment import Settings, write_atomic
 from mlops_course.experiments import exclusive_lock
+from mlops_course.remote_tables import all_tables, fetch_rows, row_files
 
 if TYPE_CHECKING:
     from deltalake import DeltaTable
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['open_version', 'version_files', 'missing_files', 'log_actions', 'TableState', 'table_states', 'VersionNotes',
            'read_notes', 'write_notes', 'DataVersion', 'table_history', 'newest_version', 'list_tables',
-           'resolve_version', 'tag_version', 'remove_tag', 'require_readable']
+           'resolve_version', 'tag_version', 'remove_tag', 'require_readable', 'fetch_version']
 
 # %% ../../nbs/internals/08_data_versions.ipynb #208efa60
 def open_version(
@@ -68,7 +69,8 @@ def missing_files(
     files: Mapping[str, int],  # from `version_files`
 ) -> list[str]:  # those that are not there
     """List the files of a version that are gone."""
-    return sorted(path for path in files if not (settings.data / name / path).is_file())
+    there = row_files(settings, name)
+    return sorted(path for path in files if path not in there)
 
 # %% ../../nbs/internals/08_data_versions.ipynb #f00567bc
 def log_actions(
@@ -165,7 +167,8 @@ class VersionNotes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def _notes_file(settings: Settings, name: str) -> Path:
-    return settings.data / name / "_versions.json"
+    folder = settings.data if settings.storage is None else settings.data.parent / "notes"
+    return folder / name / "_versions.json"
 
 # %% ../../nbs/internals/08_data_versions.ipynb #f5fb205a
 def read_notes(
@@ -238,8 +241,7 @@ def table_history(
         DataError: there is no such table, or it is damaged.
     """
     newest_version(settings, name)
-    notes, place = read_notes(settings, name), settings.data / name
-    there = {path.relative_to(place).as_posix() for path in place.rglob("*.parquet")}
+    notes, there = read_notes(settings, name), row_files(settings, name)
     return [_version_of(state, name, there, notes) for state in table_states(settings, name)]
 
 # %% ../../nbs/internals/08_data_versions.ipynb #44724e31
@@ -263,7 +265,7 @@ def list_tables(
     settings: Settings,  # where the workspace is
 ) -> list[str]:  # names, such as `flight-delay/flights`
     """List the tables of a workspace."""
-    return sorted(log.parent.relative_to(settings.data).as_posix() for log in settings.data.glob("**/_delta_log"))
+    return all_tables(settings)
 
 # %% ../../nbs/internals/08_data_versions.ipynb #193b3f03
 _TAG = re.compile(r"(?=.*[A-Za-z])[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -352,4 +354,19 @@ def require_readable(
     if lost := missing_files(settings, name, files):
         problem = f"{reference} can't be read any more: {len(lost)} of its {len(files)} files are gone"
         raise DataError(problem, "Name another version, or restore the folder from a backup")
+    return files
+
+# %% ../../nbs/internals/08_data_versions.ipynb #b7aaa13d
+def fetch_version(
+    settings: Settings,  # where the workspace is
+    reference: str,  # such as `flight-delay/flights@3`
+) -> dict[str, int]:  # its files, with the rows of each; they are below `settings.data`
+    """Require that a version can be read, and bring its files here from the storage, if there is one.
+
+    Raises:
+        DataError: it was pruned, or a file of it is gone.
+        StorageError: a file is damaged, or the storage doesn't answer.
+    """
+    files = require_readable(settings, reference)
+    fetch_rows(settings, split_reference(reference)[0], files)
     return files

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from mlops_course.data import newest_reference, read_table, table_name, table_version
 from mlops_course.environment import CourseError, Settings
 from mlops_course.experiments import connect, quiet_mlflow
+from mlops_course.experiments.artifacts import MissingArtifactError, read_artifact
 from mlops_course.experiments.tracking import open_store
 from mlops_course.project import UseCase
 from mlops_course.registry.data_versions import list_tables, resolve_version, table_history
@@ -109,8 +110,8 @@ def run_facts(
     open_store(settings)
     mlflow = quiet_mlflow()
     try:
-        return dict(mlflow.artifacts.load_dict(f"{run.info.artifact_uri}/fingerprint.json"))
-    except (mlflow.MlflowException, OSError, ValueError):
+        return dict(json.loads(read_artifact(run, "fingerprint.json")))
+    except (MissingArtifactError, mlflow.MlflowException, OSError, ValueError):
         return {}
 
 # %% ../../nbs/internals/08_lineage.ipynb #0654ab3e

@@ -28,10 +28,11 @@ from mlops_course.experiments import (
 )
 from mlops_course.experiments.tracking import run_fingerprint
 from mlops_course.project import UseCase
-from mlops_course.registry.data_versions import require_readable, table_history
+from mlops_course.registry.data_versions import fetch_version, table_history
 from mlops_course.registry.lineage import LineageError, run_facts
-from mlops_course.serving.bundle import Manifest, bundles_folder, read_bundle
+from mlops_course.serving.bundle import Manifest, read_bundle
 from mlops_course.serving.packaging import Origin, write_bundle
+from mlops_course.serving.publishing import fetch_bundle
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -100,7 +101,7 @@ def scratch_workspace(
 ) -> Iterator[Settings]:  # of a workspace that has those tables, and is gone afterwards
     """Make a workspace for a moment, in which tables of another one can be read."""
     with TemporaryDirectory(ignore_cleanup_errors=True) as place:
-        scratch = settings.model_copy(update={"home": Path(place) / "workspace"}).prepare()
+        scratch = settings.model_copy(update={"home": Path(place) / "workspace", "storage": None}).prepare()
         for name in names:
             link = scratch.data / name
             link.parent.mkdir(parents=True, exist_ok=True)
@@ -146,7 +147,7 @@ def rebuild_features(
         raise CourseError(f"{features} does not say what it was made from", "Run the stage features again")
     names = [split_reference(reference)[0] for reference in tables.values()]
     for reference in tables.values():
-        require_readable(settings, reference)
+        fetch_version(settings, reference)
     with scratch_workspace(settings, names) as scratch:
         again = read_table(scratch, build_features(scratch, use_case, tables, first, last))
     months = sorted(again["period"].unique())
@@ -185,7 +186,7 @@ def _compare_bundle(
     settings: Settings, use_case: UseCase, run: Run, model: Pipeline, rows: pd.DataFrame, reference: str
 ) -> list[Comparison]:
     """The bundle of a version, made again; a version that was not packaged has none."""
-    folder = bundles_folder(settings) / reference
+    folder = fetch_bundle(settings, reference)
     if not folder.is_dir():
         return []
     stored, tags = read_bundle(folder), run.data.tags

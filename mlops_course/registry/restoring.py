@@ -16,6 +16,7 @@ from mlops_course.data import DataError, split_reference, table_version
 from mlops_course.environment import Settings, WorkspaceError
 from mlops_course.experiments import exclusive_lock
 from mlops_course.ledger import LedgerEntry, append_entry, current_user, read_ledger
+from mlops_course.remote_tables import changing_table
 from mlops_course.registry.data_versions import (
     log_actions, newest_version, open_version, require_readable, resolve_version, version_files,
 )
@@ -49,12 +50,15 @@ def _restore_line(settings: Settings, wanted: str, reason: str, by: str | None, 
 # %% ../../nbs/internals/08_restoring.ipynb #f8f0852c
 def _make(settings: Settings, line: LedgerEntry) -> None:
     """Do what a line of the ledger says."""
-    from deltalake import CommitProperties
+    from deltalake import CommitProperties, DeltaTable
 
     name, number = split_reference(line.subject)
+    before = split_reference(str(line.before["version"]))[1]
     about = CommitProperties(custom_metadata={"reason": line.reason, "ledger": line.hash}, max_commit_retries=0)
-    with _explained(name):
-        open_version(settings, str(line.before["version"])).restore(number, commit_properties=about)
+    with _explained(name), changing_table(settings, name) as place:
+        elsewhere = place != settings.data / name  # then the rows aren't beside the log, and were looked for already
+        table = DeltaTable(str(place), version=before)
+        table.restore(number, ignore_missing_files=elsewhere, commit_properties=about)
 
 
 @contextmanager

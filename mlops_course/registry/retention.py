@@ -188,6 +188,14 @@ def _fates_of(settings: Settings, name: str, found: References, there: set[str])
     return fates
 
 # %% ../../nbs/internals/08_retention.ipynb #ee96a55a
+def _own_tables(settings: Settings, names: Iterable[str]) -> list[str]:
+    """The tables to prune; none that other workspaces may read, too: their models and tags aren't known here."""
+    if settings.storage is not None:
+        problem = f"can't prune the tables in {settings.storage}: other workspaces may need versions of them"
+        raise DataError(problem, "Prune works on tables of the workspace only: unset MLOPS_COURSE_STORAGE for them")
+    return list(names) or list_tables(settings)
+
+# %% ../../nbs/internals/08_retention.ipynb #3769924e
 def plan_prune(
     settings: Settings,  # where the workspace is
     names: Iterable[str] = (),  # tables; empty: all
@@ -201,7 +209,7 @@ def plan_prune(
         BundleError: a bundle is damaged, so nobody knows what it refers to.
         ExperimentError: the registry can't be opened.
     """
-    wanted = list(names) or list_tables(settings)
+    wanted = _own_tables(settings, names)
     for name in wanted:
         newest_version(settings, name)  # so that a wrong name is an error
     found, every = _reasons(settings, older_than, others)
@@ -365,7 +373,7 @@ def prune_versions(
         LedgerError: the ledger is damaged.
         WorkspaceError: a file can't be deleted.
     """
-    wanted = list(names) or list_tables(settings)
+    wanted = _own_tables(settings, names)
     who, why = by or current_user(), reason or f"older than {older_than / 86400:g} days, and nothing refers to it"
     with exclusive_lock(settings):
         _ = [settle_restore(settings, name) for name in wanted]

@@ -16,9 +16,10 @@ import msgspec
 from mlops_course.environment import CourseError, Settings, replacing, write_atomic
 
 # %% auto #0
-__all__ = ['MANIFEST_FILE', 'MODEL_FILE', 'CARD_FILE', 'GOLDEN_FILE', 'GRAPH_INPUT', 'GRAPH_OUTPUT', 'REMEDY', 'BUNDLE_REFERENCE',
-           'BundleError', 'Feature', 'Manifest', 'write_manifest', 'place_bundle', 'open_bundle', 'read_bundle',
-           'Golden', 'read_golden', 'bundles_folder', 'case_of', 'case_folder', 'find_bundle', 'manifest_sha256']
+__all__ = ['MANIFEST_FILE', 'MODEL_FILE', 'CARD_FILE', 'GOLDEN_FILE', 'GRAPH_INPUT', 'GRAPH_OUTPUT', 'REMEDY', 'MAX_BYTES',
+           'BUNDLE_REFERENCE', 'BundleError', 'Feature', 'Manifest', 'write_manifest', 'place_bundle', 'open_bundle',
+           'read_bundle', 'Golden', 'read_golden', 'bundles_folder', 'case_of', 'case_folder', 'find_bundle',
+           'manifest_sha256']
 
 # %% ../../nbs/internals/07_bundle.ipynb #52f7bd54
 class BundleError(CourseError):
@@ -98,7 +99,7 @@ def place_bundle(
 # %% ../../nbs/internals/07_bundle.ipynb #d44cdda1
 REMEDY = "Fetch the bundle again, or package the model again"
 # Bytes; more is refused before it is read.
-_MAX_BYTES = {MANIFEST_FILE: 4_000_000, MODEL_FILE: 500_000_000, CARD_FILE: 1_000_000, GOLDEN_FILE: 50_000_000}
+MAX_BYTES = {MANIFEST_FILE: 4_000_000, MODEL_FILE: 500_000_000, CARD_FILE: 1_000_000, GOLDEN_FILE: 50_000_000}
 
 
 def _read(folder: Path, name: str) -> bytes:
@@ -106,8 +107,8 @@ def _read(folder: Path, name: str) -> bytes:
     path = folder / name
     try:
         size = path.stat().st_size
-        if size > _MAX_BYTES[name]:
-            raise BundleError(f"{path} has {size} bytes; at most {_MAX_BYTES[name]} are read", REMEDY)
+        if size > MAX_BYTES[name]:
+            raise BundleError(f"{path} has {size} bytes; at most {MAX_BYTES[name]} are read", REMEDY)
         return path.read_bytes()
     except FileNotFoundError as error:
         raise BundleError(f"there is no {path}", _instead(folder)) from error

@@ -12,17 +12,18 @@ from pathlib import Path
 
 import msgspec
 
-from mlops_course.environment import Settings, workspace_error, write_atomic
+from mlops_course.environment import Settings, replacing, workspace_error, write_atomic
 from mlops_course.ledger import LedgerEntry, append_entry, current_user, read_ledger
 from mlops_course.serving.bundle import (
-    BUNDLE_REFERENCE, MANIFEST_FILE, BundleError, Manifest, bundles_folder, case_folder, case_of, find_bundle,
-    manifest_sha256, open_bundle, place_bundle, write_manifest,
+    BUNDLE_REFERENCE, MANIFEST_FILE, MAX_BYTES, BundleError, Manifest, bundles_folder, case_folder, case_of,
+    find_bundle, manifest_sha256, open_bundle, place_bundle, read_bundle, write_manifest,
 )
 from mlops_course.serving.inference import make_predictor
+from mlops_course.storage import Place, fetch_file, list_files, put_file, storage_place
 
 # %% auto #0
-__all__ = ['LIVE_FILE', 'served_case', 'live_file', 'for_case', 'pinned', 'live_bundle', 'keep_bundle', 'publish', 'check_live',
-           'repair_live']
+__all__ = ['LIVE_FILE', 'served_case', 'live_file', 'for_case', 'pinned', 'bundle_place', 'store_bundle', 'fetch_bundle',
+           'live_bundle', 'keep_bundle', 'publish', 'check_live', 'repair_live']
 
 # %% ../../nbs/internals/07_publishing.ipynb #d039f425
 LIVE_FILE = "live.json"
@@ -70,6 +71,67 @@ def pinned(
     """
     return settings.model_copy(update={"use_case": served_case(settings)})
 
+# %% ../../nbs/internals/07_publishing.ipynb #5707b002
+def bundle_place(
+    settings: Settings,  # with a storage
+    reference: str,  # such as `flight-delay@3`
+) -> Place:
+    "Name the address of a published bundle."
+    return storage_place(settings) / "bundles" / case_of(reference) / reference.rpartition("@")[2]
+
+
+def store_bundle(
+    settings: Settings,  # with or without a storage
+    folder: Path,  # a bundle of the workspace
+) -> None:
+    """Send a bundle to the storage, if there is one; what is there already stays.
+
+    Raises:
+        BundleError: another bundle of that name was published from elsewhere.
+        StorageError: the storage doesn't answer.
+    """
+    if settings.storage is None:
+        return
+    place = bundle_place(settings, folder.name)
+    for name in (*read_bundle(folder).files, MANIFEST_FILE):
+        if not put_file(place / name, folder / name, new=True):
+            problem = f"{place / name} is another file: somebody else published a {folder.name}, or was interrupted"
+            raise BundleError(problem, "Give each workspace a storage of its own, or register the model again")
+
+# %% ../../nbs/internals/07_publishing.ipynb #5707b003
+def fetch_bundle(
+    settings: Settings,  # with or without a storage
+    reference: str,  # such as `flight-delay@3`
+) -> Path:  # its folder; it may not be there
+    """Bring a published bundle here, if it isn't here and there is a storage that has it.
+
+    Raises:
+        BundleError: what is there isn't a bundle of that name.
+        StorageError: a file is damaged, or the storage doesn't answer.
+    """
+    home = bundles_folder(settings) / reference
+    if settings.storage is None or home.is_dir():
+        return home
+    place = bundle_place(settings, reference)
+    names = list_files(place)
+    if MANIFEST_FILE not in names:
+        return home
+    with replacing(home, folders=True) as beside:
+        for name in names:
+            fetch_file(place / name, beside / name, most=MAX_BYTES.get(name, 0))
+        _require_bundle(beside, place, reference)
+    return home
+
+# %% ../../nbs/internals/07_publishing.ipynb #084a704d
+def _require_bundle(folder: Path, place: Place, reference: str) -> None:
+    """Verify what was fetched as a whole, and name the address from which it came."""
+    try:
+        found = read_bundle(folder).model
+    except BundleError as error:
+        raise BundleError(error.problem.replace(str(folder), str(place)), error.remedy) from error
+    if found != reference:
+        raise BundleError(f"{place} holds the bundle {found}", "Publish that version again")
+
 # %% ../../nbs/internals/07_publishing.ipynb #4e9cead2
 class _Live(msgspec.Struct, forbid_unknown_fields=True):
     """The content of `live.json`."""
@@ -98,7 +160,7 @@ def live_bundle(
         raise BundleError(f"{path} does not name a bundle: {error}", "Publish a bundle again") from error
     if not BUNDLE_REFERENCE.fullmatch(live.bundle) or case_of(live.bundle) != name:
         raise BundleError(f"{path} names {live.bundle!r}, which is not a version of {name}", "Publish a bundle again")
-    folder = bundles_folder(settings) / live.bundle
+    folder = fetch_bundle(settings, live.bundle)
     if manifest_sha256(folder) != live.manifest:
         remedy = "Fetch that bundle again as it was, or publish another version"
         raise BundleError(f"{folder} is not the bundle that was published", remedy)
@@ -186,9 +248,12 @@ def publish(
         BundleError: it is not there, damaged, doesn't answer as it should, or was published with another content.
     """
     folder = find_bundle(settings, bundle)
+    if folder.parent == bundles_folder(settings):
+        folder = fetch_bundle(settings, folder.name)
     manifest, files = open_bundle(folder)
     make_predictor(manifest, files)
     home = keep_bundle(settings, manifest, files)
+    store_bundle(settings, home)
     _make_live(settings, _Live(manifest.model, manifest_sha256(home)), reason, by)
     return home
 

@@ -93,12 +93,12 @@ def stage_key(
         KeyInputError, StateError: something can't be read, or has no canonical form
     """
     now = time.time_ns()
-    given = dict(inputs or {})
-    closure = source_closure(notebook, paths, store.memo)
+    given, closure = dict(inputs or {}), source_closure(notebook, paths, store.memo)
     values = {name: _canonical(store, value) for name, value in (parameters or {}).items()}
     contents = {name: output.content for name, output in given.items()}
     code = (closure.modules, installed_packages(store.memo), python_version())
-    variables = {"MLOPS_COURSE_TRACKING_URI": store.settings.tracking_uri, **(environment or {})}
+    storage = {"MLOPS_COURSE_STORAGE": store.settings.storage} if store.settings.storage else {}
+    variables = {"MLOPS_COURSE_TRACKING_URI": store.settings.tracking_uri, **storage, **(environment or {})}
     rest = (_hash_variables(variables), seed, read_states(store.settings, reads, closure.paths))
     return StageKey(KeyInputs(closure.cells, values, contents, dict(outputs or {}), *code, *rest), closure, given, now)
 

@@ -23,6 +23,7 @@ from mlops_course.pipelines.cache.fingerprints import (
 from mlops_course.pipelines.cache.hashes import digest_json
 from mlops_course.pipelines.cache.store import CacheStore, map_leaves, relativize, relativize_path, resolve_path
 from mlops_course.relocation import run_folders
+from mlops_course.remote_tables import fetch_rows, pull_log
 
 # %% ../../../nbs/internals/09_cache_outputs.ipynb #fc82a9d5
 class OutputError(CourseError):
@@ -56,13 +57,14 @@ def _open_table(settings: Settings, reference: Any) -> Any:
     name, _, version = str(reference).partition("@")
     if not re.fullmatch(r"[\w-]+(/[\w-]+)*@[0-9]+", str(reference), re.ASCII):
         raise OutputError(f"{reference!r} does not name a version of a table", "Record name@version, such as flights@3")
+    pull_log(settings, name)
     try:
         return DeltaTable(str(settings.data / name), version=int(version))
     except (DeltaError, OSError) as error:
         reason = " ".join(str(error).split())
         raise OutputError(f"there is no table {reference}: {reason}", "Record a version that was written") from error
 
-
+# %% ../../../nbs/internals/09_cache_outputs.ipynb #bc3ad280
 def _log_files(folder: Path, version: int) -> list[Path]:
     """The files of a log that a version is read from: from the checkpoint before it, or from the beginning."""
     checkpoints = [path for path in folder.glob("*.checkpoint*") if int(path.name[:20]) <= version]
@@ -78,7 +80,9 @@ def _describe_table(store: CacheStore, reference: Any) -> tuple[str, Listing]:
     actions = table.get_add_actions()
     about = table.metadata()
     folder = store.settings.data / name
-    data = [folder / unquote(path.as_py()) for path in actions.column("path")]
+    paths = [unquote(path.as_py()) for path in actions.column("path")]
+    fetch_rows(store.settings, name, paths)
+    data = [folder / path for path in paths]
     partitions = [""] * len(data)
     if "partition" in actions.column_names:
         found = [part.as_py() for part in actions.column("partition")]
