@@ -30,10 +30,13 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
+LONGEST = ("test_image.py", "test_lessons.py")  # the first waits for downloads, and the second has much to compute
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with many slow tests first: the short ones fill up the rest of the time, and both cores end together."""
+    """The longest files first, then those with many slow tests: the short ones fill up the rest of the time."""
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
-    items.sort(key=lambda item: -slow[item.path])  # a stable sort: the order is otherwise as it was
+    items.sort(key=lambda item: (item.path.name not in LONGEST, -slow[item.path]))  # stable: otherwise as it was
 
 
 @pytest.fixture(autouse=True)

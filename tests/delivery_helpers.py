@@ -77,14 +77,19 @@ def go_step_by_step(settings: Settings) -> None:
         roll_out(settings, flight_delay, SECOND, "better")
 
 
-WAYS: dict[str, tuple[Callable[[Settings], None], str]] = {
-    "there": (go, SECOND), "back": (come_back, FIRST), "step by step": (go_step_by_step, SECOND),
+def begin_step_by_step(settings: Settings) -> None:
+    roll_out(settings, flight_delay, SECOND, "better")
+
+
+WAYS: dict[str, tuple[Callable[[Settings], None], Callable[[Settings], None], str]] = {  # to be killed, whole, its end
+    "there": (go, go, SECOND), "back": (come_back, come_back, FIRST),
+    "step by step": (begin_step_by_step, go_step_by_step, SECOND),
 }  # fmt: skip
 
 
 def judge(settings: Settings, way: str) -> None:
     """After a kill and a repair: before or after, never anything else; done again, it is complete."""
-    move, end = WAYS[way]
+    _, move, end = WAYS[way]
     repair_ledger(settings)
     repair_registry(settings, by="eve")
     repair_live(settings, by="eve")

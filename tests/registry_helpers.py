@@ -252,7 +252,8 @@ class Killing:
         self.unfinished = folder / "unfinished"
         self.killed = 0
         elsewhere = Settings(home=shutil.copytree(template, folder / "elsewhere"))
-        OPERATIONS[name][0](elsewhere)  # so that the children needn't import MLflow
+        OPERATIONS[name][0](elsewhere)  # so that the children needn't import MLflow,
+        judge(elsewhere, name)  # nor compile the database's queries
 
     def begin_anew(self) -> None:
         """A new workspace in the old one's place."""

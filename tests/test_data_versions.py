@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import msgspec
 import numpy as np
 import pandas as pd
 import pytest
@@ -47,7 +48,7 @@ from mlops_course.registry.lineage import (
     lineage_rows,
 )
 from mlops_course.registry.openlineage import openlineage_events
-from mlops_course.registry.reproduction import reproduce_model
+from mlops_course.registry.reproduction import bundle_digest, reproduce_model
 from mlops_course.registry.restoring import restore_version
 from mlops_course.registry.retention import (
     find_references,
@@ -60,6 +61,7 @@ from mlops_course.registry.retention import (
 from mlops_course.registry.store import check_registry
 from mlops_course.registry.table_ledger import check_tables, repair_tables
 from mlops_course.serving import materialise, publish
+from mlops_course.serving.bundle import Manifest, open_bundle, write_manifest
 from mlops_course.serving.publishing import check_live
 
 pytestmark = pytest.mark.filterwarnings("ignore:Series.values returning:DeprecationWarning")  # inside pyarrow
@@ -820,6 +822,15 @@ def test_a_model_is_made_again_to_the_last_digit(product: Quarter) -> None:
     assert [each.what for each in again.comparisons if each.result and not each.same] == []
     results = {each.what for each in again.comparisons if each.result}
     assert {"data", "model", "log_loss", "bundle"} <= results and again.equal
+
+
+def test_a_bundle_made_by_another_commit_is_the_same_bundle(product: Quarter) -> None:
+    manifest, files = open_bundle(product.settings.serving / "bundles" / "flight-delay@1")
+    about = [{"fingerprint": {"commit": commit}} for commit in "ab"] + [{"question": "Another one?"}]
+    made = [write_manifest(msgspec.structs.replace(manifest, **each), files) for each in about]  # type: ignore[arg-type]
+    one, other, third = (msgspec.json.decode(each, type=Manifest) for each in made)
+    assert one.digest != other.digest
+    assert bundle_digest(one) == bundle_digest(other) == bundle_digest(manifest) != bundle_digest(third)
 
 
 def test_the_first_cause_is_named_when_a_model_can_not_be_made_again(product: Quarter) -> None:

@@ -3,6 +3,7 @@
 Nothing is pulled: unless IMAGE_TEST_BASE and IMAGE_TEST_BUILD name images, both are made from Debian's packages.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -36,7 +37,8 @@ pytestmark = [
     pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="makes its base image as root"),
     pytest.mark.skipif(not os.environ.get("IMAGE_TEST"), reason="builds images for some minutes: set IMAGE_TEST=1"),
 ]
-IMAGE, USER = "localhost/mlops-course:test", 10001
+IMAGE, BASE, USER = "localhost/mlops-course:test", "localhost/python:base", 10001
+SUITE, PACKAGES = "bookworm", "python3,ca-certificates,python3-venv,python3-pip"
 CONTAINERS = """[containers]
 default_ulimits=["nofile=1024:1024","nproc=1024:1024"]
 netns="host"
@@ -74,13 +76,23 @@ def storage_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pat
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def import_folder(folder: Path, name: str) -> str:
-    """An image with the content of a folder."""
-    packed = folder.with_suffix(".tar")
-    run("tar", "--directory", folder, "--create", "--file", packed, ".")
-    run("podman", "import", "--quiet", packed, name)
-    packed.unlink()
-    return name
+def packed_debian(folder: Path) -> Path:
+    """Debian with Python and pip, in one file; it is kept outside of the project for the next time."""
+    command = ["debootstrap", "--variant=minbase", f"--include={PACKAGES}", SUITE]
+    name = hashlib.sha256(" ".join(command).encode()).hexdigest()[:12]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlops_course"
+    packed = cache / f"{SUITE}-{name}.tar"
+    if not packed.is_file():
+        quick = {**os.environ, "DPKG_FORCE": "unsafe-io"}  # nothing has to survive a power cut
+        made = subprocess.run([*command, str(folder)], capture_output=True, text=True, env=quick)
+        assert made.returncode == 0, f"debootstrap failed: {made.stdout[-2000:]}{made.stderr[-2000:]}"
+        shutil.rmtree(folder / "var" / "cache" / "apt", ignore_errors=True)
+        cache.mkdir(parents=True, exist_ok=True)
+        begun = packed.with_suffix(f".{os.getpid()}")
+        run("tar", "--directory", folder, "--create", "--file", begun, ".")
+        begun.replace(packed)
+        shutil.rmtree(folder)
+    return packed
 
 
 @pytest.fixture(scope="module")
@@ -89,14 +101,8 @@ def bases(storage_of_its_own: Path) -> tuple[str, str]:
     given = os.environ.get("IMAGE_TEST_BASE"), os.environ.get("IMAGE_TEST_BUILD")
     if all(given):
         return str(given[0]), str(given[1])
-    folder = storage_of_its_own / "root"
-    packages = "python3,ca-certificates,python3-venv,python3-pip"
-    command = ["debootstrap", "--variant=minbase", f"--include={packages}", "bookworm", folder]
-    made = subprocess.run(command, capture_output=True, text=True)
-    assert made.returncode == 0, f"debootstrap failed: {made.stdout[-2000:]}{made.stderr[-2000:]}"
-    base = import_folder(folder, "localhost/python:base")
-    shutil.rmtree(folder)
-    return base, base
+    run("podman", "import", "--quiet", packed_debian(storage_of_its_own / "root"), BASE)
+    return BASE, BASE
 
 
 def pip_settings(folder: Path) -> list[str]:

@@ -287,15 +287,15 @@ def test_a_change_of_the_model_is_reported_and_no_change_as_well(tmp_path: Path)
     program = shutil.which("mlops-course", path=str(Path(sys.executable).parent))
     assert program
     before, after = tmp_path / "before", tmp_path / "after"
-    more = '[ "$1 $2" = "run training" ] && set -- "$@" -p iterations=30'
-    for folder, line in ((before, ":"), (after, more)):
+    for folder, trees in ((before, 10), (after, 30)):
+        line = f'[ "$1 $2" = "run training" ] && set -- "$@" -p iterations={trees}'
         script = folder / ".venv" / "bin" / "mlops-course"
         script.parent.mkdir(parents=True)
         script.write_text(f'#!/bin/sh\n{line}\nexec {shlex.quote(program)} "$@"\n')
         script.chmod(0o755)
     report = tmp_path / "report.md"
     command = [sys.executable, str(ROOT / "deploy" / "compare_change.py"), "--first", "2013-01"]
-    command += ["--train-last", "2013-01", "--test-last", "2013-02", "-p", "iterations=10", "--output", str(report)]
+    command += ["--train-last", "2013-01", "--test-last", "2013-02", "--output", str(report)]
     environment = {**os.environ, "MLOPS_COURSE_HOME": str(tmp_path / "workspace")}
     for other, wanted in ((before, "The model stays as it is"), (after, "flight-delay@2 against flight-delay@1:")):
         done = subprocess.run([*command, str(before), str(other)], env=environment, capture_output=True, text=True)

@@ -179,7 +179,8 @@ def bundle_digest(
     manifest: Manifest,  # of a bundle
 ) -> str:  # 64 hexadecimal digits
     """Name the content of a bundle: model, card, and all that its manifest says but the machine that made it."""
-    return hashlib.sha256(msgspec.json.encode(msgspec.structs.replace(manifest, fingerprint={}))).hexdigest()
+    content = msgspec.structs.replace(manifest, fingerprint={}, digest="")  # the digest covers the fingerprint, too
+    return hashlib.sha256(msgspec.json.encode(content)).hexdigest()
 
 
 def _compare_bundle(

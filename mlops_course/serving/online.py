@@ -65,7 +65,7 @@ class LackingRowError(FeatureTableError):
         self.key = key
 
 # %% ../../nbs/internals/07_online.ipynb #320729b4
-_SEPARATOR, _TIME_FORMAT = "|", "%Y-%m-%dT%H:%M:%SZ"
+_SEPARATOR = "|"
 
 
 def name_key(
@@ -83,19 +83,33 @@ def name_key(
     return _SEPARATOR.join([_key_part(name, kind, given.get(name)) for name, kind in parts])
 
 # %% ../../nbs/internals/07_online.ipynb #300a4199
+def _time_name(value: str | datetime) -> str | None:
+    """A time in UTC as text; None: it isn't one, or has no zone."""
+    try:
+        value = datetime.fromisoformat(value.upper()) if isinstance(value, str) else value
+        moment = value.astimezone(UTC) if value.tzinfo else None
+    except (ValueError, OverflowError):
+        return None
+    return f"{moment.replace(tzinfo=None).isoformat()}Z" if moment else None
+
+
+def _whole(value: Any) -> int | None:
+    """A whole number, also one that JSON writes as 4127.0; None: it isn't one."""
+    number = isinstance(value, (int, float, np.integer)) and not isinstance(value, bool)
+    return int(value) if number and abs(value) <= 2**53 and value == int(value) else None
+
+# %% ../../nbs/internals/07_online.ipynb #300a4200
 def _key_part(name: str, kind: str, value: Any) -> str:
     """One value of a key as text."""
+    found: str | int | None = None
     if kind == "time" and isinstance(value, (str, datetime)):
-        try:
-            moment = datetime.fromisoformat(value) if isinstance(value, str) else value
-            if moment.tzinfo and not moment.microsecond:
-                return moment.astimezone(UTC).strftime(_TIME_FORMAT)
-        except (ValueError, OverflowError):
-            pass  # it is refused below, as any other text that is not a time
-    elif kind == "integer" and isinstance(value, (int, np.integer)) and not isinstance(value, bool):
-        return str(int(value))
+        found = _time_name(value)
+    elif kind == "integer":
+        found = _whole(value)
     elif kind == "text" and isinstance(value, str) and 0 < len(value) <= 100 and _SEPARATOR not in value:
-        return value
+        found = value
+    if found is not None:
+        return str(found)
     forms = {"time": "a time with its zone, such as 2013-01-01T10:00:00Z", "integer": "a whole number"}
     form = forms.get(kind, f"text of 1 to 100 characters, without {_SEPARATOR}")
     shown = repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:57]}…"
