@@ -340,6 +340,7 @@ def test_a_scheduled_job_that_fails_below_a_score_executes_all_of_it(
         ("pytest", "pytest || true"),
         ("- run: pytest", "- run: pytest\n        continue-on-error: true"),
         ("- run: pytest", "- run: pytest\n        if: inputs.tests"),
+        ("- run: pytest", "- run: pytest\n        if: false"),
         ("pytest", "# pytest"),
         ("pytest", "if pytest; then echo fine; fi"),
     ],
