@@ -645,6 +645,19 @@ def test_from_bad_data_and_a_bad_model_back_to_what_was_working(product: Quarter
     assert f"data {product.rows}" in origin.things and f"data {bad.rows}" not in origin.things
 
 
+def test_a_model_comes_back_with_the_tables_that_it_was_trained_on(product: Quarter) -> None:
+    settings, because = product.settings, ("--reason", "February has the wrong sign", "--by", "eve")
+    overwrite_february(product)
+    for changed in (True, False):
+        told = command(settings, "models", "restore", "flight-delay@1", *because)
+        assert told["champion"] == "flight-delay@1"
+        assert [(each["wanted"], each["changed"]) for each in told["tables"]] == [
+            (product.features, changed), (product.rows, changed),
+        ]  # fmt: skip
+    assert read_table(settings, told["tables"][1]["now"]).equals(read_table(settings, product.rows))
+    assert verify_ledger(settings) == check_registry(settings) == check_tables(settings) == []
+
+
 def figures(own: Quarter, model: str) -> dict[str, float]:
     """What a model is worth on the data of a workspace: trained on them anew, it is the same model, and so are they."""
     run = train_run(own.settings, flight_delay, own.features, own.rows, JANUARY, FEBRUARY, SMALL)
