@@ -17,7 +17,7 @@ from urllib.parse import unquote
 
 from mlops_course.environment import Settings, replacing
 from mlops_course.storage import (
-    Place, StorageError, fetch_file, file_sha256, list_files, put_file, remove_file, storage_place,
+    StorageError, StoragePlace, fetch_file, file_sha256, list_objects, put_file, remove_file, storage_place,
 )
 
 # %% ../nbs/internals/02_remote_tables.ipynb #806eb605
@@ -25,7 +25,7 @@ _LOG = "_delta_log"
 _LARGEST_LOG = 100_000_000  # bytes of the log of one version
 
 
-def _table_place(settings: Settings, name: str) -> Place:
+def _table_place(settings: Settings, name: str) -> StoragePlace:
     """The address of a table."""
     return storage_place(settings) / "data" / name
 
@@ -43,7 +43,7 @@ def pull_log(
         return
     place, log = _table_place(settings, name) / _LOG, settings.data / name / _LOG
     known = sorted(log.glob("[0-9]*.json"))
-    there = list_files(place, known[-2].name if len(known) > 1 else "")  # the newest that is known has to be among them
+    there = list_objects(place, known[-2].name if len(known) > 1 else "")  # the newest that is known must be among them
     if known and there.get(known[-1].name) != known[-1].stat().st_size:
         problem = f"{place / known[-1].name} is gone or another one: this workspace has seen that version"
         raise StorageError(problem, f"Put the bucket back as it was, or delete {settings.data / name} to begin anew")
@@ -151,7 +151,7 @@ def row_files(
     if settings.storage is None:
         place = settings.data / name
         return {path.relative_to(place).as_posix() for path in place.rglob("*.parquet")}
-    return {path for path in list_files(_table_place(settings, name)) if path.endswith(".parquet")}
+    return {path for path in list_objects(_table_place(settings, name)) if path.endswith(".parquet")}
 
 # %% ../nbs/internals/02_remote_tables.ipynb #35dac496
 def all_tables(
@@ -164,5 +164,5 @@ def all_tables(
     """
     if settings.storage is None:
         return sorted(log.parent.relative_to(settings.data).as_posix() for log in settings.data.glob(f"**/{_LOG}"))
-    every = list_files(storage_place(settings) / "data")
+    every = list_objects(storage_place(settings) / "data")
     return sorted({path.rpartition(f"/{_LOG}/")[0] for path in every if f"/{_LOG}/" in path})

@@ -33,7 +33,7 @@ from mlops_course.registry.restoring import restore_version
 from mlops_course.registry.retention import prune_versions
 from mlops_course.registry.table_ledger import check_tables
 from mlops_course.serving import BundleError, live_bundle, load_predictor, publish
-from mlops_course.storage import StorageError, fetch_file, list_files, put_file, require_storage, storage_place
+from mlops_course.storage import StorageError, fetch_file, list_objects, put_file, require_storage, storage_place
 
 pytestmark = pytest.mark.filterwarnings("ignore:Series.values returning:DeprecationWarning")  # inside pyarrow
 SECRET = "dontshowthis0123456789"
@@ -284,7 +284,7 @@ def test_what_is_too_large_is_refused_before_it_is_read(far: Settings, bucket: B
 def test_more_objects_than_fit_on_a_page_are_all_listed(far: Settings, bucket: Bucket) -> None:
     for number in range(1005):
         bucket.client.put_object(Bucket=bucket.name, Key=f"course/many/{number:04d}", Body=b"")
-    assert len(list_files(storage_place(far) / "many")) == 1005
+    assert len(list_objects(storage_place(far) / "many")) == 1005
 
 
 # ---------------------------------------------------------------- tables

@@ -19,7 +19,7 @@ from mlops_course.serving.bundle import (
     find_bundle, manifest_sha256, open_bundle, place_bundle, read_bundle, write_manifest,
 )
 from mlops_course.serving.inference import make_predictor
-from mlops_course.storage import Place, fetch_file, list_files, put_file, storage_place
+from mlops_course.storage import StoragePlace, fetch_file, list_objects, put_file, storage_place
 
 # %% auto #0
 __all__ = ['LIVE_FILE', 'served_case', 'live_file', 'for_case', 'pinned', 'bundle_place', 'store_bundle', 'fetch_bundle',
@@ -75,7 +75,7 @@ def pinned(
 def bundle_place(
     settings: Settings,  # with a storage
     reference: str,  # such as `flight-delay@3`
-) -> Place:
+) -> StoragePlace:
     "Name the address of a published bundle."
     return storage_place(settings) / "bundles" / case_of(reference) / reference.rpartition("@")[2]
 
@@ -113,7 +113,7 @@ def fetch_bundle(
     if settings.storage is None or home.is_dir():
         return home
     place = bundle_place(settings, reference)
-    names = list_files(place)
+    names = list_objects(place)
     if MANIFEST_FILE not in names:
         return home
     with replacing(home, folders=True) as beside:
@@ -123,7 +123,7 @@ def fetch_bundle(
     return home
 
 # %% ../../nbs/internals/07_publishing.ipynb #084a704d
-def _require_bundle(folder: Path, place: Place, reference: str) -> None:
+def _require_bundle(folder: Path, place: StoragePlace, reference: str) -> None:
     """Verify what was fetched as a whole, and name the address from which it came."""
     try:
         found = read_bundle(folder).model
