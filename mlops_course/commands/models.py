@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mlops_course.commands import Approver, AsJson, Because, By, DefinedCase, Home, defined_case, settings_of
+from mlops_course.commands.data import lineage_commands
 from mlops_course.console import print_all, print_json, show, table
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from mlops_course.ledger import LedgerEntry, Period
 
 # %% ../../nbs/internals/cli_models.ipynb #d85fdd73
-models_commands = typer.Typer(no_args_is_help=True, help="Look at models; promote one, go back, delete one.")
+models_commands = typer.Typer(no_args_is_help=True, help="Look at models; promote, go back, restore, delete.")
 ledger_commands = typer.Typer(no_args_is_help=True, help="Show each change of production; verify, repair.")
 
 _Model = Annotated[str, typer.Argument(help="champion, challenger, previous, or a version, name@number.")]
@@ -226,6 +227,30 @@ def _roll_back(
 
     now = roll_back(settings_of(home), defined_case(use_case), reason, bad, by, approver)
     _tell({"champion": now}, f"{now} is champion again", as_json)
+
+# %% ../../nbs/internals/cli_models.ipynb #8e500020
+@models_commands.command("restore")
+def _restore(
+    reference: _Model,
+    reason: Because,
+    by: By = None,
+    approver: Approver = "",
+    use_case: DefinedCase = None,
+    home: Home = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a version the champion again, and the tables that it was trained on the newest."""
+    from mlops_course.registry import champion_reference
+    from mlops_course.registry.model_restoring import restore_model
+
+    settings, case = settings_of(home), defined_case(use_case)
+    done = restore_model(settings, case, reference, reason, by, approver)
+    now = champion_reference(settings, case)
+    told = [f"{each.now} holds {each.wanted}{'' if each.changed else ' already'}" for each in done]
+    _tell({"champion": now, "tables": [vars(each) for each in done]}, "\n".join([*told, f"{now} is champion"]), as_json)
+
+# %% ../../nbs/internals/cli_models.ipynb #8e500022
+models_commands.registered_commands += lineage_commands.registered_commands
 
 # %% ../../nbs/internals/cli_models.ipynb #5e18ef23
 @models_commands.command("delete")
