@@ -78,6 +78,8 @@ def fetch_rows(
     sums = _checksums(settings.data / name / _LOG)
     for path in paths:
         copy, place = settings.data / name / path, _table_place(settings, name) / path
+        if not copy.resolve().is_relative_to((settings.data / name).resolve()):
+            raise StorageError(f"{name} speaks of a file outside of it: {path!r:.100}", "Somebody else wrote that log")
         if path not in sums:
             raise StorageError(f"{place} has no checksum", "Another program wrote it: write it again with this one")
         if not copy.is_file() or file_sha256(copy) != sums[path]:

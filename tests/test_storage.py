@@ -32,6 +32,7 @@ from mlops_course.registry.reproduction import reproduce_model
 from mlops_course.registry.restoring import restore_version
 from mlops_course.registry.retention import prune_versions
 from mlops_course.registry.table_ledger import check_tables
+from mlops_course.remote_tables import fetch_rows
 from mlops_course.serving import BundleError, live_bundle, load_predictor, publish
 from mlops_course.storage import StorageError, fetch_file, list_objects, put_file, require_storage, storage_place
 
@@ -384,6 +385,11 @@ def test_a_flipped_byte_of_a_table_is_named_with_its_address(
     assert delays(toy, f"{FLIGHTS}@3") == [1, 2, 3, 5, 7, 21], "whoever has whole copies goes on"
 
 
+def test_no_log_makes_a_file_outside_of_its_table(toy: Settings) -> None:
+    with pytest.raises(StorageError, match=r"toy/flights speaks of a file outside of it: '\.\./\.\./stolen.parquet'"):
+        fetch_rows(toy, FLIGHTS, ["../../stolen.parquet"])
+
+
 def test_a_flipped_byte_of_a_copy_is_noticed_and_the_copy_fetched_again(toy: Settings) -> None:
     for path in toy.data.rglob("*.parquet"):
         content = bytearray(path.read_bytes())
@@ -641,3 +647,15 @@ def test_the_commands_work_as_they_do_without_a_storage(bucket: Bucket, tmp_path
     assert "flight-delay@1" in run("models", "list")
     assert json.loads(run("reproduce", "champion", "--json"))["equal"]
     assert not list((tmp_path / "Flüge und Wetter" / "data").rglob("*.parquet"))
+
+
+def test_what_is_no_file_of_a_bundle_is_not_fetched(model: Model) -> None:
+    shutil.rmtree(model.settings.serving / "bundles")
+    key = "course/bundles/flight-delay/1/../../../evil.py"
+    model.bucket.client.put_object(Bucket=model.bucket.name, Key=key, Body=b"import os", Metadata={})
+    try:
+        with pytest.raises(BundleError, match=r"evil\.py isn't a file of a bundle"):
+            live_bundle(model.settings)
+        assert not list(model.settings.home.rglob("evil.py"))
+    finally:
+        model.bucket.client.delete_object(Bucket=model.bucket.name, Key=key)

@@ -118,7 +118,9 @@ def fetch_bundle(
         return home
     with replacing(home, folders=True) as beside:
         for name in names:
-            fetch_file(place / name, beside / name, most=MAX_BYTES.get(name, 0))
+            if name not in MAX_BYTES:
+                raise BundleError(f"{place / name} isn't a file of a bundle", "Delete it there, or publish elsewhere")
+            fetch_file(place / name, beside / name, most=MAX_BYTES[name])
         _require_bundle(beside, place, reference)
     return home
 
