@@ -343,7 +343,7 @@ def load_settings(
         raise SettingsError(f"there is no setting {name!r}", f"The settings are {', '.join(names)}")
     label = name if name in given else f"MLOPS_COURSE_{name.upper()}"
     expected = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    shown = re.sub(r"//[^/]*@", "//…@", repr(first["input"]))  # an address may hold a password
+    shown = re.sub(r"//.*@", "//…@", repr(first["input"]))  # an address may hold a password, with a / in it
     raise SettingsError(f"{label} is {shown}, but should be {expected}", f"Change or unset {label}")
 
 # %% ../nbs/02_environment.ipynb #fa33742e

@@ -77,7 +77,7 @@ def _client(process: int, endpoint: str | None, *keys: str | None) -> Any:
 def _endpoint() -> str:
     """Where requests go, without a password that somebody may have written into it."""
     given = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "Amazon S3"
-    return re.sub(r"//[^/]*@", "//…@", given)
+    return re.sub(r"//.*@", "//…@", given)
 
 # %% ../nbs/internals/02_storage.ipynb #5c375814
 def _connect() -> Any:
@@ -170,7 +170,12 @@ def put_file(
 # %% ../nbs/internals/02_storage.ipynb #3475107c
 def _said_sha256(client: Any, place: StoragePlace) -> str | None:
     """The checksum that an object has as a note."""
-    found = client.head_object(Bucket=place.bucket, Key=place.key)["Metadata"].get("sha256")
+    try:
+        found = client.head_object(Bucket=place.bucket, Key=place.key)["Metadata"].get("sha256")
+    except client.exceptions.ClientError as error:
+        if error.response["Error"]["Code"] not in ("404", "NoSuchKey"):
+            raise
+        return None  # somebody is just writing it
     return str(found) if found else None
 
 # %% ../nbs/internals/02_storage.ipynb #70eac7a1
@@ -286,7 +291,9 @@ def check_storage(
     try:
         path.write_text("Does it work?", encoding="utf-8")
         put_file(place, path, new=True)
-        fetch_file(place, path)
-        remove_file(place)
+        try:
+            fetch_file(place, path)
+        finally:
+            remove_file(place)
     finally:
         path.unlink(missing_ok=True)

@@ -1,5 +1,6 @@
 """The road to production: nobody gets past the gate and the approval, and whoever is interrupted goes on."""
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -31,6 +32,7 @@ from mlops_course.experiments import TrainingConfig, train_run
 from mlops_course.ledger import read_ledger
 from mlops_course.project import flight_delay
 from mlops_course.registry import PromotionConflict, RegistryError, register
+from mlops_course.serving import BundleError
 
 SHADOW = RolloutPlan("shadow")
 
@@ -232,9 +234,61 @@ def test_nothing_begins_without_an_approval_or_beside_another_release(settings: 
     assert (len(read_ledger(settings)), production(settings)) == (lines + 1, (FIRST, FIRST))
     write_gate_report(settings, SECOND, PROMOTE, FIRST)
     approve(settings, SECOND, "read closely", by="eve")
+    for plan in (RolloutPlan("canry"), RolloutPlan("canary", (0.5, 0.1)), RolloutPlan("at once", (0.5,))):
+        with pytest.raises(ReleaseError):
+            roll_out(settings, flight_delay, SECOND, "better", plan)
+    assert events(settings, SECOND)[-1] == "approve"
     start_release(settings, SECOND, "ab", reason="somebody else's")
-    with pytest.raises(ReleaseError, match=f"{SECOND} is being released since"):
+    with pytest.raises(ReleaseError, match=f"{SECOND} is released by ab, not by canary"):
         roll_out(settings, flight_delay, SECOND, "better")
+
+
+def test_nobody_gets_past_the_guard_by_leaving_out_the_strategy(settings: Settings) -> None:
+    command = Terminal(settings)
+    words = ["release", SECOND, "--reason", "better"]
+    assert command(*words, "--strategy", "canary")[0] == 4
+    assert command(*words)[0] == 4, "what has begun goes on as it has begun"
+    assert production(settings) == (FIRST, FIRST)
+    roll_back_release(settings, "complaints")
+    status, said = command(*words)
+    assert (status, "was rolled back (person: complaints)" in said) == (1, True)
+    assert production(settings) == (FIRST, FIRST)
+
+
+def test_who_approves_again_while_a_canary_runs_goes_on_with_it(settings: Settings) -> None:
+    roll_out(settings, flight_delay, SECOND, "better")
+    approve(settings, SECOND, "still fine", by="eve")
+    done, under_way = roll_out(settings, flight_delay, SECOND, "better")
+    assert (done, under_way[:6]) == ([], "canary")
+    roll_back_release(settings, "complaints")
+    with pytest.raises(ReleaseError, match="was rolled back"):
+        roll_out(settings, flight_delay, SECOND, "better")
+
+
+def test_a_damaged_live_model_is_no_reason_to_do_without_the_guard(settings: Settings) -> None:
+    with (settings.serving / "bundles" / FIRST / "bundle.json").open("ab") as file:
+        file.write(b" ")
+    with pytest.raises(BundleError, match="is not the bundle that was published"):
+        roll_out(settings, flight_delay, SECOND, "better")
+    assert events(settings, SECOND)[-1] == "approve"
+
+
+def test_what_is_being_released_is_taken_back_first(settings: Settings) -> None:
+    command = Terminal(settings)
+    for bad in (SECOND, "champion"):
+        roll_out(settings, flight_delay, SECOND, "better")
+        assert command("rollback", bad, "--reason", "complaints") == (0, f"{FIRST} is in production again\n")
+        assert production(settings) == (FIRST, FIRST)
+        assert events(settings, SECOND)[-1] == "withdraw"
+        approve(settings, SECOND, "it was the weather", by="eve")
+
+
+def test_an_approval_may_name_the_report_that_was_read(settings: Settings) -> None:
+    read = hashlib.sha256(gate_report_file(settings, SECOND).read_bytes()).hexdigest()
+    assert approve(settings, SECOND, "read", by="eve", seen=read).after["report"] == read
+    write_gate_report(settings, SECOND, GateDecision("promote", "other months", ()), FIRST)
+    with pytest.raises(SignOffError, match=rf"the report on {SECOND} was read as {read[:12]}…, and now it is"):
+        approve(settings, SECOND, "read", by="eve", seen=read)
 
 
 @pytest.mark.slow

@@ -316,6 +316,9 @@ JOB = "on: {schedule: [{cron: '1 1 1 * *'}]}\njobs:\n  score:\n    steps:\n"
     ("step", "points"),
     [
         ("mlops-course test-score --at-least 2", 1.0),
+        ("mlops-course test-score --at-least 0.5", 1.0),
+        ("mlops-course test-score --at-least 0", 0.5),
+        ("mlops-course test-score --at-least 0.0", 0.5),
         ("mlops-course test-score", 0.5),
         ("mlops-course test-score --at-least 2 || true", 0.5),
         ("mlops-course test-score --at-least 2 | tee log", 0.5),

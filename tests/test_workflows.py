@@ -1,5 +1,6 @@
 """The workflows: what they may do, that their commands exist, and that what they call does what it says."""
 
+import hashlib
 import json
 import os
 import re
@@ -24,6 +25,7 @@ from service_helpers import serving
 
 from mlops_course.cli import app
 from mlops_course.delivery.report import REPORT_MARK
+from mlops_course.delivery.sign_off import gate_report_file
 from mlops_course.environment import Settings
 from mlops_course.ledger import read_ledger
 
@@ -73,6 +75,15 @@ def test_no_checkout_leaves_a_token_behind(workflow: Path) -> None:
     steps = [step for job in jobs_of(workflow).values() for step in job["steps"]]
     checkouts = [step for step in steps if "actions/checkout@" in step.get("uses", "")]
     assert [step for step in checkouts if step["with"]["persist-credentials"] is not False] == []
+
+
+@by_workflow
+def test_only_the_default_branchs_code_runs_where_the_models_live(workflow: Path) -> None:
+    """A job without an environment, which could refuse other branches, has to refuse them itself."""
+    jobs = [job for job in jobs_of(workflow).values() if "self-hosted" in job["runs-on"]]
+    first = "github.ref_name == github.event.repository.default_branch"
+    assert [job for job in jobs if job.get("if") != first and "needs" not in job] == []
+    assert [job for job in jobs if "MLOPS_COURSE_HOME:?" not in job["steps"][0].get("run", "")] == []
 
 
 @by_workflow
@@ -260,8 +271,10 @@ def test_a_model_goes_into_production_and_back_by_the_workflows(
 ) -> None:
     home = shutil.copytree(two_versions, tmp_path / "workspace")
     with serving(home) as running:
-        given = {"MLOPS_COURSE_HOME": str(home), "SERVICE_URL": running.url, "REASON": 'it is "better"; $(rm -rf /)'}
-        words = given | {"MODEL": SECOND, "STRATEGY": "at once"}
+        given = {"MLOPS_COURSE_HOME": str(home), "GITHUB_STEP_SUMMARY": os.devnull, "SERVICE_URL": running.url}
+        given["REASON"] = 'it is "better"; $(rm -rf /)'
+        report = hashlib.sha256(gate_report_file(Settings(home=home), SECOND).read_bytes()).hexdigest()
+        words = given | {"MODEL": SECOND, "STRATEGY": "at once", "REPORT": report}
         done = run_job(github, "release-model", "deliver", **words)
         assert (done.returncode, "nobody has approved this run" in done.stderr) == (1, True)
         github.approvals = [{"state": "approved", "user": {"login": "eve"}}]

@@ -6,8 +6,9 @@
 __all__ = ['deliver_commands']
 
 # %% ../../nbs/internals/cli_deliver.ipynb #c11de003
+import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,8 +17,7 @@ from mlops_course.commands.release import LimitOptions, StepOptions, release_lim
 from mlops_course.console import print_json
 
 if TYPE_CHECKING:
-    from mlops_course.environment import Settings
-    from mlops_course.project import UseCase
+    from mlops_course.deployment.rollout import RolloutPlan
 
 # %% ../../nbs/internals/cli_deliver.ipynb #c11de004
 deliver_commands = typer.Typer(no_args_is_help=True, help="Bring a model into production, and back.")
@@ -44,7 +44,9 @@ def _gate(
     settings, case = settings_of(home), defined_case(use_case)
     name, decision, report = judge_version(settings, case, reference, first, last)
     if as_json:
-        print_json({"model": name, "action": decision.action, "reason": decision.reason, "report": report})
+        digest = hashlib.sha256(report.read_bytes()).hexdigest()
+        told = {"model": name, "action": decision.action, "reason": decision.reason, "report": report}
+        print_json({**told, "sha256": digest})
     else:
         typer.echo(f"{name}: {decision.action}. {decision.reason}\n{report}")
     raise typer.Exit(_STATUS[decision.action])
@@ -52,29 +54,25 @@ def _gate(
 # %% ../../nbs/internals/cli_deliver.ipynb #c11de010
 @deliver_commands.command("approve")
 def _approve(
-    reference: _Version, reason: Because, by: By = None, home: Home = None, as_json: AsJson = False
-) -> None:
+    reference: _Version, reason: Because, by: By = None,
+    report: Annotated[str | None, typer.Option(help="SHA-256 of the report that was read.")] = None,
+    home: Home = None, as_json: AsJson = False,
+) -> None:  # fmt: skip
     """Agree to a version as it is now: one changed byte of model, data, code or report afterwards voids it."""
     from mlops_course.delivery.sign_off import approve
 
-    line = approve(settings_of(home), reference, reason, by)
+    line = approve(settings_of(home), reference, reason, by, report)
     if as_json:
         print_json({"model": reference, "by": line.by, "line": line.number, "digests": line.after})
     else:
         typer.echo(f"{line.by} approved {reference}: {', '.join(line.after)} (line {line.number} of the ledger)")
 
 # %% ../../nbs/internals/cli_deliver.ipynb #c11de013
-def _rolled_out(
-    settings: "Settings", case: "UseCase", plan: tuple[Any, ...], words: tuple[str, str, str | None, str], quiet: bool
-) -> tuple[list[str], str]:
-    """Deliver with a strategy; what was done, and what it waits for."""
-    from mlops_course.deployment.rollout import RolloutPlan, roll_out
+def _rollout_plan(strategy: str, step: list[float] | None, limit: list[str] | None, wait: float) -> "RolloutPlan":
+    """The options of a strategy."""
+    from mlops_course.deployment.rollout import RolloutPlan
 
-    strategy, step, limit, wait = plan
-    chosen = RolloutPlan(strategy, tuple(step) if step else None, release_limits(limit or []), wait)
-    reference, reason, by, url = words
-    tell = (lambda told: None) if quiet else typer.echo
-    return roll_out(settings, case, reference, reason, chosen, by, url, tell)
+    return RolloutPlan(strategy, tuple(step) if step else None, release_limits(limit) if limit else None, wait)
 
 # %% ../../nbs/internals/cli_deliver.ipynb #c11de119
 def _tell_delivery(reference: str, done: list[str], under_way: str, as_json: bool) -> None:
@@ -87,7 +85,7 @@ def _tell_delivery(reference: str, done: list[str], under_way: str, as_json: boo
         raise typer.Exit(4)
 
 # %% ../../nbs/internals/cli_deliver.ipynb #c11de118
-_Strategy = Annotated[str, typer.Option(help="at once; or canary, shadow, blue-green, ab.")]
+_Strategy = Annotated[str, typer.Option(help="at once; or canary, shadow, blue-green, ab. What has begun goes on.")]
 _Wait = Annotated[float, typer.Option(help="Seconds to wait for the guard.")]
 
 
@@ -101,14 +99,11 @@ def _release(
 
     Exit status 3: another one is champion; 4: the strategy isn't through yet.
     """
-    from mlops_course.delivery.delivering import deliver
+    from mlops_course.deployment.rollout import roll_out
 
-    case, settings, under_way = defined_case(use_case), settings_of(home).prepare(), ""
-    if strategy == "at once":
-        done = deliver(settings, case, reference, reason, by, url)
-    else:
-        plan, words = (strategy, step, limit, wait), (reference, reason, by, url)
-        done, under_way = _rolled_out(settings, case, plan, words, as_json)
+    case, plan = defined_case(use_case), _rollout_plan(strategy, step, limit, wait)
+    tell = (lambda told: None) if as_json else typer.echo
+    done, under_way = roll_out(settings_of(home).prepare(), case, reference, reason, plan, by, url, tell)
     _tell_delivery(reference, done, under_way, as_json)
 
 # %% ../../nbs/internals/cli_deliver.ipynb #c11de015
@@ -122,11 +117,11 @@ def _roll_back(
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
-    """Take a version out of production, and bring back the one before it."""
-    from mlops_course.delivery.delivering import undo_delivery
+    """Take a version out of production, or out of a release that is under way; the one before it answers again."""
+    from mlops_course.deployment.rollout import take_back
 
     case = defined_case(use_case)
-    now = undo_delivery(settings_of(home).prepare(), case, reason, bad, by, url)
+    now = take_back(settings_of(home).prepare(), case, reason, bad, by, url)
     print_json({"model": now}) if as_json else typer.echo(f"{now} is in production again")
 
 # %% ../../nbs/internals/cli_deliver.ipynb #c11de113
@@ -147,12 +142,12 @@ def _lint(
     """Find where workflows, Makefiles and shell scripts lose an exit status. Exit status 1: somewhere."""
     from dataclasses import asdict
 
-    from mlops_course.delivery import lint_exit_statuses
+    from mlops_course.delivery.exit_status import PLACES, lint_exit_statuses
 
-    found = lint_exit_statuses(project, place) if place else lint_exit_statuses(project)
+    found = lint_exit_statuses(project, place or PLACES)
     if as_json:
         print_json([asdict(each) for each in found])
     else:
-        typer.echo("\n".join(map(str, found)) or "no exit status is lost")
+        typer.echo("\n".join(map(str, found)) or f"no exit status is lost in {', '.join(place or PLACES)}")
     if found:
         raise typer.Exit(1)

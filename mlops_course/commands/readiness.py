@@ -59,7 +59,7 @@ def _document(score: "MLTestScore") -> dict[str, Any]:
 # %% ../../nbs/internals/cli_test_score.ipynb #e10b7012
 @readiness_commands.command("test-score")
 def _test_score(
-    at_least: Annotated[float, typer.Option(help="Exit status 1 if the score is below this.")] = 0.0,
+    at_least: Annotated[float, typer.Option(min=0, max=7, help="Exit status 1 if the score is below this.")] = 0.0,
     repository: Annotated[Path | None, typer.Option(help="Whose workflows count. Default: this one.")] = None,
     use_case: DefinedCase = None,
     home: Home = None,

@@ -14,7 +14,7 @@ from typing import Any
 from mlops_course.environment import CourseError
 
 # %% auto #0
-__all__ = ['WorkflowError', 'blank_text', 'LostStatus', 'find_lost_statuses', 'lint_workflow', 'lint_makefile',
+__all__ = ['PLACES', 'WorkflowError', 'blank_text', 'LostStatus', 'find_lost_statuses', 'lint_workflow', 'lint_makefile',
            'lint_exit_statuses']
 
 # %% ../../nbs/internals/10_exit_status.ipynb #419dc8b1
@@ -400,9 +400,12 @@ def _lint_for(path: Path, name: str, text: str) -> Callable[[str, str], list[Los
     return find_lost_statuses if shell else None
 
 # %% ../../nbs/internals/10_exit_status.ipynb #6d3385cd
+PLACES = (".github/workflows", ".ci", ".githooks", "scripts", "deploy", "Makefile")  # where projects have such files
+
+
 def lint_exit_statuses(
     root: Path,  # the project's folder
-    places: Iterable[str] = (".github/workflows", ".ci", ".githooks", "deploy", "Makefile"),  # folders and files
+    places: Iterable[str] = PLACES,  # folders and files
 ) -> list[LostStatus]:
     """Find where a project's workflows, Makefiles and shell scripts lose an exit status.
 

@@ -151,7 +151,8 @@ def canary_problem(
         return f"the last release was a {told}, and live is {live or 'nothing'}"
     if release.get("status") != "promoted" or release.get("by") != "guard":
         return f"the last release was a {told}: no guard has promoted it"
-    return "" if release.get("strategy") in ("canary", "shadow", "blue-green") else f"nobody went first in {told}"
+    few = release.get("strategy") in ("canary", "shadow") and (release.get("steps") or [1.0])[0] < 1
+    return "" if few else f"nobody went first in {told}"
 
 # %% ../../nbs/internals/10_score_infrastructure.ipynb #d0e8cc9b
 def check_canary(evidence: Evidence) -> Finding:

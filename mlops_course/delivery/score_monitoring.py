@@ -46,9 +46,18 @@ def check_dependencies(evidence: Evidence) -> Finding:
 def update_service(
     root: Path | None,  # the repository; None: there is none
 ) -> str:  # its file; empty: nobody asks for new versions
-    """Find the service that proposes new versions by itself."""
-    names = (".github/dependabot.yml", ".github/dependabot.yaml", "renovate.json", ".github/renovate.json")
-    return next((name for name in names if root and (root / name).is_file()), "")
+    """Find the service that proposes new versions of Python packages by itself."""
+    import yaml
+
+    for name in (".github/dependabot.yml", ".github/dependabot.yaml", "renovate.json", ".github/renovate.json"):
+        path = root / name if root else None
+        if path is None or not path.is_file():
+            continue
+        told = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        systems = {each.get("package-ecosystem") for each in told.get("updates", ())}
+        if "renovate" in name or systems & {"pip", "uv", "poetry", "pipenv"}:
+            return name
+    return ""
 
 # %% ../../nbs/internals/10_score_monitoring.ipynb #dacd781e
 def check_inputs(evidence: Evidence) -> Finding:

@@ -125,15 +125,18 @@ def approve(
     reference: str,  # the version, such as `flight-delay@3`
     reason: str,  # why
     by: str | None = None,  # who agrees; None: whoever runs this
+    seen: str | None = None,  # SHA-256 of the report that was read; None: the one that is there
 ) -> LedgerEntry:  # as it stands in the ledger
     """Agree to a version as it is now: to its model, data, code and report.
 
     Raises:
-        SignOffError: the gate has rejected it, or hasn't said anything.
+        SignOffError: the gate has rejected it, hasn't said anything, or says something else by now.
         LedgerError: the ledger is damaged.
     """
-    digests = sign_off_digests(settings, reference)
-    report = read_gate_report(settings, reference)
+    digests, report = sign_off_digests(settings, reference), read_gate_report(settings, reference)
+    if seen not in (None, digests["report"]):
+        problem = f"the report on {reference} was read as {seen:.12}…, and now it is {digests['report']:.12}…"
+        raise SignOffError(problem, "Read it again, then approve")
     if report.action == "reject":
         raise SignOffError(f"the gate has rejected {reference}: {report.reason}", "Train a better one")
     what = LedgerEntry(

@@ -141,8 +141,8 @@ def _folder(settings: Settings) -> Path:
 
 
 def _now() -> str:
-    """This second, UTC."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
+    """This millisecond, UTC, as the ledger has it: so it is clear what came first."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 # %% ../../nbs/internals/11_release_files.ipynb #1349d383
 @contextlib.contextmanager

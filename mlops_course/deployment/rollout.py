@@ -7,57 +7,69 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import NamedTuple
 
-from mlops_course.delivery.delivering import deliver, require_deliverable
-from mlops_course.deployment import start_release
-from mlops_course.deployment.release_files import live_reference, read_release
-from mlops_course.deployment.releases import Release, ReleaseError, ReleaseLimits
+from mlops_course.delivery.delivering import deliver, require_deliverable, undo_delivery
+from mlops_course.deployment import roll_back_release, start_release
+from mlops_course.deployment.release_files import read_release, refuse_during_release
+from mlops_course.deployment.releases import STEPS, Release, ReleaseError, ReleaseLimits, new_release
 from mlops_course.environment import Settings
 from mlops_course.ledger import LedgerEntry, append_entry, current_user, read_ledger
 from mlops_course.project import UseCase
+from mlops_course.serving import live_bundle
 from mlops_course.serving.publishing import for_case
 
 # %% auto #0
-__all__ = ['RolloutPlan', 'Rollout', 'roll_out']
+__all__ = ['AT_ONCE', 'RolloutPlan', 'Rollout', 'roll_out', 'take_back']
 
 # %% ../../nbs/internals/11_rollout.ipynb #11a00010
+AT_ONCE = "at once"  # no strategy: all requests go to the new version
+
+
 class RolloutPlan(NamedTuple):
     """How a version gets its requests."""
 
-    strategy: str = "canary"  # shadow, canary, blue-green or ab
+    strategy: str = "canary"  # shadow, canary, blue-green, ab; or at once, which goes on with what has begun
     steps: tuple[float, ...] | None = None  # shares of the requests; None: the strategy's own
     limits: ReleaseLimits | None = None  # None: the usual ones
     wait_seconds: float = 0.0  # how long somebody waits for the guard
 
-
-def _begun(settings: Settings, approval: LedgerEntry) -> LedgerEntry | None:
-    """The line that says that a release of an approved version begins; None: there is none since its approval."""
-    lines = read_ledger(settings)[approval.number :]
-    found = [each for each in lines if each.event == "release" and each.subject == approval.subject]
-    return found[-1] if found else None
-
 # %% ../../nbs/internals/11_rollout.ipynb #11a00110
-def _begin(settings: Settings, approval: LedgerEntry, strategy: str, reason: str, by: str | None) -> LedgerEntry:
-    """Write down that a release of an approved version begins, if nobody has."""
-    last, line = read_release(settings), _begun(settings, approval)
-    what = LedgerEntry(
-        event="release", use_case=approval.use_case, subject=approval.subject, by=by or current_user(), reason=reason,
-        approver=approval.by, before={"release": last.id if last else None},
-        after={"candidate": approval.subject, "strategy": strategy},
-    )  # fmt: skip
-    return line or append_entry(settings, what)
+def _own_release(settings: Settings, approval: LedgerEntry) -> Release | None:
+    """The release of an approved version that runs, or has ended since the approval; None: there is none."""
+    release = read_release(settings)
+    if release is None or release.candidate != approval.subject:
+        return None
+    approved, changed = datetime.fromisoformat(approval.time), datetime.fromisoformat(release.changed)
+    return release if release.status == "running" or max(changed, _began(release)) > approved else None
+
+
+def _began(release: Release) -> datetime:
+    """When a release began: its id knows that to the microsecond."""
+    try:
+        found = datetime.strptime(release.id.removesuffix(f"-{release.candidate}"), "%Y%m%d-%H%M%S-%f")
+    except ValueError:  # somebody has written that file by hand
+        return datetime.fromisoformat(release.started)
+    return found.replace(tzinfo=UTC)
 
 # %% ../../nbs/internals/11_rollout.ipynb #11a00013
-def _start(settings: Settings, line: LedgerEntry, plan: RolloutPlan) -> list[str]:
-    """Start the release that a line speaks of; in words, what was done now."""
-    release, reference, strategy = read_release(settings), line.subject, str(line.after["strategy"])
-    if release and release.candidate == reference and release.id != line.before["release"]:
-        return []
-    start_release(settings, reference, strategy, plan.steps, plan.limits, line.reason)
-    return [f"{strategy} of {reference} began"]
+def _begin(settings: Settings, approval: LedgerEntry, plan: RolloutPlan, reason: str, by: str | None) -> list[str]:
+    """Write down that a release of an approved version begins, and start it; in words, what was done."""
+    live = live_bundle(settings)
+    new_release(plan.strategy, live.name if live else "", approval.subject, plan.steps, plan.limits)  # or it refuses
+    refuse_during_release(settings)
+    what = LedgerEntry(
+        event="release", use_case=approval.use_case, subject=approval.subject, by=by or current_user(), reason=reason,
+        approver=approval.by, after={"candidate": approval.subject, "strategy": plan.strategy},
+    )  # fmt: skip
+    lines = [line for line in read_ledger(settings)[approval.number :] if line.subject == approval.subject]
+    if not (lines and lines[-1].event == "release" and lines[-1].after == what.after):
+        append_entry(settings, what)
+    start_release(settings, approval.subject, plan.strategy, plan.steps, plan.limits, reason)
+    return [f"{plan.strategy} of {approval.subject} began"]
 
-
+# %% ../../nbs/internals/11_rollout.ipynb #11a00016
 def _tell(release: Release) -> str:
     """How far a release is."""
     if release.status != "running":
@@ -65,34 +77,48 @@ def _tell(release: Release) -> str:
     about = f"{release.strategy} of {release.candidate}: {release.share:.0%} of the requests"
     return f"{about}, step {release.step + 1} of {len(release.steps)}, since {release.changed}"
 
-# %% ../../nbs/internals/11_rollout.ipynb #11a00016
-def _wait(settings: Settings, seconds: float, on_change: Callable[[str], None]) -> Release | None:
-    """The release when it is over, or after so many seconds."""
+
+def _wait(settings: Settings, approval: LedgerEntry, seconds: float, on_change: Callable[[str], None]) -> Release:
+    """The release when it is over, or after so many seconds.
+
+    Raises:
+        ReleaseError: it is gone, or another one has taken its place.
+    """
     end, told = time.monotonic() + seconds, ""
-    while True:
-        release = read_release(settings)
-        if release and (now := _tell(release)) != told:
+    while (release := _own_release(settings, approval)) is not None:
+        if (now := _tell(release)) != told:
             on_change(now)
             told = now
-        if release is None or release.status != "running" or time.monotonic() >= end:
+        if release.status != "running" or time.monotonic() >= end:
             return release
         time.sleep(0.5)
+    raise ReleaseError(f"the release of {approval.subject} is gone", "See: mlops-course release status; then run again")
 
 # %% ../../nbs/internals/11_rollout.ipynb #11a00019
 def _withdraw(settings: Settings, release: Release) -> None:
-    """Write down that a candidate was rolled back.
-
-    Raises:
-        ReleaseError: always; it says who did it, and why.
-    """
+    """Write down that a candidate was rolled back: its approval is void."""
     what = LedgerEntry(
         event="withdraw", use_case=str(settings.use_case), subject=release.candidate, by=release.by,
         reason=release.reason, before={"candidate": release.candidate, "release": release.id},
         after={"candidate": None},
     )  # fmt: skip
     append_entry(settings, what)
-    problem = f"{release.candidate} was rolled back ({release.by}: {release.reason})"
-    raise ReleaseError(problem, f"See: mlops-course release status; to try it again, approve {release.candidate} again")
+
+
+def _decided(settings: Settings, release: Release) -> None:
+    """Go on only with what was promoted, and is live still.
+
+    Raises:
+        ReleaseError: it was rolled back, or something else is live.
+    """
+    remedy = f"See: mlops-course release status; to try it again, approve {release.candidate} again"
+    if release.status == "rolled back":
+        _withdraw(settings, release)
+        problem = f"{release.candidate} was rolled back ({release.by}: {release.reason})"
+        raise ReleaseError(problem, remedy)
+    live = live_bundle(settings)
+    if release.status == "promoted" and (live is None or live.name != release.candidate):
+        raise ReleaseError(f"{release.candidate} was promoted, and {live.name if live else 'nothing'} is live", remedy)
 
 # %% ../../nbs/internals/11_rollout.ipynb #11a00021
 class Rollout(NamedTuple):
@@ -102,14 +128,39 @@ class Rollout(NamedTuple):
     under_way: str  # what it waits for; empty: the version is in production
 
 
-def _release_first(
-    settings: Settings, line: LedgerEntry, plan: RolloutPlan, on_change: Callable[[str], None]
-) -> Rollout:
-    """Let the guard decide on a version: begin, wait, and see."""
-    done, release = _start(settings, line, plan), _wait(settings, plan.wait_seconds, on_change)
-    if release and release.status == "rolled back":
-        _withdraw(settings, release)
-    return Rollout(done, _tell(release) if release and release.status == "running" else "")
+def _refuse_plan(plan: RolloutPlan, release: Release | None) -> None:
+    """Refuse a plan that nobody could follow.
+
+    Raises:
+        ReleaseError: there is no such strategy, another one has begun, or there are options that it can't use.
+    """
+    if plan.strategy not in (AT_ONCE, *STEPS):
+        raise ReleaseError(f"there is no strategy {plan.strategy!r}", f"Take {', '.join((AT_ONCE, *STEPS))}")
+    if release and plan.strategy not in (AT_ONCE, release.strategy):
+        problem = f"{release.candidate} is released by {release.strategy}, not by {plan.strategy}"
+        raise ReleaseError(problem, f"Go on with it: --strategy {release.strategy}")
+    if not release and plan.strategy == AT_ONCE and (plan.steps or plan.limits):
+        raise ReleaseError("steps and limits are for a strategy", "Name one, such as --strategy canary")
+
+# %% ../../nbs/internals/11_rollout.ipynb #11a00122
+def _released(
+    settings: Settings, approval: LedgerEntry, plan: RolloutPlan, why: tuple[str, str | None],
+    on_change: Callable[[str], None],
+) -> Rollout:  # fmt: skip
+    """Let the guard decide on a version, if it has to: begin, wait, and see."""
+    release, live = _own_release(settings, approval), live_bundle(settings)
+    _refuse_plan(plan, release)
+    done: list[str] = []
+    if release is None:
+        if live is None or live.name == approval.subject:
+            return Rollout([], "")
+        refuse_during_release(settings)
+        if plan.strategy == AT_ONCE:
+            return Rollout([], "")
+        done = _begin(settings, approval, plan, *why)
+    release = _wait(settings, approval, plan.wait_seconds, on_change)
+    _decided(settings, release)
+    return Rollout(done, _tell(release) if release.status == "running" else "")
 
 # %% ../../nbs/internals/11_rollout.ipynb #11a00121
 def roll_out(
@@ -127,13 +178,34 @@ def roll_out(
     Raises:
         SignOffError: nobody has approved it, or something has changed since.
         PromotionConflict: another version is champion than the one that the gate compared it with.
-        ReleaseError: it was rolled back, or another release is under way.
+        ReleaseError: it was rolled back, another release is under way, or the plan is wrong.
         SmokeTestError: the service doesn't answer as it should.
     """
     approval, own = require_deliverable(settings, use_case, reference), for_case(settings, reference)
-    before = Rollout([], "")
-    if live_reference(own) not in (None, reference):
-        before = _release_first(own, _begin(own, approval, plan.strategy, reason, by), plan, on_change)
-    if before.under_way:
-        return before
-    return Rollout(before.done + deliver(settings, use_case, reference, reason, by, url), "")
+    done, under_way = _released(own, approval, plan, (reason, by), on_change)
+    if under_way:
+        return Rollout(done, under_way)
+    return Rollout(done + deliver(settings, use_case, reference, reason, by, url), "")
+
+# %% ../../nbs/internals/11_rollout.ipynb #11a00026
+def take_back(
+    settings: Settings,  # workspace and store
+    use_case: UseCase,  # what is predicted
+    reason: str,  # why
+    bad: str = "champion",  # the version to be taken out; named, it can be said twice
+    by: str | None = None,  # who; None: whoever runs this
+    url: str = "",  # where the service runs; empty: nobody is asked
+) -> str:  # the version that is in production now
+    """Take out a version that is being released, or the one in production; after an interruption, do it again.
+
+    Raises:
+        RegistryError: there was none before.
+        PromotionConflict: that version isn't in production.
+        SmokeTestError: the service doesn't answer as it should.
+    """
+    own = for_case(settings, f"{use_case.name}@1")
+    release = read_release(own)
+    if release and release.status == "running" and bad in ("champion", release.candidate):
+        _withdraw(own, roll_back_release(own, reason))
+        return release.stable
+    return undo_delivery(settings, use_case, reason, bad, by, url)
