@@ -42,7 +42,7 @@ def check_dependencies(evidence: Evidence) -> Finding:
     both = f"what is installed, and what {evidence.champion} was trained with"
     return Finding(True, f"requirements.lock ({now[:12]}) is {both}")
 
-
+# %% ../../nbs/internals/10_score_monitoring.ipynb #92319c6d
 def update_service(
     root: Path | None,  # the repository; None: there is none
 ) -> str:  # its file; empty: nobody asks for new versions
