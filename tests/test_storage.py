@@ -644,7 +644,7 @@ def test_the_commands_work_as_they_do_without_a_storage(bucket: Bucket, tmp_path
     assert {"flight-delay/flights", "flight-delay/features", "flight-delay/predictions"} <= names
     assert all(each["gone"] == "" for each in history)
     run("data", "restore", "flight-delay/predictions@0", "--reason", "a test")
-    assert "flight-delay@1" in run("models", "list")
+    assert "flight-delay@1" in run("models", "list", "--json")
     assert json.loads(run("reproduce", "champion", "--json"))["equal"]
     assert not list((tmp_path / "Flüge und Wetter" / "data").rglob("*.parquet"))
 

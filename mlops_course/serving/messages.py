@@ -25,7 +25,7 @@ __all__ = ['ABSENT', 'decode_one', 'decode_batch', 'UNREADABLE', 'PredictRequest
 # %% ../../nbs/internals/07_messages.ipynb #cfbbd15b
 _Text = Annotated[str, msgspec.Meta(max_length=100)]
 _Whole = Annotated[int, msgspec.Meta(ge=-(2**53), le=2**53)]  # what JSON's readers agree about
-_Number = Annotated[float, msgspec.Meta(ge=-(2**53), le=2**53)]  # 4127.0 is a whole number, too, for JSON
+_Number = Annotated[float, msgspec.Meta(ge=-(2**53), le=2**53, multiple_of=1)]  # 4127.0 is whole, too, for JSON
 _Key = Annotated[dict[_Text, _Text | _Whole | _Number | None], msgspec.Meta(max_length=20)]
 ABSENT = msgspec.Raw()  # the record of a request that has none
 
