@@ -25,21 +25,24 @@ from starlette.routing import Route
 
 from mlops_course import __version__
 from mlops_course.environment import Settings
+from mlops_course.serving.access import note_refusal
 from mlops_course.serving.bundle import Manifest, case_of
 from mlops_course.serving.inference import typical_record
 from mlops_course.serving.limits import Authorize, Guard, Limits
 from mlops_course.serving.lookup import OnlineTable
 from mlops_course.serving.messages import request_id_of
-from mlops_course.serving.metrics import Metrics, expose
+from mlops_course.serving.metrics import Metrics, State, expose
 from mlops_course.serving.models import LiveModels, Models
 from mlops_course.serving.online import FeatureTableError, some_keys
+from mlops_course.serving.open_inference import INFER_PATHS, INFERENCE_PATHS, Infer, add_inference
 from mlops_course.serving.openapi import REFUSALS, describe_service
 from mlops_course.serving.page import add_page
 from mlops_course.serving.predict import PredictMany, PredictOne, Service
-from mlops_course.serving.predictions import PredictionLog, log_folder, maintain
-from mlops_course.serving.problems import PROBLEM, HTTPProblem, Receive, Scope, Send, problem_document, send_problem
+from mlops_course.serving.predictions import PredictionLog, log_folder, log_limits, maintain
+from mlops_course.serving.problems import HTTPProblem, Receive, Reply, Scope, Send, refusal_body, send_problem
 
 _log = logging.getLogger("mlops_course.serving")
+_NO_TELEMETRY: Any = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}  # FastAPI's own
 
 # %% ../../nbs/internals/07_app.ipynb #f90e1f86
 def _add_health(
@@ -58,8 +61,8 @@ def _add_health(
         if problems:
             remedy = "Publish a bundle, or see the log of the service"
             raise HTTPProblem(503, "; ".join(problems), remedy, headers=[(b"retry-after", b"5")])
-        problem, model = service.models.problem, service.models.live().predictor.reference
-        return {"status": "ready", "model": model, "warnings": [problem] if problem else []}
+        model = service.models.live().predictor.reference
+        return {"status": "ready", "model": model, "warnings": service.warnings()}
 
     text: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
 
@@ -109,17 +112,20 @@ async def housekeep(
     """Look at models and log, once a second."""
     before, aside = service.models.failures, asyncio.get_running_loop().run_in_executor
     if service.log is not None and service.log.locate is None:
+        unsaved = ""
         try:
             await aside(service.background, service.log.sync)
+        except FileNotFoundError:  # of its folder: `maintain` makes it, or says why not
+            pass
         except OSError as error:
-            service.log.problem = f"the log can't be brought to the disk: {error}"
+            unsaved = f"the log can't be brought to the disk: {error.strerror or type(error).__name__}"  # no path
         maintain(service.log)
+        service.log.problem = service.log.problem or unsaved
     await aside(service.background, service.models.refresh)
     _begin_log(service)
     if service.metrics is not None:
         service.metrics.refused.inc(service.models.failures - before)
-        service.metrics.ready.set(not service.problems())
-        service.metrics.log_bytes.set(service.log.total if service.log is not None else 0)
+        _show_state(service, service.metrics.state)
 
 # %% ../../nbs/internals/07_app.ipynb #8ec4d010
 async def refresh_table(
@@ -130,6 +136,21 @@ async def refresh_table(
     await asyncio.get_running_loop().run_in_executor(service.online.executor, service.online.refresh, model)
 
 
+def _show_state(
+    service: Service,  # that runs
+    state: State,  # its gauges
+) -> None:
+    """Show what changes slowly: whether it is ready, how full the log is, since when the model is live."""
+    state.ready.set(not service.problems())
+    state.published.set(service.models.since)
+    if service.log is not None:
+        log = service.log
+        state.log_bytes.set(log.total)
+        state.log_limit.set(log.most)
+        state.log_own.set(log.own)
+        state.log_own_limit.set(log.limits.own)
+
+# %% ../../nbs/internals/07_app.ipynb #48e0b8cd
 def _begin_log(
     service: Service,  # that runs
 ) -> None:
@@ -182,9 +203,10 @@ def _problem_response(
     problem: HTTPProblem,  # why
 ) -> Response:
     """A refusal as a response of FastAPI."""
-    body = problem_document(problem, request_id_of(request.scope))
+    note_refusal(request.scope, problem.reason)
+    body, kind = refusal_body(problem, request_id_of(request.scope), request.scope["path"])
     headers = {name.decode(): value.decode() for name, value in problem.headers}
-    return Response(body, problem.status, headers, PROBLEM.decode())
+    return Response(body, problem.status, headers, kind.decode())
 
 # %% ../../nbs/internals/07_app.ipynb #f2298d81
 def _add_refusals(
@@ -236,20 +258,19 @@ def _lifespan(
     return run
 
 # %% ../../nbs/internals/07_app.ipynb #968d5997
-_NO_TELEMETRY: Any = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}  # FastAPI's own
-
-
 def build_api(
     service: Service,  # the parts
 ) -> FastAPI:  # without limits, keys and counters
     """The endpoints of a service, described."""
+    handlers = _handlers(service) | dict.fromkeys(INFER_PATHS, Infer(service))
     app = FastAPI(
         title="Predictions", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False,
         lifespan=_lifespan(service), telemetry=_NO_TELEMETRY,
-        routes=[Route(path, handler, methods=["POST"]) for path, handler in _handlers(service).items()],
+        routes=[Route(path, handler, methods=["POST"]) for path, handler in handlers.items()],
     )  # fmt: skip
     _add_health(app, service)
     _add_model(app, service)
+    add_inference(app, service)
     add_page(app)
     _add_refusals(app)
     own = app.openapi
@@ -268,6 +289,16 @@ class FastPath:
     def __init__(self, service: Service) -> None:
         self.api = build_api(service)
         self.handlers = _handlers(service)
+        self.quick = {"/predict": self.predict_at_once}
+
+    def predict_at_once(self, scope: Scope, body: bytes) -> Reply | None:
+        """Answer `POST /predict` without waiting, or not at all."""
+        try:
+            return self.handlers["/predict"].at_once(scope, body)
+        except HTTPProblem as problem:
+            note_refusal(scope, problem.reason)
+            refusal, kind = refusal_body(problem, request_id_of(scope), scope["path"])
+            return Reply(problem.status, refusal, kind, problem.headers)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer."""
@@ -278,12 +309,13 @@ class FastPath:
         try:
             await handler(scope, receive, send)
         except HTTPProblem as problem:
-            await send_problem(send, problem, request_id_of(scope))
+            note_refusal(scope, problem.reason)
+            await send_problem(send, problem, request_id_of(scope), scope["path"])
 
 # %% ../../nbs/internals/07_app.ipynb #10c399a3
 PATHS = (
     "/", "/page.css", "/page.js", "/predict", "/predict/batch", "/health/live", "/health/ready", "/metrics", "/model",
-    "/examples", "/openapi.json",
+    "/examples", "/openapi.json", *INFERENCE_PATHS,
 )  # fmt: skip
 
 
@@ -297,6 +329,7 @@ def create_app(
     """The whole service: endpoints, limits, counters, log."""
     limits, metrics = limits or Limits(), Metrics()
     models = models if models is not None else LiveModels(settings)
-    log = log if log is not None else PredictionLog(lambda model: log_folder(settings, case_of(model)))
+    kept = log_limits(limits.log, limits.logs)
+    log = log if log is not None else PredictionLog(lambda model: log_folder(settings, case_of(model)), kept)
     service = Service(models, limits, OnlineTable(settings), log, metrics)
     return Guard(FastPath(service), limits, authorize, metrics, PATHS)

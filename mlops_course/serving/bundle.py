@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+import secrets
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 
-from mlops_course.environment import CourseError, Settings, replacing, write_atomic
+from mlops_course.environment import CourseError, Settings, replacing, workspace_error, write_atomic
 
 # %% auto #0
-__all__ = ['MANIFEST_FILE', 'MODEL_FILE', 'CARD_FILE', 'GOLDEN_FILE', 'GRAPH_INPUT', 'GRAPH_OUTPUT', 'REMEDY', 'MAX_BYTES',
-           'BUNDLE_REFERENCE', 'BundleError', 'Feature', 'Manifest', 'write_manifest', 'place_bundle', 'open_bundle',
-           'read_bundle', 'Golden', 'read_golden', 'bundles_folder', 'case_of', 'case_folder', 'find_bundle',
+__all__ = ['MANIFEST_FILE', 'MODEL_FILE', 'CARD_FILE', 'GOLDEN_FILE', 'SBOM_FILE', 'PROVENANCE_FILE', 'SIGNATURE_FILE',
+           'ATTESTATIONS', 'GRAPH_INPUT', 'GRAPH_OUTPUT', 'REMEDY', 'MAX_BYTES', 'BUNDLE_REFERENCE', 'Verify',
+           'BundleError', 'Feature', 'Manifest', 'write_manifest', 'place_bundle', 'read_attestations', 'open_bundle',
+           'read_bundle', 'attach', 'Golden', 'read_golden', 'bundles_folder', 'case_of', 'case_folder', 'find_bundle',
            'manifest_sha256']
 
 # %% ../../nbs/internals/07_bundle.ipynb #52f7bd54
@@ -34,11 +36,15 @@ class Feature(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     typical: float | str | None = None  # median, or the most frequent category; None: mostly missing
     categories: tuple[str, ...] = ()  # the number of a category is its place here
     group: str = ""  # features that say much the same belong together
+    possible: tuple[float, float] | None = None  # what the contract promises; a number outside is refused
+    seen: tuple[float, float] | None = None  # smallest and largest number of the training
 
 # %% ../../nbs/internals/07_bundle.ipynb #a608e197
 _FORMAT = 2  # of the folder; another one is refused
 MANIFEST_FILE, MODEL_FILE, CARD_FILE, GOLDEN_FILE = "bundle.json", "model.onnx", "MODEL_CARD.md", "golden.json"
 _FILES = (MODEL_FILE, CARD_FILE, GOLDEN_FILE)  # all but the manifest
+SBOM_FILE, PROVENANCE_FILE, SIGNATURE_FILE = "sbom.cdx.json", "provenance.json", "model.sig"
+ATTESTATIONS = (SBOM_FILE, PROVENANCE_FILE, SIGNATURE_FILE)  # laid beside them by whoever vouches for a bundle
 GRAPH_INPUT, GRAPH_OUTPUT = "features", "probabilities"  # of the graph: (n, k) float32 to (n, 2) float32
 
 # %% ../../nbs/internals/07_bundle.ipynb #601d0009
@@ -85,6 +91,7 @@ def place_bundle(
     folder: Path,  # where it shall be
     manifest: Manifest,  # what it says about itself; the checksums are filled in
     files: Mapping[str, bytes],  # the content of the model, of its card and of its golden rows, by name
+    attestations: Mapping[str, bytes] | None = None,  # what others say about it, by name; None: nothing
 ) -> Path:  # the folder
     """Write a bundle beside its place and rename it; what stood there goes.
 
@@ -92,7 +99,8 @@ def place_bundle(
         WorkspaceError: the workspace can't be written to.
     """
     with replacing(folder, folders=True) as beside:
-        for name, content in {**files, MANIFEST_FILE: write_manifest(manifest, files)}.items():
+        written = {**files, **(attestations or {}), MANIFEST_FILE: write_manifest(manifest, files)}
+        for name, content in written.items():
             write_atomic(beside / name, content)
     return folder
 
@@ -100,6 +108,7 @@ def place_bundle(
 REMEDY = "Fetch the bundle again, or package the model again"
 # Bytes; more is refused before it is read.
 MAX_BYTES = {MANIFEST_FILE: 4_000_000, MODEL_FILE: 500_000_000, CARD_FILE: 1_000_000, GOLDEN_FILE: 50_000_000}
+MAX_BYTES |= dict.fromkeys(ATTESTATIONS, 10_000_000)
 
 
 def _read(folder: Path, name: str) -> bytes:
@@ -176,22 +185,38 @@ def _check_names(folder: Path, manifest: Manifest) -> None:
         wrong = f"{folder / MANIFEST_FILE} must name {', '.join(_FILES)}, but names {names}"
         raise BundleError(wrong, REMEDY)
     there = {path.name for path in folder.iterdir()}
-    if foreign := sorted(there - {MANIFEST_FILE, *manifest.files}):
+    if foreign := sorted(there - {MANIFEST_FILE, *manifest.files, *ATTESTATIONS}):
         raise BundleError(f"{folder} holds files that are not part of the bundle: {', '.join(foreign[:3])}", REMEDY)
     if missing := sorted({*manifest.files} - there):
         raise BundleError(f"{folder} lacks {', '.join(missing)}", REMEDY)
 
+# %% ../../nbs/internals/07_bundle.ipynb #a7ac3b0b
+Verify = Callable[[Path, Mapping[str, bytes]], None]  # folder, content by name; raises BundleError to refuse a bundle
+
+
+def read_attestations(
+    folder: str | Path,  # a bundle
+) -> dict[str, bytes]:  # by name; those that are there
+    """Read what others say about a bundle.
+
+    Raises:
+        BundleError: a file is too large, or can't be read.
+    """
+    return {name: _read(Path(folder), name) for name in ATTESTATIONS if (Path(folder) / name).exists()}
+
 # %% ../../nbs/internals/07_bundle.ipynb #0d93b67b
 def open_bundle(
     folder: str | Path,  # the bundle
+    verify: Verify | None = None,  # who must vouch for it; None: its own checksums are enough
 ) -> tuple[Manifest, dict[str, bytes]]:  # what it says about itself, and its files: the very bytes that were verified
     """Read and verify a bundle, for whoever wants the model as well.
 
     Raises:
-        BundleError: a file is missing, damaged, foreign, or of another format.
+        BundleError: a file is missing, damaged, foreign, or of another format, or nobody vouches for it.
     """
     folder = Path(folder)
-    manifest = _decode(_read(folder, MANIFEST_FILE), folder / MANIFEST_FILE)
+    written = _read(folder, MANIFEST_FILE)
+    manifest = _decode(written, folder / MANIFEST_FILE)
     _check_names(folder, manifest)
     contents = {name: _read(folder, name) for name in manifest.files}
     for name, content in contents.items():
@@ -199,6 +224,8 @@ def open_bundle(
         if found != expected:
             problem = f"{folder / name} is damaged: its SHA-256 is {found[:12]}…, the manifest says {expected[:12]}…"
             raise BundleError(problem, REMEDY)
+    if verify:
+        verify(folder, {MANIFEST_FILE: written, **contents, **read_attestations(folder)})
     return manifest, contents
 
 # %% ../../nbs/internals/07_bundle.ipynb #36b9ae0f
@@ -211,6 +238,25 @@ def read_bundle(
         BundleError: a file is missing, damaged, foreign, or of another format.
     """
     return open_bundle(folder)[0]
+
+# %% ../../nbs/internals/07_bundle.ipynb #87793f94
+def attach(
+    folder: Path,  # a bundle
+    name: str,  # one of `ATTESTATIONS`
+    content: bytes,  # what is said about the bundle
+) -> Path:  # the file
+    """Lay a file beside those of a bundle, in one step.
+
+    Raises:
+        WorkspaceError: the workspace can't be written to.
+    """
+    beside = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        return write_atomic(beside, content).replace(folder / name)
+    except OSError as error:
+        raise workspace_error(error, folder / name) from error
+    finally:
+        beside.unlink(missing_ok=True)
 
 # %% ../../nbs/internals/07_bundle.ipynb #601d0007
 class Golden(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -5,6 +5,8 @@
 # %% ../../nbs/internals/07_encoding.ipynb #fbe0032a
 from __future__ import annotations
 
+import math
+import struct
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -154,6 +156,27 @@ def _matrix_by_value(encoder: Encoder, rows: list[Any]) -> np.ndarray:
     encoder.unknown.update(strange)
     return matrix
 
+# %% ../../nbs/internals/07_encoding.ipynb #50d44a9d
+_ORDER = "<" if sys.byteorder == "little" else ">"  # named, packing refuses what is too large; native, it would not
+
+
+def _one_row(encoder: Encoder, row: Sequence[Any]) -> np.ndarray | None:
+    """One row whose types a decoder has seen to, as (1, k) float32; None: it needs a closer look."""
+    strange: list[str] = []
+    try:
+        coded = _coded(row, encoder.codes, strange)
+        packed = encoder.pack(*[math.nan if value is None else value for value in coded])
+    except (TypeError, OverflowError, struct.error):  # too large for float32, among others
+        return None
+    values = np.frombuffer(packed, np.float32)
+    if encoder.possible is not None:
+        low, high = encoder.possible
+        if np.minimum(np.maximum(values, low), high).tobytes() != packed:
+            return None
+    if strange:
+        encoder.unknown.update(strange)
+    return values.reshape(1, -1)
+
 # %% ../../nbs/internals/07_encoding.ipynb #a39b08cf
 def _wrong_names(records: Sequence[Any], features: tuple[str, ...]) -> InputError:
     """The error for records with other names than the features."""
@@ -212,6 +235,43 @@ def _frame_matrix(encoder: Encoder, frame: pd.DataFrame) -> np.ndarray:
             matrix[:, place] = _column_numbers(column)
     return matrix
 
+# %% ../../nbs/internals/07_encoding.ipynb #f9c211d0
+_Possible = tuple[np.ndarray, np.ndarray] | None  # smallest and largest number of each feature; None: no bounds at all
+
+
+def _possible(features: Sequence[Feature]) -> _Possible:
+    """The bounds of all features, as (k,) float32."""
+    bounds = [feature.possible or (-np.inf, np.inf) for feature in features]
+    if not any(feature.possible for feature in features):
+        return None
+    return np.array([low for low, _ in bounds], np.float32), np.array([high for _, high in bounds], np.float32)
+
+# %% ../../nbs/internals/07_encoding.ipynb #2d9566ed
+def _refuse_impossible(encoder: Encoder, matrix: np.ndarray) -> None:
+    """Refuse numbers that can't be; what is missing may be.
+
+    Raises:
+        InputError: it names field, row, value and range.
+    """
+    if encoder.possible is None:
+        return
+    low, high = encoder.possible
+    outside = (matrix < low) | (matrix > high)
+    if outside.any():
+        row, place = (int(each) for each in np.argwhere(outside)[0])
+        name, value = encoder.names[place], float(matrix[row, place])
+        problem = f"the feature {name} is {value:g} in row {row}, not between {low[place]:g} and {high[place]:g}"
+        raise InputError(problem, "Give a number that can be, or leave it missing", name, row)
+
+# %% ../../nbs/internals/07_encoding.ipynb #22164cb3
+def _typed_matrix(encoder: Encoder, rows: list[Any]) -> np.ndarray:
+    """Tuples of values whose types a decoder has seen to, as (n, k) float32; impossible numbers are refused."""
+    if len(rows) == 1 and (packed := _one_row(encoder, rows[0])) is not None:
+        return packed
+    matrix = _matrix(encoder, rows, typed=True)
+    _refuse_impossible(encoder, matrix)
+    return matrix
+
 # %% ../../nbs/internals/07_encoding.ipynb #51e08799
 class Encoder:
     "Turns records and tables into the numbers that a model takes; counts `unknown` categories."
@@ -224,7 +284,8 @@ class Encoder:
             for place, feature in enumerate(features)
             if feature.kind == "category"
         ]
-        self.record_type = _record_type(features)
+        self.record_type, self.possible = _record_type(features), _possible(features)
+        self.pack = struct.Struct(f"{_ORDER}{len(self.names)}f").pack
         one = self.names[0]
         self._get = itemgetter(*self.names) if len(self.names) > 1 else lambda record: (record[one],)
 
@@ -252,9 +313,9 @@ class Encoder:
         """Turn decoded records into numbers.
 
         Raises:
-            InputError: a number is too large.
+            InputError: a number is too large, or can't be; it names field, row and range.
         """
-        return _matrix(self, [msgspec.structs.astuple(each) for each in records], typed=True)
+        return _typed_matrix(self, [msgspec.structs.astuple(each) for each in records])
 
     def encode_frame(
         self,

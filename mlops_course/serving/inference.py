@@ -14,7 +14,8 @@ import msgspec
 import numpy as np
 
 from mlops_course.serving.bundle import (
-    GOLDEN_FILE, GRAPH_INPUT, GRAPH_OUTPUT, MODEL_FILE, REMEDY, BundleError, Golden, Manifest, open_bundle, read_golden,
+    GOLDEN_FILE, GRAPH_INPUT, GRAPH_OUTPUT, MODEL_FILE, REMEDY, BundleError, Golden, Manifest, Verify, open_bundle,
+    read_golden,
 )
 from mlops_course.serving.encoding import Encoder
 from mlops_course.serving.onnx_graph import open_session
@@ -40,7 +41,8 @@ class Predictor:
         self.encode, self.encode_structs = self.encoder.encode, self.encoder.encode_structs
         self.encode_frame = self.encoder.encode_frame
         self.decode_record = msgspec.json.Decoder(self.encoder.record_type).decode
-        self._run = open_session(graph, manifest.model, len(self.features)).run
+        session = open_session(graph, manifest.model, len(self.features))
+        self._run = getattr(session, "_sess", session).run  # what it checks in Python each time was checked just now
 
     def scores(
         self,
@@ -56,7 +58,7 @@ class Predictor:
             return np.concatenate(list(pool.map(self._score, pieces)))
 
     def _score(self, matrix: np.ndarray) -> np.ndarray:
-        return self._run([GRAPH_OUTPUT], {GRAPH_INPUT: matrix})[0][:, 1].astype(np.float64)
+        return self._run([GRAPH_OUTPUT], {GRAPH_INPUT: matrix}, None)[0][:, 1].astype(np.float64)
 
     def predict(
         self,
@@ -115,15 +117,16 @@ def check_golden(
 def load_predictor(
     folder: str | Path,  # the bundle
     threads: int = 1,  # how many rows are scored at the same time in a batch
+    verify: Verify | None = None,  # who must vouch for it; None: its own checksums are enough
 ) -> Predictor:  # ready to answer
     """Load a bundle, verified.
 
     Raises:
         BundleError: it is not what it should be.
     """
-    return make_predictor(*open_bundle(folder), threads)
+    return make_predictor(*open_bundle(folder, verify), threads)
 
-
+# %% ../../nbs/internals/07_inference.ipynb #9e677fdf
 def make_predictor(
     manifest: Manifest,  # of a bundle
     files: Mapping[str, bytes],  # the content of its other files, verified

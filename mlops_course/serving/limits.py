@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
 import logging
 import math
 import re
@@ -17,7 +16,11 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from mlops_course.environment import CourseError
-from mlops_course.serving.problems import Headers, HTTPProblem, Message, Receive, Scope, Send, send_problem
+from mlops_course.serving.access import forget_request, log_access, note_refusal, note_request, trace_id_of
+from mlops_course.serving.forwarded import Network, client_of
+from mlops_course.serving.problems import (
+    Headers, HTTPProblem, Message, Receive, Reply, Scope, Send, add_safe_headers, refusal_body, route_of, send_problem,
+)  # fmt: skip
 
 if TYPE_CHECKING:
     from mlops_course.serving.metrics import Metrics
@@ -26,7 +29,7 @@ _App = Callable[[Any, Receive, Send], Awaitable[None]]
 _log = logging.getLogger("mlops_course.serving")
 
 # %% auto #0
-__all__ = ['Authorize', 'Limits', 'read_limits', 'RateLimiter', 'Exchange', 'Guard', 'admit']
+__all__ = ['Authorize', 'Quick', 'Limits', 'read_limits', 'RateLimiter', 'Exchange', 'Guard', 'admit']
 
 # %% ../../nbs/internals/07_limits.ipynb #8f956bc7
 @dataclass(frozen=True)
@@ -42,6 +45,8 @@ class Limits:
     head: int = 32 * 2**10  # bytes of a request line with its headers
     rate: float = 0.0  # requests a second of one client; 0: no limit
     burst: int = 100  # requests that a client may send at once, before the rate counts
+    log: int = 2 * 2**30  # bytes of predictions that this process has logged and nobody has collected
+    logs: int = 8 * 2**30  # the same of all processes together
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -81,22 +86,23 @@ class RateLimiter:
         self.rate, self.burst, self.most = rate, float(burst), most
         self.levels: dict[str, tuple[float, float]] = {}
 
-    def wait(self, client: str, now: float) -> float:
-        """Take a token. Returns the seconds until there is one; 0.0: it was there."""
+    def wait(self, client: str, now: float, rate: float = 0.0) -> float:
+        """Take a token, at a rate of the client's own if it has one. Returns the seconds until there is one."""
         level, seen = self.levels.pop(client, (self.burst, now))
-        level = min(self.burst, level + (now - seen) * self.rate)
+        rate = rate or self.rate
+        level = min(self.burst, level + (now - seen) * rate)
         self.levels[client] = (level - 1 if level >= 1 else level, now)
         if len(self.levels) > self.most:
             del self.levels[next(iter(self.levels))]
-        return 0.0 if level >= 1 else (1 - level) / self.rate
+        return 0.0 if level >= 1 else (1 - level) / rate
 
 # %% ../../nbs/internals/07_limits.ipynb #96d8e5c7
 _PLAIN_ID = re.compile(rb"[A-Za-z0-9._:-]{1,64}")
 
 
-def _read_head(headers: Headers) -> tuple[bytes, bool, str]:
-    """The announced length, whether the body comes in chunks, and the request's id."""
-    length, chunked, request_id = b"", False, ""
+def _read_head(headers: Headers) -> tuple[bytes, bool, str, str]:
+    """The announced length, whether the body comes in chunks, the request's id, and its caller's trace."""
+    length, chunked, request_id, trace = b"", False, "", ""
     for name, value in headers:
         if name == b"content-length":
             length = value
@@ -104,20 +110,23 @@ def _read_head(headers: Headers) -> tuple[bytes, bool, str]:
             chunked = True
         elif name == b"x-request-id" and _PLAIN_ID.fullmatch(value):
             request_id = value.decode()
-    return length, chunked, request_id or secrets.token_hex(12)
+        elif name == b"traceparent":
+            trace = trace_id_of(value)
+    return length, chunked, request_id or secrets.token_hex(12), trace
 
 # %% ../../nbs/internals/07_limits.ipynb #07e765df
 class Exchange:
     """One request and its response."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send, task: asyncio.Task[Any] | None = None) -> None:
         self.scope, self.receive = scope, receive
-        self.length, self.chunked, self.request_id = _read_head(scope["headers"])
+        self.length, self.chunked, self.request_id, self.trace_id = _read_head(scope["headers"])
         self.body = b""
         self.held = 0  # bytes of the body in memory
         self.reading = False  # whether the body is still coming in
         self.status = 0  # of the response; 0: none has begun
-        self.task = asyncio.current_task()
+        self.sent = 0  # bytes of the response's body
+        self.task = task  # that answers
         self.deadline = 0.0
         self.late = False  # whether it was cancelled at its deadline
         self._send = send
@@ -127,8 +136,15 @@ class Exchange:
         """Pass the response on, with the request's id in it."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            message["headers"] = [*message["headers"], (b"x-request-id", self.request_id.encode())]
+            own = (b"x-request-id", self.request_id.encode())
+            message["headers"] = [*add_safe_headers(message["headers"]), own]
+        else:
+            self.sent += len(message.get("body", b""))
         await self._send(message)
+
+    def wait(self, receive: Receive, send: Send, task: asyncio.Task[Any] | None) -> None:
+        """Go on in a task: somebody has to be waited for."""
+        self.receive, self._send, self.task = receive, send, task
 
     async def replay(self) -> Message:
         """Hand on the body that was read already; after it comes what the client does, which is to leave."""
@@ -194,28 +210,28 @@ async def _read_body(
 
 # %% ../../nbs/internals/07_limits.ipynb #3fe5ff56
 Authorize = Callable[[Scope], Any]  # a principal, or an awaitable of one; None: nobody; PermissionError: not allowed
-_OPEN_PATHS = frozenset({"/health/live", "/health/ready"})  # what a supervisor asks before there is a key
+# What a supervisor asks before there is a key.
+_OPEN_PATHS = frozenset(f"{of}/health/{what}" for of in ("", "/v2") for what in ("live", "ready"))
 
 
-async def _identify(
+def _ask_hook(
     authorize: Authorize,  # the hook
     scope: Scope,  # of a request
-) -> Any:  # what the hook says, never None
+) -> Any:  # what the hook says: a principal, or an awaitable of one
     """Ask who it is.
 
     Raises:
         HTTPProblem: the request is refused.
     """
     try:
-        principal = authorize(scope)
-        principal = await principal if inspect.isawaitable(principal) else principal
+        return authorize(scope)
     except PermissionError as error:
-        remedy = "Ask for the permission, or use another key"
-        raise HTTPProblem(403, f"this is not allowed: {error}", remedy) from error
-    if principal is None:
-        scheme = [(b"www-authenticate", b"Bearer")]
-        raise HTTPProblem(401, "nobody knows who is asking", "Send a key, as a bearer token", headers=scheme)
-    return principal
+        raise _forbidden(error) from error
+
+
+def _forbidden(error: PermissionError) -> HTTPProblem:
+    """What to say to somebody who is known, and may not do this."""
+    return HTTPProblem(403, f"this is not allowed: {error}", "Ask for the permission, or use another key")
 
 # %% ../../nbs/internals/07_limits.ipynb #87c538c8
 def _hold(
@@ -230,6 +246,7 @@ def _hold(
     """
     exchange.held += len(part)
     guard.held += len(part)
+    guard.most_held = max(guard.most_held, guard.held)
     if guard.held > guard.limits.waiting:
         raise _busy(f"{guard.held} bytes of bodies are waiting")
 
@@ -237,24 +254,26 @@ def _hold(
 def _busy(
     why: str,  # in words
     seconds: int = 1,  # when to try again
+    reason: str = "busy",  # for the counter
 ) -> HTTPProblem:
     """What to say when there is too much to do."""
     later = [(b"retry-after", b"%d" % seconds)]
-    return HTTPProblem(503, f"the service is busy: {why}", "Try again later", headers=later)
+    return HTTPProblem(503, f"the service is busy: {why}", "Try again later", headers=later, reason=reason)
 
 
 def _check_rate(
     guard: Guard,  # with the buckets
     client: str,  # who asks
+    rate: float,  # requests a second of this client
 ) -> None:
     """Take a token for a request.
 
     Raises:
         HTTPProblem: the request is refused.
     """
-    seconds = guard.rate_limiter.wait(client, monotonic())
+    seconds = guard.rate_limiter.wait(client, monotonic(), rate)
     if seconds:
-        limit = f"{guard.limits.rate:g} requests a second, {guard.limits.burst} at once"
+        limit = f"{rate:g} requests a second, {guard.limits.burst} at once"
         remedy, later = "Wait, or send many rows in one batch", [(b"retry-after", b"%d" % math.ceil(seconds))]
         raise HTTPProblem(429, f"{client} has sent more than {limit}", remedy, headers=later)
 
@@ -268,9 +287,19 @@ def _cancel_late(
         if now > exchange.deadline and not exchange.late and exchange.task is not None:
             exchange.late = True
             exchange.task.cancel()
-    guard.watching = bool(guard.under_way)
+    guard.watching = _show_load(guard) or bool(guard.under_way)
     if guard.watching:
         asyncio.get_running_loop().call_later(0.25, _cancel_late, guard)
+
+# %% ../../nbs/internals/07_limits.ipynb #3962b275
+def _show_load(guard: Guard) -> bool:
+    """Show the most that was at work and held since the last look; whether there was anything."""
+    if guard.metrics is not None:
+        guard.metrics.state.running.set(guard.most_running)
+        guard.metrics.state.held.set(guard.most_held)
+    was = bool(guard.most_running or guard.most_held)
+    guard.most_running, guard.most_held = guard.running, guard.held
+    return was
 
 
 def _begin(
@@ -292,10 +321,15 @@ def _end(
     """Let go of a request, and count it."""
     guard.under_way.discard(exchange)
     guard.held -= exchange.held
+    path = exchange.scope["path"]
+    if path not in guard.paths:
+        path = route if (route := route_of(path)) in guard.paths else "other"
+    seconds = monotonic() - exchange.deadline + guard.limits.seconds
+    log_access(exchange.scope, path, exchange.status, seconds, exchange.sent)
     if guard.metrics is not None:
-        path = exchange.scope["path"] if exchange.scope["path"] in guard.paths else "other"
-        seconds = monotonic() - exchange.deadline + guard.limits.seconds
         guard.metrics.answered(path, exchange.scope["method"], exchange.status, seconds)
+        if exchange.status >= 400 and exchange.status != 500 and path not in _OPEN_PATHS:
+            guard.metrics.rejected(exchange.status, exchange.scope["state"].get("refusal", ""))
 
 # %% ../../nbs/internals/07_limits.ipynb #0cc3c2ee
 class Guard:
@@ -313,49 +347,108 @@ class Guard:
         self.limits = limits or Limits()
         self.rate_limiter = RateLimiter(self.limits.rate, self.limits.burst)
         self.paths = frozenset(paths)
-        self.running = 0  # requests that the app is at work on
-        self.held = 0  # bytes of bodies in memory
+        self.proxies: tuple[Network, ...] = ()  # who may say for whom they ask
+        self.record: Callable[[Scope, HTTPProblem], None] | None = None  # is told of each refusal
+        self.open_routes = self.operator_routes = frozenset[tuple[str, str]]()  # beside the usual: method and path
+        self.running = self.most_running = 0  # requests that the app is at work on, and the most since the last look
+        self.held = self.most_held = 0  # bytes of bodies in memory, and the most since the last look
         self.under_way: set[Exchange] = set()
         self.watching = False  # whether somebody looks at the deadlines
+        self.hook_waits = False  # whether the hook had to wait for something, so that nothing is answered at once
+        if metrics is not None:
+            metrics.state.running_limit.set(self.limits.running)
+            metrics.state.held_limit.set(self.limits.waiting)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        exchange = Exchange(scope, receive, send)
-        scope.setdefault("state", {})["request_id"] = exchange.request_id
-        _begin(self, exchange)
-        try:
-            await admit(self, exchange)
-        except _ClientGone:
-            exchange.status = 499  # nobody is there to read a response
-        except asyncio.CancelledError:
-            if not exchange.late or exchange.task is None:
-                raise  # the server ends
-            exchange.task.uncancel()
-            await _complain(exchange, TimeoutError(), self.limits)
-        except Exception as error:
-            await _complain(exchange, error, self.limits)
-        finally:
-            _end(self, exchange)
+        exchange = Exchange(scope, receive, send, asyncio.current_task())
+        note_request(scope, exchange.request_id, exchange.trace_id)
+        await _see_through(self, exchange, admit)
+
+    def at_once(self, scope: Scope, body: bytes) -> Reply | _App | None:
+        """Answer one request without waiting; else say which app goes on with it, None: this one from the start."""
+        quick = getattr(self.app, "quick", None)
+        if quick is None or scope["method"] != "POST" or scope["query_string"] or self.hook_waits:
+            return None
+        answer = quick.get(scope["path"])
+        return None if answer is None else _answer_at_once(self, scope, body, answer)
 
 # %% ../../nbs/internals/07_limits.ipynb #e8045acd
-async def _check_client(
+def _check_client(
     guard: Guard,  # with the hook and the rate
     exchange: Exchange,  # a request
-) -> None:
+) -> Awaitable[Any] | None:  # the hook has to wait for this: pass what comes of it to `_check_principal`
     """Ask who it is, and whether they may ask again already.
 
     Raises:
         HTTPProblem: nobody knows them, or it is too soon.
     """
     scope = exchange.scope
-    client = scope["client"][0] if scope.get("client") else "somebody"
-    if guard.authorize is not None:
-        scope["state"]["principal"] = client = await _identify(guard.authorize, scope)
+    client = scope["state"]["client"] = client_of(scope, guard.proxies)
+    if guard.authorize is None:
+        _take_token(guard, scope, client, guard.limits.rate)
+        return None
+    try:
+        principal = _ask_hook(guard.authorize, scope)
+    except HTTPProblem:
+        _turn_away(guard, client)
+        raise
+    if hasattr(type(principal), "__await__"):
+        return principal
+    _check_principal(guard, scope, principal)
+    return None
+
+# %% ../../nbs/internals/07_limits.ipynb #f9899242
+def _check_principal(
+    guard: Guard,  # with the rate
+    scope: Scope,  # of a request
+    principal: Any,  # as the hook says; None: nobody
+) -> None:
+    """Let somebody in who is known, unless it is too soon.
+
+    Raises:
+        HTTPProblem: nobody knows them, or it is too soon.
+    """
+    if principal is None:
+        _turn_away(guard, scope["state"]["client"])
+        scheme = [(b"www-authenticate", b"Bearer")]
+        raise HTTPProblem(401, "nobody knows who is asking", "Send a key, as a bearer token", headers=scheme)
+    scope["state"]["principal"] = principal
+    _take_token(guard, scope, str(principal), getattr(principal, "rate", 0) or guard.limits.rate)
+
+
+def _turn_away(guard: Guard, client: str) -> None:
+    """Take a token for a wrong key: whoever guesses has no more tries than others."""
     if guard.limits.rate:
-        _check_rate(guard, str(client))
+        _check_rate(guard, client, guard.limits.rate)
+
+# %% ../../nbs/internals/07_limits.ipynb #b16b73c6
+def _take_token(guard: Guard, scope: Scope, caller: str, rate: float) -> None:
+    """Note who asks, and take a token if there is a rate."""
+    scope["state"]["caller"] = caller
+    if rate:
+        _check_rate(guard, caller, rate)
+
+
+async def _wait_for_hook(
+    guard: Guard,  # with the rate
+    scope: Scope,  # of a request
+    said: Awaitable[Any],  # by the hook
+) -> None:
+    """Wait for what the hook says.
+
+    Raises:
+        HTTPProblem: nobody knows them, or it is too soon.
+    """
+    try:
+        principal = await said
+    except (HTTPProblem, PermissionError) as error:
+        _turn_away(guard, scope["state"]["client"])
+        raise (_forbidden(error) if isinstance(error, PermissionError) else error) from error
+    _check_principal(guard, scope, principal)
 
 # %% ../../nbs/internals/07_limits.ipynb #3e01f7b8
 async def admit(
@@ -370,13 +463,32 @@ async def admit(
     """
     guarded = exchange.scope["path"] not in _OPEN_PATHS
     _check_length(exchange, guard.limits.body)
-    if guarded:
-        await _check_client(guard, exchange)
+    if guarded and (said := _check_client(guard, exchange)) is not None:
+        await _wait_for_hook(guard, exchange.scope, said)
     if exchange.length or exchange.chunked:
         await _read_body(exchange, guard)
+    await _let_answer(guard, exchange)
+
+# %% ../../nbs/internals/07_limits.ipynb #0f9910a9
+def _take_place(guard: Guard, guarded: bool = True) -> None:
+    """Begin to be at work.
+
+    Raises:
+        HTTPProblem: there is no place left.
+    """
     if guarded and guard.running >= guard.limits.running:
         raise _busy(f"{guard.running} requests are running")
     guard.running += 1
+    guard.most_running = max(guard.most_running, guard.running)
+
+
+async def _let_answer(guard: Guard, exchange: Exchange) -> None:
+    """Have the app answer, as one of those that are at work.
+
+    Raises:
+        HTTPProblem: there is no place left, or the app refuses.
+    """
+    _take_place(guard, exchange.scope["path"] not in _OPEN_PATHS)
     try:
         await guard.app(exchange.scope, exchange.replay, exchange.send)
     finally:
@@ -396,20 +508,127 @@ def _as_problem(
         limit = f"the body was not complete after {limits.seconds:g} seconds"
         return HTTPProblem(408, limit, "Send it faster, or fewer rows at a time", headers=close)
     if isinstance(error, TimeoutError):
-        return _busy(f"no answer after {limits.seconds:g} seconds")
+        return _busy(f"no answer after {limits.seconds:g} seconds", reason="late")
     return HTTPProblem(500, "internal server error", f"Report it with the request id {exchange.request_id}")
 
 # %% ../../nbs/internals/07_limits.ipynb #309f60d3
-async def _complain(
+def _refusal(
     exchange: Exchange,  # that failed
     error: Exception,  # why
-    limits: Limits,  # with the time
-) -> None:
-    """End a request that can't be answered."""
-    problem = _as_problem(exchange, error, limits)
+    guard: Guard,  # with the time, and who is told of refusals
+) -> HTTPProblem:
+    """What to say about a request that can't be answered; those who keep a record are told."""
+    problem = _as_problem(exchange, error, guard.limits)
+    note_refusal(exchange.scope, problem.reason)
     if problem.status == 500:
         _log.error("request %s failed", exchange.request_id, exc_info=error)
+    if guard.record is not None:
+        guard.record(exchange.scope, problem)
+    return problem
+
+
+async def _complain(exchange: Exchange, error: Exception, guard: Guard) -> None:
+    """End a request that can't be answered."""
+    problem = _refusal(exchange, error, guard)
     if exchange.status:
         _log.warning("the answer to request %s was broken off", exchange.request_id)
         return
-    await send_problem(exchange.send, problem, exchange.request_id)
+    await send_problem(exchange.send, problem, exchange.request_id, exchange.scope["path"])
+
+# %% ../../nbs/internals/07_limits.ipynb #f88043c0
+async def _see_through(
+    guard: Guard,  # that counts it
+    exchange: Exchange,  # a request
+    answer: Callable[[Guard, Exchange], Awaitable[None]],  # how it is answered
+) -> None:
+    """Answer a request in a task, whatever happens."""
+    _begin(guard, exchange)
+    try:
+        await answer(guard, exchange)
+    except _ClientGone:
+        exchange.status = 499  # nobody is there to read a response
+    except asyncio.CancelledError:
+        if not exchange.late or exchange.task is None:
+            raise  # the server ends
+        exchange.task.uncancel()
+        await _complain(exchange, TimeoutError(), guard)
+    except Exception as error:
+        await _complain(exchange, error, guard)
+    finally:
+        _end(guard, exchange)
+
+# %% ../../nbs/internals/07_limits.ipynb #8bd7976e
+def _admit_at_once(guard: Guard, exchange: Exchange) -> bool:
+    """Check a request step by step; False: the hook has to wait.
+
+    Raises:
+        HTTPProblem: the request is refused.
+    """
+    _check_length(exchange, guard.limits.body)
+    if (said := _check_client(guard, exchange)) is not None:
+        guard.hook_waits = True
+        if asyncio.iscoroutine(said):
+            said.close()  # it is asked again in a task, where it can wait
+        return False
+    if len(exchange.body) > guard.limits.body:
+        raise _too_large(guard.limits.body)
+    _hold(guard, exchange, exchange.body)
+    return True
+
+# %% ../../nbs/internals/07_limits.ipynb #b78cebe1
+Quick = Callable[[Scope, bytes], Reply | None]  # a request and its body to an answer; None: somebody must be waited for
+
+
+def _run_at_once(guard: Guard, exchange: Exchange, answer: Quick) -> Reply | None:
+    """Have the app answer, as one of those that are at work."""
+    _take_place(guard)
+    try:
+        return answer(exchange.scope, exchange.body)
+    finally:
+        guard.running -= 1
+
+# %% ../../nbs/internals/07_limits.ipynb #90db7dac
+class _Rest:
+    """The app that goes on with a request that was let in already."""
+
+    def __init__(self, guard: Guard, exchange: Exchange) -> None:
+        self.guard, self.exchange = guard, exchange
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer."""
+        self.exchange.wait(receive, send, asyncio.current_task())
+        note_request(scope, self.exchange.request_id, self.exchange.trace_id)
+        await _see_through(self.guard, self.exchange, _let_answer)
+
+
+async def _nothing_more(*message: Any) -> Any:
+    """Neither take nor give: nobody waits for an answer that is given at once."""
+    raise RuntimeError("an answer at once has no messages")
+
+# %% ../../nbs/internals/07_limits.ipynb #1a3a935c
+def _reply_at_once(guard: Guard, exchange: Exchange, answer: Quick) -> Reply | _App | None:
+    """Check the request, have the app answer, and count."""
+    try:
+        if not _admit_at_once(guard, exchange):
+            return None
+        reply = _run_at_once(guard, exchange, answer)
+        if reply is None:
+            return _Rest(guard, exchange)
+    except Exception as error:
+        problem = _refusal(exchange, error, guard)
+        refusal, kind = refusal_body(problem, exchange.request_id, exchange.scope["path"])
+        reply = Reply(problem.status, refusal, kind, problem.headers)
+    reply.request_id, exchange.status, exchange.sent = exchange.request_id, reply.status, len(reply.body)
+    _end(guard, exchange)
+    return reply
+
+# %% ../../nbs/internals/07_limits.ipynb #2e07222b
+def _answer_at_once(guard: Guard, scope: Scope, body: bytes, answer: Quick) -> Reply | _App | None:
+    """Answer a request that is here as a whole; an app goes on with it where that can't be done."""
+    exchange = Exchange(scope, _nothing_more, _nothing_more)
+    exchange.body, exchange.deadline = body, monotonic() + guard.limits.seconds
+    token = note_request(scope, exchange.request_id, exchange.trace_id)
+    try:
+        return _reply_at_once(guard, exchange, answer)
+    finally:
+        forget_request(token)

@@ -71,7 +71,7 @@ class OnlineTable:
             self.lose(error)
             remedy, later = "Send whole records, or materialise the features", [(b"retry-after", b"10")]
             said = without_folder(error.problem, self.settings.home)
-            raise HTTPProblem(503, said, remedy, headers=later) from error
+            raise HTTPProblem(503, said, remedy, headers=later, reason="no_features") from error
 
 # %% ../../nbs/internals/07_lookup.ipynb #3c10e392
 def _get(

@@ -19,8 +19,8 @@ from mlops_course.serving.problems import JSON, HTTPProblem, Scope
 
 # %% auto #0
 __all__ = ['ABSENT', 'decode_one', 'decode_batch', 'UNREADABLE', 'PredictRequest', 'BatchRequest', 'PredictResponse', 'BatchRow',
-           'BatchResponse', 'unreadable', 'read_body', 'refuse_repeated', 'check_objects', 'check_headers',
-           'request_id_of', 'wanted_reasons']
+           'BatchResponse', 'unreadable', 'read_body', 'refuse_repeated', 'check_objects', 'check_values',
+           'check_headers', 'request_id_of', 'wanted_reasons']
 
 # %% ../../nbs/internals/07_messages.ipynb #cfbbd15b
 _Text = Annotated[str, msgspec.Meta(max_length=100)]
@@ -158,6 +158,22 @@ def check_objects(
     if body.count(b"{") > bound and (found := _STRINGS.sub(b"", body).count(b"{")) > bound:
         what = f"the body has {found} objects, and {most} rows have {bound} at most"
         raise HTTPProblem(413, what, f"Send at most {most} rows at a time", "rows")
+
+# %% ../../nbs/internals/07_messages.ipynb #1c9a2fed
+def check_values(
+    body: bytes,  # not read yet
+    most: int,  # values that make sense
+) -> None:
+    """Refuse what has many more values than make sense.
+
+    Raises:
+        HTTPProblem: the request is refused.
+    """
+    bound = 2 * most + 1000  # each may stand in a list of its own; and there are names and shapes
+    if body.count(b",") + body.count(b"[") > bound:
+        plain = _STRINGS.sub(b"", body)
+        if (found := plain.count(b",") + plain.count(b"[")) > bound:
+            raise HTTPProblem(413, f"the body has some {found} values", "Send fewer rows at a time", "inputs")
 
 # %% ../../nbs/internals/07_messages.ipynb #1f702e69
 _JSON_TYPE = re.compile(rb"application/json(?:\s*;\s*charset=\"?utf-8\"?)?\s*", re.IGNORECASE)

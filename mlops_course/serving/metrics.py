@@ -15,13 +15,35 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
+from mlops_course.serving.problems import REASON_OF, REASONS
+
 # %% auto #0
-__all__ = ['Metrics', 'expose']
+__all__ = ['State', 'Metrics', 'expose']
 
 # %% ../../nbs/internals/07_metrics.ipynb #a33406db
 _SECONDS_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _SCORE_BUCKETS = tuple(number / 10 for number in range(1, 11))
 _METHODS = frozenset({"GET", "POST", "HEAD", "OPTIONS", "PUT", "PATCH", "DELETE"})
+
+# %% ../../nbs/internals/07_metrics.ipynb #1e7d2302
+class State:
+    """What one process has at the moment; those of processes that have died don't count."""
+
+    def __init__(self, own: dict[str, Any]) -> None:
+        def gauge(name: str, text: str, mode: str = "livesum") -> Gauge:
+            return Gauge(name, text, multiprocess_mode=mode, **own)  # type: ignore[arg-type]
+
+        self.ready = gauge("ready", "Processes that are ready.")
+        self.running = gauge("running", "The most requests at work at once, lately.")
+        self.running_limit = gauge("running_limit", "Requests that may be at work at once.")
+        self.held = gauge("held_bytes", "The most bytes of bodies in memory at once, lately.")
+        self.held_limit = gauge("held_bytes_limit", "Bytes of bodies that may be in memory at once.")
+        self.log_bytes = gauge("log_bytes", "Size of the prediction log.", "livemax")
+        self.log_limit = gauge("log_limit_bytes", "Size from which on predictions are refused.", "livemax")
+        self.log_own = gauge("log_own_bytes", "Size of what one process has logged.", "livemax")
+        self.log_own_limit = gauge("log_own_limit_bytes", "The same from which on it refuses.", "livemax")
+        self.published = gauge("model_published_timestamp_seconds", "When the live model was published.", "livemax")
+
 
 # %% ../../nbs/internals/07_metrics.ipynb #23d07ab2
 class Metrics:
@@ -38,8 +60,10 @@ class Metrics:
         self.swaps = Counter("model_swaps", "Models taken into service.", ["model"], **own)
         self.refused = Counter("model_refused", "Published models that could not be loaded.", **own)
         self.unlogged = Counter("log_failures", "Predictions refused, since they could not be written down.", **own)
-        self.ready = Gauge("ready", "Processes that are ready.", multiprocess_mode="livesum", **own)
-        self.log_bytes = Gauge("log_bytes", "Size of the prediction log.", multiprocess_mode="livemax", **own)
+        self.failed = Counter("model_failures", "Requests on which a model failed.", ["model", "role"], **own)
+        refusals = Counter("rejected", "Requests refused, and why.", ["reason"], **own)
+        self.refusals = {reason: refusals.labels(reason) for reason in REASONS}
+        self.state = State(own)
         self._responses: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
         self._scored: dict[tuple[str, str], tuple[Counter, Counter, Histogram]] = {}
         self.seconds.labels("/predict")  # so that each file of this process is there from the start
@@ -54,6 +78,14 @@ class Metrics:
                 self._responses[path, method, status] = series
         series[0].inc()
         series[1].observe(seconds)
+
+    def rejected(self, status: int, reason: str = "") -> None:
+        """Count one refusal, by a reason of the list."""
+        self.refusals[reason if reason in self.refusals else REASON_OF.get(status, "other")].inc()
+
+    def watch(self, model: str, role: str) -> None:
+        """Show a model's failures, 0 of them so far: an alert sees a counter rise, not begin."""
+        self.failed.labels(model, role)
 
     def scored(self, model: str, role: str, scores: Iterable[float], threshold: float) -> None:
         """Count scores that were given, by whether they warn, and by size."""

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import msgspec
 
 from mlops_course.environment import CourseError, Settings
-from mlops_course.serving.bundle import CARD_FILE, case_folder
-from mlops_course.serving.publishing import LIVE_FILE, for_case, live_bundle, served_case
+from mlops_course.serving.bundle import CARD_FILE, Verify, case_folder, case_of
+from mlops_course.serving.publishing import LIVE_FILE, for_case, live_bundle, require_published_last, served_case
 from mlops_course.serving.inference import Predictor, load_predictor
 from mlops_course.serving.problems import HTTPProblem, without_folder
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger("mlops_course.serving")
 
 # %% auto #0
-__all__ = ['Record', 'Choice', 'Models', 'change_mark', 'LiveModels', 'no_model']
+__all__ = ['Record', 'NOBODY', 'Choice', 'Asked', 'Models', 'change_mark', 'LiveModels', 'no_model']
 
 # %% ../../nbs/internals/07_models.ipynb #1dbdc9ac
 @dataclass(frozen=True, slots=True)
@@ -42,6 +42,17 @@ class Choice:
 
 Record = msgspec.Struct | dict[str, Any]  # a row as it came in: of the predictor's record_type, or of the feature table
 
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """Where the rows of a request come from."""
+
+    caller: str = ""  # the key's owner, else an address; empty: nobody knows
+    looked_up: Sequence[bool] | None = None  # whether each row is one of the feature table; None: there is no table
+
+
+NOBODY = Asked()
+
 # %% ../../nbs/internals/07_models.ipynb #014b9b11
 class Models(Protocol):
     """Who answers. The service calls `start` once, `refresh` once a second from a thread, the rest for each request."""
@@ -49,6 +60,7 @@ class Models(Protocol):
     problem: str = ""  # why there is no model, or why the newest could not be taken; empty: all is well
     failures: int = 0  # models that could not be loaded
     card: str = ""  # the model card, Markdown
+    since: float = 0.0  # when the live model was published, seconds since 1970; 0: there is none
 
     @property
     def ready(self) -> bool:
@@ -77,7 +89,9 @@ class Models(Protocol):
         """
         raise NotImplementedError
 
-    def observe(self, choice: Choice, seconds: float, scores: Any, ok: bool, records: Sequence[Record]) -> None:
+    def observe(
+        self, choice: Choice, seconds: float, scores: Any, ok: bool, records: Sequence[Record], asked: Asked = NOBODY
+    ) -> None:
         """Hear, after the response, what came of it: seconds, (n,) float64 scores or None, whether it worked, rows."""
 
 # %% ../../nbs/internals/07_models.ipynb #b6111031
@@ -98,10 +112,12 @@ def change_mark(
 class LiveModels:
     """The bundle that was published last: the usual `Models`."""
 
-    def __init__(self, settings: Settings, patience: float = 10.0) -> None:
+    def __init__(self, settings: Settings, patience: float = 10.0, verify: Verify | None = None) -> None:
+        self.verify = verify  # who must vouch for a bundle; None: its own checksums are enough
         self.settings = settings  # they name the use case, once one of its models has answered
         self.choice: Choice | None = None
-        self.problem, self.failures, self.card = _NONE_YET, 0, ""
+        self.metrics: Metrics | None = None
+        self.problem, self.failures, self.card, self.since = _NONE_YET, 0, "", 0.0
         self._patience, self._retry_at = patience, 0.0  # seconds until a broken bundle is tried again
         self._seen: object = None
 
@@ -111,7 +127,8 @@ class LiveModels:
         return self.choice is not None
 
     def start(self, log: PredictionLog | None, metrics: Metrics | None) -> None:
-        """Nothing is added to the log."""
+        """Count there; nothing is added to the log."""
+        self.metrics = metrics
 
     def refresh(self) -> None:
         """Take the bundle that is live now, if it is another one and sound."""
@@ -142,7 +159,7 @@ class LiveModels:
         """
         return self.live()
 
-    def observe(self, choice: Choice, seconds: float, scores: Any, ok: bool, records: Sequence[Record]) -> None:
+    def observe(self, choice: Choice, seconds: float, scores: Any, ok: bool, records: Any, asked: Any = NOBODY) -> None:
         """Nothing is compared."""
 
     def _is_due(self) -> bool:
@@ -151,6 +168,23 @@ class LiveModels:
         mark = None if name is None else change_mark(case_folder(self.settings, name) / LIVE_FILE)
         seen, self._seen = self._seen, mark
         return mark != seen or (self.failures > 0 and bool(self.problem) and time.monotonic() >= self._retry_at)
+
+# %% ../../nbs/internals/07_models.ipynb #4824a595
+def _published_at(settings: Settings, reference: str) -> float:
+    """When a live model was published, seconds since 1970; 0: it isn't any more."""
+    try:
+        return (case_folder(settings, case_of(reference)) / LIVE_FILE).stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+
+
+def no_model(
+    why: str,  # in words
+) -> HTTPProblem:
+    """What to say when there is nobody to answer."""
+    later = [(b"retry-after", b"5")]
+    remedy = "Publish a bundle, or try again later"
+    return HTTPProblem(503, f"there is no model: {why}", remedy, headers=later, reason="no_model")
 
 # %% ../../nbs/internals/07_models.ipynb #ee33d9dd
 def _take_live(models: LiveModels) -> None:
@@ -164,16 +198,13 @@ def _take_live(models: LiveModels) -> None:
     if folder is None:
         models.problem = "what was published is gone" if models.choice else _NONE_YET
         return
-    predictor, card = load_predictor(folder), (folder / CARD_FILE).read_text(encoding="utf-8")
+    if models.verify:
+        require_published_last(models.settings, folder.name)
+    predictor, card = load_predictor(folder, verify=models.verify), (folder / CARD_FILE).read_text(encoding="utf-8")
     models.settings = for_case(models.settings, predictor.reference)  # another use case that is published stays out
+    if models.metrics is not None:
+        models.metrics.watch(predictor.reference, "live")
     models.choice, models.card, models.problem = Choice(predictor), card, ""
+    models.since = _published_at(models.settings, predictor.reference)
     gc.collect()  # the type of the old model's records refers to itself: nothing else would ever free it
     _log.info("%s answers from now on", predictor.reference)
-
-
-def no_model(
-    why: str,  # in words
-) -> HTTPProblem:
-    """What to say when there is nobody to answer."""
-    later = [(b"retry-after", b"5")]
-    return HTTPProblem(503, f"there is no model: {why}", "Publish a bundle, or try again later", headers=later)

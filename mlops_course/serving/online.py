@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-import re
 import sqlite3
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
+from urllib.parse import urlsplit
 
 import msgspec
 import numpy as np
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['FeatureRecord', 'BETWEEN', 'STORE', 'FeatureTableError', 'RowLayout', 'LackingRowError', 'name_key', 'PackedRow',
-           'Store', 'FeatureTable', 'file_mark', 'write_file', 'FileStore', 'some_keys', 'RedisStore', 'features_path',
-           'open_feature_table', 'materialise']
+           'Store', 'FeatureTable', 'file_mark', 'write_file', 'FileStore', 'some_keys', 'server_trouble', 'RedisStore',
+           'features_path', 'open_feature_table', 'materialise']
 
 # %% ../../nbs/internals/07_online.ipynb #7bae0503
 class FeatureTableError(CourseError):
@@ -353,6 +353,23 @@ def some_keys(
         for key in keys
     ]
 
+# %% ../../nbs/internals/07_online.ipynb #7e11ab1e
+def server_trouble(
+    url: str,  # of a server
+    error: Exception,  # that came of using it
+) -> str:  # for a sentence
+    """An address without its password, wherever that stands in it, and what went wrong there."""
+    try:
+        parts = urlsplit(url)
+        unsure = "@" in parts.path + parts.query + parts.fragment  # a / or # in a password cuts the address short
+        host = "…" if unsure or not parts.hostname else parts.netloc.rpartition("@")[2]
+        place = f"{parts.scheme}://{'…@' if '@' in parts.netloc else ''}{host}"
+    except ValueError:
+        place = "…"
+    if isinstance(error, ValueError):  # its text quotes the address
+        return f"{place}: that isn't a valid address; write special characters of a password as %40 for @"
+    return f"{place}: {error}"
+
 # %% ../../nbs/internals/07_online.ipynb #12108fd4
 @contextmanager
 def _explained(url: str) -> Iterator[None]:
@@ -362,8 +379,7 @@ def _explained(url: str) -> Iterator[None]:
     try:
         yield
     except (RedisError, OSError, ValueError) as error:
-        place = re.sub(r"//[^/@]*@", "//…@", url)
-        problem = f"can't use the online feature table {place}: {error}"
+        problem = f"can't use the online feature table {server_trouble(url, error)}"
         raise FeatureTableError(problem, "Check MLOPS_COURSE_FEATURES_URL, and that the server runs") from error
 
 

@@ -10,10 +10,12 @@ from typing import Any
 
 import msgspec
 
+from mlops_course.serving.bundle import Feature
 from mlops_course.serving.encoding import LARGEST
 from mlops_course.serving.inference import Predictor, typical_record
 from mlops_course.serving.messages import BatchResponse, PredictResponse
 from mlops_course.serving.online import FeatureTable, some_keys
+from mlops_course.serving.open_inference import describe_inference
 from mlops_course.serving.predict import Service
 from mlops_course.serving.problems import PROBLEM, ProblemDetails
 
@@ -27,14 +29,21 @@ def _record_schema(
     """Describe a record of a model."""
     if predictor is None:
         return {"type": "object", "additionalProperties": {"type": ["number", "string", "null"]}}
-    number = {"type": ["number", "null"], "exclusiveMinimum": -LARGEST, "exclusiveMaximum": LARGEST}
-    kinds = {"number": number, "category": {"type": ["string", "null"]}}
-    features = predictor.manifest.features
+    properties = {each.name: _value_schema(each) for each in predictor.manifest.features}
     return {
         "type": "object", "title": f"Record of {predictor.reference}", "additionalProperties": False,
-        "required": list(predictor.features), "properties": {each.name: kinds[each.kind] for each in features},
-        "example": typical_record(predictor),
+        "required": list(predictor.features), "properties": properties, "example": typical_record(predictor),
     }  # fmt: skip
+
+
+def _value_schema(feature: Feature) -> dict[str, Any]:
+    """Describe a value: text, or a number that can be."""
+    if feature.kind == "category":
+        return {"type": ["string", "null"]}
+    number: dict[str, Any] = {"type": ["number", "null"]}
+    if feature.possible:
+        return number | {"minimum": feature.possible[0], "maximum": feature.possible[1]}
+    return number | {"exclusiveMinimum": -LARGEST, "exclusiveMaximum": LARGEST}
 
 # %% ../../nbs/internals/07_openapi.ipynb #0f9c0bbd
 def _key_schema(
@@ -125,7 +134,8 @@ def describe_service(
     paths = {**own["paths"], "/predict": {"post": one}, "/predict/batch": {"post": many}}
     parts = own.get("components", {})
     components = {**parts, "schemas": {**parts.get("schemas", {}), **_schemas(service)}}
-    return {**own, "info": {**own["info"], **_about(service)}, "paths": paths, "components": components}
+    document = {**own, "info": {**own["info"], **_about(service)}, "paths": paths, "components": components}
+    return describe_inference(document, service)
 
 
 def _about(service: Service) -> dict[str, str]:

@@ -5,6 +5,7 @@
 # %% ../../nbs/internals/07_packaging.ipynb #440c8824
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from fnmatch import fnmatchcase
@@ -74,6 +75,7 @@ def describe_features(
     model: Pipeline,  # from `experiments.train`
     rows: pd.DataFrame,  # features of the training
     groups: Mapping[str, str],  # group of a feature, by its name; the others stand alone
+    bounds: Mapping[str, tuple[float, float]] | None = None,  # what a number can be, by the feature's name
 ) -> tuple[Feature, ...]:  # in the order of the classifier's columns
     "List what a model takes, with the categories that it knows and the values that are typical."
     (_, encoder, texts), (_, _, numbers) = model.named_steps["columns"].transformers_[:2]
@@ -83,9 +85,17 @@ def describe_features(
     ]
     medians, missing = rows[list(numbers)].median(), rows[list(numbers)].isna().mean()
     for name in numbers:
-        typical = None if missing[name] > 0.5 else float(np.float32(medians[name]))
-        found.append(Feature(name, "number", typical, group=groups.get(name, "")))
+        typical, seen = None if missing[name] > 0.5 else float(np.float32(medians[name])), _span(rows[name])
+        promised = (bounds or {}).get(name)
+        fits = promised and seen and promised[0] <= seen[0] and seen[1] <= promised[1]  # else it is another quantity
+        found.append(Feature(name, "number", typical, (), groups.get(name, ""), promised if fits else None, seen))
     return tuple(found)
+
+# %% ../../nbs/internals/07_packaging.ipynb #435bed92
+def _span(column: pd.Series) -> tuple[float, float] | None:
+    """The smallest and the largest number; None: there is none."""
+    low, high = float(column.min()), float(column.max())
+    return (low, high) if math.isfinite(low) and math.isfinite(high) else None
 
 
 def _mode(column: pd.Series) -> str | None:
@@ -179,6 +189,21 @@ def _as_json(column: pd.Series, kind: str) -> list[float | str | None]:
     numbers = column.astype(np.float32) if kind == "number" else column
     return [None if missing else plain(value) for value, missing in zip(numbers, column.isna(), strict=True)]
 
+# %% ../../nbs/internals/07_packaging.ipynb #54e131c2
+def _contract_bounds(
+    use_case: UseCase,  # whose tables have contracts
+) -> dict[str, tuple[float, float]]:  # smallest and largest value, by the column's name
+    """Read what numbers the contracts allow."""
+    found: dict[str, tuple[float, float]] = {}
+    for table in use_case.tables:
+        for name, column in table.contract().columns.items():
+            for check in column.checks:
+                low, high = (check.statistics or {}).get("min_value"), (check.statistics or {}).get("max_value")
+                if isinstance(low, int | float) and isinstance(high, int | float):
+                    other = found.get(str(name), (low, high))
+                    found[str(name)] = min(float(low), other[0]), max(float(high), other[1])
+    return found
+
 # %% ../../nbs/internals/07_packaging.ipynb #19a602b8
 def write_bundle(
     settings: Settings,  # whose workspace
@@ -194,7 +219,7 @@ def write_bundle(
         BundleError: the graph does not score as scikit-learn does, or that version was published otherwise.
     """
     graph, groups = convert_to_onnx(model), group_features(map(str, rows.columns), use_case.groups)
-    features = describe_features(model, rows, groups)
+    features = describe_features(model, rows, groups, _contract_bounds(use_case))
     manifest = _manifest(use_case, features, reference, origin)
     check_parity(model, manifest, graph, rows)
     card, golden = model_card(use_case, manifest, origin), choose_golden(model, features, rows)

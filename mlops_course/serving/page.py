@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 
 from fastapi import FastAPI, Request, Response
 
@@ -260,9 +260,10 @@ FILES = {
 # %% ../../nbs/internals/07_page.ipynb #ed8b905a
 def add_page(
     app: FastAPI,  # that gets the page
+    files: Mapping[str, tuple[str, str]] | None = None,  # by path: the content and its kind; None: those of this page
 ) -> None:
-    """Serve the page's three files."""
-    for path, (content, kind) in FILES.items():
+    """Serve a page's files."""
+    for path, (content, kind) in (FILES if files is None else files).items():
         app.get(path, include_in_schema=False)(_file(content.encode(), kind))
 
 
@@ -272,7 +273,7 @@ def _file(content: bytes, kind: str) -> Callable[[Request], Awaitable[Response]]
 
     async def give(request: Request) -> Response:
         if request.headers.get("if-none-match") == mark:
-            return Response(status_code=304, headers={"ETag": mark})
+            return Response(status_code=304, headers={**_HEADERS, "ETag": mark})
         return Response(content, media_type=kind, headers={**_HEADERS, "ETag": mark})
 
     return give

@@ -7,20 +7,23 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import msgspec
 import numpy as np
 
 # %% auto #0
-__all__ = ['Service', 'PredictJob', 'name_keys', 'read_records', 'find_records', 'ScoredRows', 'score_rows', 'record_predictions',
-           'PredictOne', 'PredictMany']
+__all__ = ['Service', 'PredictJob', 'name_keys', 'read_records', 'find_records', 'ScoredRows', 'asked_of', 'score_at_once',
+           'score_rows', 'record_predictions', 'body_of', 'answer_rows', 'PredictOne', 'PredictMany']
 
 # %% ../../nbs/internals/07_predict.ipynb #ca72b0f4
+from mlops_course.serving.access import caller_of, note_model
 from mlops_course.serving.encoding import InputError
 from mlops_course.serving.inference import Predictor, Reason
 from mlops_course.serving.limits import Limits
@@ -30,10 +33,10 @@ from mlops_course.serving.messages import (
     decode_batch, decode_one, read_body, refuse_repeated, request_id_of, unreadable, wanted_reasons,
 )
 from mlops_course.serving.metrics import Metrics
-from mlops_course.serving.models import Choice, Models
+from mlops_course.serving.models import Asked, Choice, Models
 from mlops_course.serving.online import LackingRowError, name_key
 from mlops_course.serving.predictions import LoggedPrediction, PredictionLog
-from mlops_course.serving.problems import HTTPProblem, Receive, Scope, Send, encode_json, respond
+from mlops_course.serving.problems import HTTPProblem, Receive, Reply, Scope, Send, encode_json, respond
 
 _log = logging.getLogger("mlops_course.serving")
 
@@ -54,6 +57,11 @@ class Service:
         found = [] if self.models.ready else [self.models.problem]
         return found + ([self.log.problem] if self.log is not None and self.log.problem else [])
 
+    def warnings(self) -> list[str]:
+        """What it can answer, but not as it should; empty: all is well."""
+        by_key = f"requests by key are refused: {self.online.problem}" if self.online.table is None else ""
+        return [each for each in (self.models.problem, by_key) if each]
+
 # %% ../../nbs/internals/07_predict.ipynb #a2abcfb4
 @dataclass(slots=True)
 class PredictJob:
@@ -64,6 +72,8 @@ class PredictJob:
     sticky_key: str | None = None
     within: str = ""  # path of a row in the body: empty, or rows
     key_names: list[str | None] | None = None  # names of the rows in the online table
+    choice: Choice | None = None  # who shall score them; None: whoever's turn it is
+    caller: str = ""  # the key's owner, else an address
 
     def path(self, row: int | None, field: str) -> str:
         """Path of a field in the body."""
@@ -195,11 +205,71 @@ def _check_scores(scores: np.ndarray) -> None:
     Raises:
         ArithmeticError: a score is not a number.
     """
-    if not np.isfinite(scores).all():
+    if not (math.isfinite(scores[0]) if len(scores) == 1 else np.isfinite(scores).all()):
         raise ArithmeticError(f"{np.count_nonzero(~np.isfinite(scores))} of {len(scores)} scores are not numbers")
 
 # %% ../../nbs/internals/07_predict.ipynb #94e301b8
 _ON_THE_SPOT = 16  # rows that are scored in the event loop's thread
+
+
+def _count_failure(service: Service, choice: Choice) -> None:
+    """Count that a model failed, by its version and role."""
+    if service.metrics is not None:
+        service.metrics.failed.labels(choice.predictor.reference, choice.role).inc()
+
+
+def asked_of(service: Service, job: PredictJob) -> Asked:
+    """Where the rows come from: whoever sends whole records may have made them up."""
+    there = service.online.key_parts is not None
+    return Asked(job.caller, [each.record is ABSENT for each in job.requests] if there else None)
+
+
+def _model_failed() -> HTTPProblem:
+    """What to say when no model could score a request."""
+    later = [(b"retry-after", b"1")]
+    return HTTPProblem(503, "the model failed on this request", "Try again", headers=later, reason="model_failed")
+
+# %% ../../nbs/internals/07_predict.ipynb #7b10b3e2
+def _chosen(service: Service, job: PredictJob) -> Choice:
+    """Whose turn it is."""
+    return job.choice or service.models.choose(job.sticky_key or job.request_id)
+
+
+def _fall_back(
+    service: Service,  # with the models
+    job: PredictJob,  # the rows
+    failed: Choice,  # the model that could not score them
+    records: list[Any],  # of the rows
+    begin: float,  # seconds of the performance counter
+    error: Exception,  # of the runtime
+) -> Choice | None:
+    """Make known that a model has failed, and say who answers instead."""
+    _log.error("%s failed on request %s", failed.predictor.reference, job.request_id, exc_info=error)
+    service.models.observe(failed, time.perf_counter() - begin, None, False, records, asked_of(service, job))
+    _count_failure(service, failed)
+    return failed.fallback
+
+# %% ../../nbs/internals/07_predict.ipynb #38cb06c3
+def score_at_once(
+    service: Service,  # with the models
+    job: PredictJob,  # a few rows, each with its record
+) -> ScoredRows:
+    """Score rows with the model whose turn it is, without waiting for anybody.
+
+    Raises:
+        HTTPProblem: the request is refused.
+    """
+    choice: Choice | None = _chosen(service, job)
+    while choice is not None:
+        begin, predictor = time.perf_counter(), choice.predictor
+        records, matrix = read_records(predictor, job)
+        try:
+            scores = predictor.scores(matrix)
+            _check_scores(scores)
+            return ScoredRows(choice, records, matrix, scores, time.perf_counter() - begin)
+        except Exception as error:  # whatever a runtime raises: the model is broken, not the request
+            choice = _fall_back(service, job, choice, records, begin, error)
+    raise _model_failed()
 
 # %% ../../nbs/internals/07_predict.ipynb #441d91bb
 async def score_rows(
@@ -211,8 +281,10 @@ async def score_rows(
     Raises:
         HTTPProblem: the request is refused.
     """
-    choice: Choice | None = service.models.choose(job.sticky_key or job.request_id)
     whole = ABSENT not in [request.record for request in job.requests]
+    if whole and len(job.requests) <= _ON_THE_SPOT:
+        return score_at_once(service, job)
+    choice: Choice | None = _chosen(service, job)
     while choice is not None:
         begin, predictor = time.perf_counter(), choice.predictor
         records, matrix = read_records(predictor, job) if whole else await find_records(service, predictor, job)
@@ -222,10 +294,8 @@ async def score_rows(
             _check_scores(scores)
             return ScoredRows(choice, records, matrix, scores, time.perf_counter() - begin)
         except Exception as error:  # whatever a runtime raises: the model is broken, not the request
-            _log.error("%s failed on request %s", predictor.reference, job.request_id, exc_info=error)
-            service.models.observe(choice, time.perf_counter() - begin, None, False, records)
-            choice = choice.fallback
-    raise HTTPProblem(503, "the model failed on this request", "Try again", headers=[(b"retry-after", b"1")])
+            choice = _fall_back(service, job, choice, records, begin, error)
+    raise _model_failed()
 
 # %% ../../nbs/internals/07_predict.ipynb #cae8cf8d
 def record_predictions(
@@ -263,7 +333,7 @@ def _entries(job: PredictJob, scored: ScoredRows, values: list[float]) -> list[L
     ]
 
 # %% ../../nbs/internals/07_predict.ipynb #c8af9377
-async def _body_of(receive: Receive) -> bytes:
+async def body_of(receive: Receive) -> bytes:
     """The whole body."""
     message = await receive()
     body = message.get("body", b"")
@@ -287,6 +357,46 @@ def _refuse_repeated(body: bytes, job: PredictJob, predictor: Predictor) -> None
             colons += sum(str(value).count(":") + name.count(":") for name, value in request.key.items())
     refuse_repeated(body, names, colons)
 
+# %% ../../nbs/internals/07_predict.ipynb #d34014a7
+def _keep_scores(
+    service: Service, scope: Scope, job: PredictJob, scored: ScoredRows, body: bytes | None
+) -> list[float]:  # the scores
+    """Note which model has answered, and record its scores, unless a name was given twice."""
+    note_model(scope, scored.choice.predictor.reference)
+    if body is not None:
+        _refuse_repeated(body, job, scored.choice.predictor)
+    values: list[float] = scored.scores.tolist()
+    record_predictions(service, job, scored, values)
+    return values
+
+# %% ../../nbs/internals/07_predict.ipynb #ac2e5ff0
+async def answer_rows(
+    service: Service,  # that answers
+    scope: Scope,  # of the request
+    job: PredictJob,  # the rows
+    body: bytes | None = None,  # in which no name may be given twice; None: that was looked at
+) -> tuple[ScoredRows, list[float]]:  # what a model made of them, and the scores
+    """The way of rows from a request that was read to scores that were recorded, whatever the protocol.
+
+    Raises:
+        HTTPProblem: the request is refused.
+    """
+    name_keys(service, job)
+    scored = await score_rows(service, job)
+    return scored, _keep_scores(service, scope, job, scored, body)
+
+# %% ../../nbs/internals/07_predict.ipynb #115b6e80
+def _response(job: PredictJob, scored: ScoredRows, value: float) -> PredictResponse:
+    """What comes back for one row."""
+    predictor, threshold = scored.choice.predictor, scored.choice.predictor.threshold
+    return PredictResponse(value, value >= threshold, threshold, predictor.reference, job.request_id)
+
+
+def _observe(service: Service, job: PredictJob, scored: ScoredRows) -> None:
+    """Let whoever compares models hear what came of a request."""
+    asked = asked_of(service, job)
+    service.models.observe(scored.choice, scored.seconds, scored.scores, True, scored.records, asked)
+
 # %% ../../nbs/internals/07_predict.ipynb #62f1d9a4
 class PredictOne:
     """`POST /predict`: one row."""
@@ -297,22 +407,29 @@ class PredictOne:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer."""
         service = self.service
-        job = PredictJob([], request_id_of(scope), check_headers(scope))
+        job = PredictJob([], request_id_of(scope), check_headers(scope), caller=caller_of(scope))
         reasons = wanted_reasons(scope["query_string"]) if scope["query_string"] else 0
-        body = await _body_of(receive)
+        body = await body_of(receive)
         job.requests = [read_body(decode_one, body)]
-        name_keys(service, job)
-        scored = await score_rows(service, job)
-        predictor = scored.choice.predictor
-        _refuse_repeated(body, job, predictor)
-        values = scored.scores.tolist()
-        record_predictions(service, job, scored, values)
-        value, threshold = values[0], predictor.threshold
-        response = PredictResponse(value, value >= threshold, threshold, predictor.reference, job.request_id)
+        scored, values = await answer_rows(service, scope, job, body)
+        response = _response(job, scored, values[0])
         if reasons:
-            response.reasons = predictor.reasons(scored.matrix[0], reasons)
+            response.reasons = scored.choice.predictor.reasons(scored.matrix[0], reasons)
         await respond(send, 200, encode_json(response))
-        service.models.observe(scored.choice, scored.seconds, scored.scores, True, scored.records)
+        _observe(service, job, scored)
+
+    def at_once(self, scope: Scope, body: bytes) -> Reply | None:
+        """Answer a request without a query, unless it has a key only: to find that row may take a while."""
+        service = self.service
+        job = PredictJob([], request_id_of(scope), check_headers(scope), caller=caller_of(scope))
+        job.requests = [read_body(decode_one, body)]
+        if job.requests[0].record is ABSENT:
+            return None
+        name_keys(service, job)
+        scored = score_at_once(service, job)
+        values = _keep_scores(service, scope, job, scored, body)
+        then = partial(_observe, service, job, scored)
+        return Reply(200, encode_json(_response(job, scored, values[0])), then=then)
 
 # %% ../../nbs/internals/07_predict.ipynb #71d1d48d
 class PredictMany:
@@ -324,22 +441,18 @@ class PredictMany:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer."""
         service, most = self.service, self.service.limits.rows
-        job = PredictJob([], request_id_of(scope), check_headers(scope), within="rows")
+        job = PredictJob([], request_id_of(scope), check_headers(scope), within="rows", caller=caller_of(scope))
         reasons = wanted_reasons(scope["query_string"]) if scope["query_string"] else 0
-        body = await _body_of(receive)
+        body = await body_of(receive)
         check_objects(body, most)
         job.requests = read_body(decode_batch, body).rows
         if len(job.requests) > most:
             raise HTTPProblem(413, f"the batch has {len(job.requests)} rows", f"Send at most {most} at a time", "rows")
-        name_keys(service, job)
-        scored = await score_rows(service, job)
-        predictor = scored.choice.predictor
-        _refuse_repeated(body, job, predictor)
-        values, threshold = scored.scores.tolist(), predictor.threshold
-        record_predictions(service, job, scored, values)
+        scored, values = await answer_rows(service, scope, job, body)
+        predictor, threshold = scored.choice.predictor, scored.choice.predictor.threshold
         rows = [BatchRow(value, value >= threshold) for value in values]
         if reasons:
             for row, found in zip(rows, await asyncio.to_thread(scored.reasons, reasons), strict=True):
                 row.reasons = found
         await respond(send, 200, encode_json(BatchResponse(rows, threshold, predictor.reference, job.request_id)))
-        service.models.observe(scored.choice, scored.seconds, scored.scores, True, scored.records)
+        _observe(service, job, scored)

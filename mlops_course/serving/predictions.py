@@ -12,20 +12,20 @@ import secrets
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 # %% auto #0
-__all__ = ['LoggedPrediction', 'LogLimits', 'log_folder', 'host_name', 'Segment', 'PredictionLog', 'maintain',
-           'CollectedPredictions', 'read_segment', 'as_frame', 'collect_predictions', 'others_waiting']
+__all__ = ['LoggedPrediction', 'LogLimits', 'log_limits', 'log_folder', 'host_name', 'Segment', 'PredictionLog', 'maintain',
+           'CollectedPredictions', 'read_segment', 'as_frame', 'CollectError', 'collect_predictions', 'others_waiting']
 
 # %% ../../nbs/internals/07_predictions.ipynb #dfdcbfa1
 import msgspec
 
-from mlops_course.environment import Settings, workspace_error
+from mlops_course.environment import CourseError, Settings, workspace_error
 from mlops_course.serving.bundle import case_folder
 from mlops_course.serving.problems import HTTPProblem, encode_json, without_folder
 
@@ -63,8 +63,17 @@ class LogLimits:
 
     segment: int = 64 * 2**20  # bytes of one file
     seconds: float = 3600.0  # that one file is written to
-    total: int = 8 * 2**30  # bytes of all files; beyond that, predictions are refused
+    own: int = 2 * 2**30  # bytes of what one process has written; beyond that, this one refuses predictions
+    total: int = 8 * 2**30  # bytes of all files; beyond that, every process refuses them
     spare: int = 64 * 2**20  # bytes that stay free on the disk
+
+
+def log_limits(
+    own: int,  # bytes of what one process has written
+    total: int,  # bytes of all files
+) -> LogLimits:
+    """Limits in which a file is full long before the log is: only what is closed can be collected."""
+    return LogLimits(segment=max(1, min(LogLimits.segment, own // 8, total // 8)), own=own, total=total)
 
 
 def log_folder(
@@ -176,7 +185,8 @@ class PredictionLog:
         self.limits = limits or LogLimits()
         self.segment: Segment | None = None
         self.problem = ""  # why nothing can be written; empty: all is well
-        self.total = 0  # bytes of all segments
+        self.total = self.own = 0  # bytes of all segments, and of those of this process
+        self.most = self.limits.total  # bytes that all of them may have: the disk may have room for fewer
 
     def settle(self, model: str) -> None:  # reference to the first model that answers
         """Write beside what is served of the model's use case, from now on."""
@@ -216,7 +226,8 @@ class PredictionLog:
         """Bring to the disk what was written, and see how much room is left; from another thread, if you like."""
         if self.segment is not None:
             self.segment.sync()
-        self.total = _segments_size(self.folder)
+        self.total, self.own = _segments_size(self.folder)
+        self.most = min(self.limits.total, self.total + max(0, _free_bytes(self.folder) - self.limits.spare))
 
     def close(self) -> None:
         """End the segment."""
@@ -230,31 +241,44 @@ def _unwritten(
 ) -> HTTPProblem:
     """What to say about a prediction that can't be written down."""
     later = [(b"retry-after", b"5")]
-    return HTTPProblem(503, f"the prediction can't be recorded: {problem}", "Try again later", headers=later)
+    said = f"the prediction can't be recorded: {problem}"
+    return HTTPProblem(503, said, "Try again later", headers=later, reason="unlogged")
 
 
 def _segments_size(
     folder: Path,  # of the log
-) -> int:  # bytes
+) -> tuple[int, int]:  # bytes; of them, those that this process has written
     """How much is waiting to be collected."""
-    size = 0
+    size, own, mine = 0, 0, f"-{host_name()}-{os.getpid()}-"
     with os.scandir(folder) as found:
         for each in found:
             try:
-                size += each.stat().st_size
+                bytes_of_it = each.stat().st_size
             except FileNotFoundError:  # just collected
                 continue
-    return size
+            size += bytes_of_it
+            own += bytes_of_it if mine in each.name else 0
+    return size, own
 
 # %% ../../nbs/internals/07_predictions.ipynb #5f459f3f
+def _free_bytes(folder: Path) -> int:
+    """How much more fits on a disk; where the system doesn't say, as much as anybody wants."""
+    if not hasattr(os, "statvfs"):
+        return 2**62
+    status = os.statvfs(folder)
+    return status.f_bavail * status.f_frsize
+
+
 def _room_problem(
     log: PredictionLog,  # that has just looked
 ) -> str:  # empty: there is room
     """Say whether more may be written."""
-    status = os.statvfs(log.folder) if hasattr(os, "statvfs") else None
-    if log.total > log.limits.total:
-        return f"{log.total:,} bytes wait in {log.folder.name}, and the limit is {log.limits.total:,}"
-    if status is not None and status.f_bavail * status.f_frsize < log.limits.spare:
+    limits = log.limits
+    if log.own > limits.own:
+        return f"{log.own:,} bytes of this process wait in {log.folder.name}, and its limit is {limits.own:,}"
+    if log.total > limits.total:
+        return f"{log.total:,} bytes wait in {log.folder.name}, and the limit is {limits.total:,}"
+    if _free_bytes(log.folder) < limits.spare:
         return f"the disk of {log.folder.name} is full"
     return ""
 
@@ -390,19 +414,48 @@ def _collect(settings: Settings, use_case: UseCase, path: Path) -> tuple[int, in
     path.unlink(missing_ok=True)
     return len(entries), torn
 
+# %% ../../nbs/internals/07_predictions.ipynb #724e3d6a
+_PATIENCE_S = 600.0  # seconds
+
+
+class CollectError(CourseError):
+    """Predictions can't be collected now."""
+
+
+@contextmanager
+def _alone(folder: Path, seconds: float = _PATIENCE_S) -> Iterator[None]:
+    """Be the only one who collects from a log.
+
+    Raises:
+        CollectError: another collector is at it, and doesn't end.
+    """
+    from filelock import FileLock, Timeout
+
+    try:
+        with FileLock(folder / ".collect.lock", timeout=seconds):
+            yield
+    except Timeout as error:
+        problem = f"another collector has been at {folder} for {seconds:g} s"
+        raise CollectError(problem, "See whether it still works; it may be ended at any moment") from error
+
 # %% ../../nbs/internals/07_predictions.ipynb #963435b5
 def collect_predictions(
     settings: Settings,  # where the workspace is
     use_case: UseCase,  # which columns name a row
 ) -> CollectedPredictions:
-    """Move closed segments into the use case's table `predictions_online`; doing it again changes nothing."""
+    """Move closed segments into the use case's table `predictions_online`; doing it again changes nothing.
+
+    Raises:
+        CollectError: another collector is at it, and doesn't end.
+    """
     from mlops_course.data import newest_reference, table_name, table_version
 
     folder, name = log_folder(settings, use_case.name), table_name(use_case, _TABLE)
     if not folder.is_dir():
         return CollectedPredictions(None, 0, 0, 0)
-    _close_orphans(folder)
-    found = [_collect(settings, use_case, path) for path in sorted(folder.glob("*.jsonl"))]
+    with _alone(folder):
+        _close_orphans(folder)
+        found = [_collect(settings, use_case, path) for path in sorted(folder.glob("*.jsonl"))]
     good = [counts for counts in found if counts is not None]
     table = newest_reference(settings, name) if table_version(settings, name) is not None else None
     rows, torn = sum(rows for rows, _ in good), sum(torn for _, torn in good)

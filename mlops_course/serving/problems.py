@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,9 @@ import msgspec
 from mlops_course.environment import CourseError
 
 # %% auto #0
-__all__ = ['Scope', 'Message', 'Send', 'Receive', 'Headers', 'JSON', 'PROBLEM', 'encode_json', 'HTTPProblem', 'ProblemDetails',
-           'problem_document', 'without_folder', 'respond', 'send_problem']
+__all__ = ['Scope', 'Message', 'Send', 'Receive', 'Headers', 'JSON', 'PROBLEM', 'REASON_OF', 'REASONS', 'encode_json',
+           'SAFE_HEADERS', 'HTTPProblem', 'ProblemDetails', 'problem_document', 'route_of', 'refusal_body',
+           'without_folder', 'add_safe_headers', 'Reply', 'respond', 'send_problem']
 
 # %% ../../nbs/internals/07_problems.ipynb #642ba329
 Scope = MutableMapping[str, Any]  # what a server says about a request: path, method, headers
@@ -27,6 +30,17 @@ Receive = Callable[[], Awaitable[Message]]
 Headers = Iterable[tuple[bytes, bytes]]
 
 JSON, PROBLEM = b"application/json", b"application/problem+json"
+
+# %% ../../nbs/internals/07_problems.ipynb #c53154e2
+REASON_OF = {
+    400: "invalid", 401: "unknown_key", 403: "forbidden", 404: "not_found", 405: "method", 408: "slow",
+    413: "too_large", 415: "media_type", 422: "invalid", 429: "rate", 431: "headers", 499: "client_gone",
+    503: "unavailable",
+}  # fmt: skip
+REASONS = frozenset(REASON_OF.values()) | {  # what a 503 may mean, and whatever nobody has thought of
+    "busy", "late", "connections", "no_model", "model_failed", "no_features", "unlogged", "other",
+}  # fmt: skip
+
 
 # %% ../../nbs/internals/07_problems.ipynb #b933f567
 class HTTPProblem(CourseError):
@@ -40,9 +54,11 @@ class HTTPProblem(CourseError):
         field: str | None = None,  # path of the field in the body, such as record.temp
         row: int | None = None,  # which row of a batch, from 0
         headers: Headers = (),  # of the answer, such as Retry-After
+        reason: str = "",  # one of `REASONS`, for the counter; empty: the status says it
     ) -> None:
         super().__init__(problem, remedy)
         self.status, self.field, self.row, self.headers = status, field, row, tuple(headers)
+        self.reason = reason or REASON_OF.get(status, "other")
 
 # %% ../../nbs/internals/07_problems.ipynb #496ee588
 class ProblemDetails(msgspec.Struct, omit_defaults=True):
@@ -71,6 +87,29 @@ def problem_document(
     made.field, made.row, made.remedy, made.request_id = problem.field, problem.row, remedy or None, request_id
     return encode_json(made)
 
+# %% ../../nbs/internals/07_problems.ipynb #8b72c79d
+_V2_ROUTE = re.compile(r"/v2/models/[^/]+(/versions/[^/]+)?(/ready|/infer)?", re.DOTALL)
+
+
+def route_of(
+    path: str,  # of a request
+) -> str:  # the same without the names of model and version
+    """Which of the service's addresses a path is."""
+    found = _V2_ROUTE.fullmatch(path) if path.startswith("/v2/models/") else None
+    return f"/v2/models/{{name}}{'/versions/{version}' if found[1] else ''}{found[2] or ''}" if found else path
+
+
+def refusal_body(
+    problem: HTTPProblem,  # that ends a request
+    request_id: str | None,  # of the request
+    path: str,  # of the request
+) -> tuple[bytes, bytes]:  # the body, and its content type
+    """Write a refusal as the protocol of its address has it."""
+    if path != "/v2" and not path.startswith("/v2/"):
+        return problem_document(problem, request_id), PROBLEM
+    said = f"{problem.field}: {problem}" if problem.field else str(problem)
+    return encode_json({"error": said}), JSON
+
 # %% ../../nbs/internals/07_problems.ipynb #5c1d0e02
 def without_folder(
     text: str,  # a message about files
@@ -78,6 +117,34 @@ def without_folder(
 ) -> str:  # the message for clients
     """Tell paths from a folder on."""
     return text.replace(f"{folder}{os.sep}", "").replace(str(folder), folder.name)
+
+# %% ../../nbs/internals/07_problems.ipynb #2217a9aa
+SAFE_HEADERS = (
+    (b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"), (b"cache-control", b"no-store"),
+    (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+)  # fmt: skip
+
+
+def add_safe_headers(
+    headers: Headers,  # of an answer, their names in lower case
+) -> list[tuple[bytes, bytes]]:  # the same, and what wasn't said
+    """Tell browsers what they must not do."""
+    given = list(headers)
+    named = {name for name, _ in given}
+    return [*given, *(each for each in SAFE_HEADERS if each[0] not in named)]
+
+# %% ../../nbs/internals/07_problems.ipynb #3dbc6b1f
+@dataclass(slots=True)
+class Reply:
+    """A whole answer, for whoever needn't wait for it."""
+
+    status: int  # of HTTP
+    body: bytes  # all of it
+    kind: bytes = JSON  # the content type
+    headers: Headers = ()  # more of them
+    request_id: str = ""
+    then: Callable[[], None] | None = None  # what is done once it is on its way
 
 # %% ../../nbs/internals/07_problems.ipynb #9743ac5c
 async def respond(
@@ -98,6 +165,8 @@ async def send_problem(
     send: Send,  # of the request
     problem: HTTPProblem,  # that ends it
     request_id: str | None = None,  # of the request
+    path: str = "",  # of the request: another protocol has another form
 ) -> None:
     """Send a refusal."""
-    await respond(send, problem.status, problem_document(problem, request_id), PROBLEM, problem.headers)
+    body, kind = refusal_body(problem, request_id, path)
+    await respond(send, problem.status, body, kind, problem.headers)

@@ -15,15 +15,16 @@ import msgspec
 from mlops_course.environment import Settings, replacing, workspace_error, write_atomic
 from mlops_course.ledger import LedgerEntry, append_entry, current_user, read_ledger
 from mlops_course.serving.bundle import (
-    BUNDLE_REFERENCE, MANIFEST_FILE, MAX_BYTES, BundleError, Manifest, bundles_folder, case_folder, case_of,
-    find_bundle, manifest_sha256, open_bundle, place_bundle, read_bundle, write_manifest,
+    ATTESTATIONS, BUNDLE_REFERENCE, MANIFEST_FILE, MAX_BYTES, BundleError, Manifest, Verify, attach,
+    bundles_folder, case_folder, case_of, find_bundle, manifest_sha256, open_bundle, place_bundle, read_attestations,
+    read_bundle, write_manifest,
 )
 from mlops_course.serving.inference import make_predictor
 from mlops_course.storage import StoragePlace, fetch_file, list_objects, put_file, storage_place
 
 # %% auto #0
 __all__ = ['LIVE_FILE', 'served_case', 'live_file', 'for_case', 'pinned', 'bundle_place', 'store_bundle', 'fetch_bundle',
-           'live_bundle', 'keep_bundle', 'publish', 'check_live', 'repair_live']
+           'live_bundle', 'keep_bundle', 'publish', 'check_live', 'require_published_last', 'repair_live']
 
 # %% ../../nbs/internals/07_publishing.ipynb #d039f425
 LIVE_FILE = "live.json"
@@ -93,8 +94,8 @@ def store_bundle(
     if settings.storage is None:
         return
     place = bundle_place(settings, folder.name)
-    for name in (*read_bundle(folder).files, MANIFEST_FILE):
-        if not put_file(place / name, folder / name, new=True):
+    for name in (*read_attestations(folder), *read_bundle(folder).files, MANIFEST_FILE):
+        if not put_file(place / name, folder / name, new=name not in ATTESTATIONS):
             problem = f"{place / name} is another file: somebody else published a {folder.name}, or was interrupted"
             raise BundleError(problem, "Give each workspace a storage of its own, or register the model again")
 
@@ -164,8 +165,8 @@ def live_bundle(
         raise BundleError(f"{path} names {live.bundle!r}, which is not a version of {name}", "Publish a bundle again")
     folder = fetch_bundle(settings, live.bundle)
     if manifest_sha256(folder) != live.manifest:
-        remedy = "Fetch that bundle again as it was, or publish another version"
-        raise BundleError(f"{folder} is not the bundle that was published", remedy)
+        problem = f"{folder / MANIFEST_FILE} has changed: this is not the bundle that was published"
+        raise BundleError(problem, "Fetch that bundle again as it was, or publish another version")
     return folder
 
 # %% ../../nbs/internals/07_publishing.ipynb #07ab1e02
@@ -215,6 +216,7 @@ def keep_bundle(
     settings: Settings,  # whose workspace
     manifest: Manifest,  # what the bundle says about itself
     files: Mapping[str, bytes],  # the content of its other files, by name
+    attestations: Mapping[str, bytes] | None = None,  # what others say about it; None: what they have said stays
 ) -> Path:  # the folder
     """Put a bundle where its version belongs. What was published under that name can't be replaced.
 
@@ -228,14 +230,18 @@ def keep_bundle(
         problem = f"{manifest.model} was published with another content, and a published version never changes"
         raise BundleError(problem, "Register the model as a new version")
     if not _holds(home, {**files, MANIFEST_FILE: content}):
-        place_bundle(home, manifest, files)
+        return place_bundle(home, manifest, files, attestations)
+    for name, said in (attestations or {}).items():
+        if _content(home / name) != said:
+            attach(home, name, said)
     return home
 
-
+# %% ../../nbs/internals/07_publishing.ipynb #f4c85bee
 def _holds(folder: Path, files: Mapping[str, bytes]) -> bool:
-    """Whether a folder has these files, and no others."""
+    """Whether a folder has these files, and no others but what others say about them."""
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    return names == set(files) and all(_content(folder / name) == content for name, content in files.items())
+    same = all(_content(folder / name) == content for name, content in files.items())
+    return same and names - set(ATTESTATIONS) == set(files)
 
 # %% ../../nbs/internals/07_publishing.ipynb #bb204adc
 def publish(
@@ -243,6 +249,7 @@ def publish(
     bundle: str | Path,  # a reference such as `flight-delay@3`, or a folder; one from elsewhere is copied in
     reason: str = "asked for",  # why; the ledger keeps it
     by: str | None = None,  # who; None: whoever runs this
+    verify: Verify | None = None,  # who must vouch for it; None: nobody
 ) -> Path:  # the folder that is live now
     """Make a bundle the one of its use case that is served.
 
@@ -252,9 +259,9 @@ def publish(
     folder = find_bundle(settings, bundle)
     if folder.parent == bundles_folder(settings):
         folder = fetch_bundle(settings, folder.name)
-    manifest, files = open_bundle(folder)
+    manifest, files = open_bundle(folder, verify)
     make_predictor(manifest, files)
-    home = keep_bundle(settings, manifest, files)
+    home = keep_bundle(settings, manifest, files, read_attestations(folder))
     store_bundle(settings, home)
     _make_live(settings, _Live(manifest.model, manifest_sha256(home)), reason, by)
     return home
@@ -292,6 +299,21 @@ def check_live(
             if difference := _differences(settings).get(name):
                 found.append(f"{difference}: its publisher was killed, or lines were removed")
     return found
+
+# %% ../../nbs/internals/07_publishing.ipynb #407e184a
+def require_published_last(
+    settings: Settings,  # whose workspace
+    reference: str,  # what is live, such as `flight-delay@3`
+) -> None:
+    """Make sure that the ledger's last line about a use case is what is live.
+
+    Raises:
+        BundleError: it says something else, or nothing: `live.json` was put back, or written by hand.
+        LedgerError: the ledger itself is damaged.
+    """
+    if difference := _differences(settings).get(case_of(reference)):
+        remedy = "Publish the version that is meant; if that is so already, run: mlops-course ledger repair"
+        raise BundleError(f"{live_file(settings, reference)} isn't what was published last: {difference}", remedy)
 
 # %% ../../nbs/internals/07_publishing.ipynb #be83bcac
 def repair_live(

@@ -9,7 +9,6 @@ import asyncio
 import ctypes
 import errno
 import ipaddress
-import json
 import logging
 import multiprocessing
 import os
@@ -23,27 +22,32 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from http import HTTPStatus
 from pathlib import Path
 from time import monotonic, sleep
 from typing import Any
 
 # %% auto #0
-__all__ = ['APP', 'Progress', 'Connection', 'read_on', 'end_if_overdue', 'end_if_stalled', 'end_soon', 'watch_connections',
-           'ServeError', 'bind', 'check_exposure', 'Launch', 'JsonLines', 'refuse_newcomers', 'serve']
+__all__ = ['APP', 'Progress', 'Connection', 'read_on', 'begin_next', 'start_held', 'end_if_overdue', 'end_if_stalled', 'end_soon',
+           'watch_connections', 'ServeError', 'bind', 'check_exposure', 'Access', 'find_maker', 'Launch',
+           'refuse_newcomers', 'serve']
 
 # %% ../../nbs/internals/07_server.ipynb #0c21a6c5
+import ssl
+
 import uvicorn
 from uvicorn.protocols.http.flow_control import FlowControl
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.supervisors import Multiprocess
 
 from mlops_course.environment import CourseError, Settings
-from mlops_course.serving.limits import Limits
-from mlops_course.serving.problems import PROBLEM, HTTPProblem, problem_document
+from mlops_course.serving.access import JsonLines
+from mlops_course.serving.forwarded import read_proxies
+from mlops_course.serving.limits import Guard, Limits
+from mlops_course.serving.problems import PROBLEM, SAFE_HEADERS, HTTPProblem, Reply, problem_document
 
-_log = logging.getLogger("mlops_course.serving")
+_log, _NEVER = logging.getLogger("mlops_course.serving"), float("inf")
 
 # %% ../../nbs/internals/07_server.ipynb #6f0b1c21
 @dataclass
@@ -57,8 +61,18 @@ class Progress:
     unread: bytes = b""  # what has come in and waits until there is room for more requests
     refused: bool = False  # whether nothing is read any more
     ending: bool = False  # whether the next response is the last one
+    held: RequestResponseCycle | None = None  # a request that may be here as a whole in a moment
+    idle_since: float = _NEVER  # when the last response was complete, and no other request has begun
     unwritten: int = 0  # bytes that the client had not taken a second ago
-    stalled_since: float = float("inf")  # when it last took some
+    stalled_since: float = _NEVER  # when it last took some
+
+
+def _record(connection: Connection, problem: HTTPProblem) -> None:
+    """Count a refusal, and put it on record if somebody keeps one; all that is known is where it came from."""
+    if metrics := getattr(connection.app, "metrics", None):
+        metrics.rejected(problem.status, problem.reason)
+    if record := getattr(connection.app, "record", None):
+        record({"client": connection.client, "method": "", "path": "", "state": {}}, problem)
 
 # %% ../../nbs/internals/07_server.ipynb #b6477d43
 def _refuse(connection: Connection, problem: HTTPProblem) -> None:
@@ -66,13 +80,15 @@ def _refuse(connection: Connection, problem: HTTPProblem) -> None:
     connection.progress.refused, connection.progress.unread = True, b""
     if connection.transport.is_closing():
         return
+    _record(connection, problem)
     if _is_answering(connection):
         connection.cycle.keep_alive = False  # the last one that was understood is answered, and nothing after it
         return
     body, title = problem_document(problem), HTTPStatus(problem.status).phrase
     head = f"HTTP/1.1 {problem.status} {title}\r\ncontent-type: {PROBLEM.decode()}\r\n"
+    safe = "".join(f"{name.decode()}: {value.decode()}\r\n" for name, value in SAFE_HEADERS)
     ends = f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
-    connection.transport.write((head + ends).encode() + body)
+    connection.transport.write((head + safe + ends).encode() + body)
     connection.transport.close()
 
 
@@ -81,6 +97,37 @@ def _is_answering(connection: Connection) -> bool:
     cycle = connection.cycle
     at_work = cycle is not None and not cycle.response_complete
     return at_work and bool(connection.pipeline or not cycle.more_body)
+
+# %% ../../nbs/internals/07_server.ipynb #063b4a16
+def _begin_message(progress: Progress) -> None:
+    """Note that a request's first byte has come."""
+    progress.waiting_since, progress.in_headers, progress.head, progress.idle_since = monotonic(), True, 0, _NEVER
+
+
+def _take_header(connection: Connection, name: bytes, value: bytes) -> None:
+    """Keep a header, and count its bytes; one that comes after the body is dropped."""
+    if not connection.progress.in_headers:
+        return
+    connection.progress.head += len(name) + len(value) + 4
+    name = name.lower()
+    if name == b"expect" and value.lower() == b"100-continue":
+        connection.expect_100_continue = True
+    connection.headers.append((name, value))
+
+
+def _end_message(progress: Progress, answered: bool) -> None:
+    """Note that a request is whole; it may have been refused before."""
+    progress.waiting_since, progress.pending = _NEVER, 0
+    progress.idle_since = monotonic() if answered else _NEVER
+
+# %% ../../nbs/internals/07_server.ipynb #1091bf75
+def _start_or_hold(connection: Connection, cycle: RequestResponseCycle, app: Any) -> None:
+    """Begin to answer, but not what has just begun to come in, if the app may answer it at once."""
+    began = cycle is connection.cycle and cycle.more_body and not cycle.waiting_for_100_continue
+    if began and hasattr(app, "at_once"):
+        connection.progress.held = cycle
+    else:
+        HttpToolsProtocol._start_asgi_task(connection, cycle, app)
 
 # %% ../../nbs/internals/07_server.ipynb #ef0cd55b
 class Connection(HttpToolsProtocol):
@@ -111,13 +158,11 @@ class Connection(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """A request's first byte."""
         super().on_message_begin()
-        self.progress.waiting_since, self.progress.in_headers, self.progress.head = monotonic(), True, 0
+        _begin_message(self.progress)
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Take a header; one that comes after the body is dropped: nobody has checked it."""
-        if self.progress.in_headers:
-            self.progress.head += len(name) + len(value) + 4
-            super().on_header(name, value)
+        _take_header(self, name, value)
 
     def on_headers_complete(self) -> None:
         """From here on, the layer around the app watches. Raises: ValueError, which has the parser stop."""
@@ -133,7 +178,7 @@ class Connection(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         """Nothing more is waited for."""
         super().on_message_complete()
-        self.progress.waiting_since, self.progress.pending = float("inf"), 0
+        _end_message(self.progress, self.cycle.response_complete)
 
     def shutdown(self) -> None:
         """End after the next response."""
@@ -141,8 +186,10 @@ class Connection(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         """There is room for one more."""
-        super().on_response_complete()
+        begin_next(self)
         read_on(self)
+
+    _start_asgi_task = _start_or_hold
 
 # %% ../../nbs/internals/07_server.ipynb #6f0b1c01
 def _too_long(limit: int) -> HTTPProblem:
@@ -154,7 +201,7 @@ def _check_room(connection: Connection) -> None:
     """Refuse a connection that is one too many."""
     if len(connection.connections) > connection.app.limits.connections:
         problem = f"{len(connection.connections)} connections are open"
-        _refuse(connection, HTTPProblem(503, problem, "Try again later"))
+        _refuse(connection, HTTPProblem(503, problem, "Try again later", reason="connections"))
 
 
 def _check_head(connection: Connection) -> None:
@@ -170,13 +217,13 @@ def _head_problem(connection: Connection) -> HTTPProblem | None:
     limit, progress = connection.app.limits.head, connection.progress
     if progress.head + len(connection.url) > limit:
         return _too_long(limit)
-    hosts = sum(name == b"host" for name, _ in connection.headers)
+    hosts = [name for name, _ in connection.headers].count(b"host")
     if hosts > 1 or (not hosts and connection.parser.get_http_version() == "1.1"):
         return HTTPProblem(400, f"the request has {hosts} Host headers", "Send one")
     return None
 
 # %% ../../nbs/internals/07_server.ipynb #6f0b1c04
-_SLICE, _SMALL_SLICE = 4096, 512  # bytes that are understood in one go: usually, and once requests wait
+_SLICE, _SMALL_SLICE = 8192, 512  # bytes that are understood in one go: usually, and once requests wait
 _AHEAD = 16  # requests that may wait for their turn
 
 
@@ -189,8 +236,10 @@ def read_on(
     data, start = progress.unread + data if progress.unread else data, 0
     while start < len(data) and not progress.refused and len(connection.pipeline) < _AHEAD:
         end = start + (_SMALL_SLICE if connection.pipeline else _SLICE)
-        _understand(connection, data[start:end])
+        _understand(connection, data[start:end] if start or end < len(data) else data)
         start = end
+    if progress.held is not None:
+        start_held(connection)  # it isn't whole
     progress.unread = b"" if progress.refused else data[start:]
     if progress.unread:  # it is resumed, as usual, when a response is complete or an app asks for a body
         connection.flow.pause_reading()
@@ -202,6 +251,8 @@ def _understand(connection: Connection, data: bytes) -> None:
     HttpToolsProtocol.data_received(connection, data)
     if connection.progress.pending > connection.app.limits.head and not connection.transport.is_closing():
         _end_headers(connection)
+    if connection.progress.held is not None and not connection.progress.held.more_body:
+        start_held(connection)
 
 # %% ../../nbs/internals/07_server.ipynb #6f0c3e06
 class _Flow(FlowControl):
@@ -215,6 +266,58 @@ class _Flow(FlowControl):
         """Let more come in."""
         if not self.progress.unread:
             super().resume_reading()
+
+# %% ../../nbs/internals/07_server.ipynb #c5e8ab4e
+def begin_next(
+    connection: Connection,  # whose response is complete
+) -> None:
+    """Let more come in, and begin with the next request if there is one already."""
+    connection.server_state.total_requests += 1
+    if connection.transport.is_closing():
+        return
+    if connection.progress.waiting_since == _NEVER:
+        connection.progress.idle_since = monotonic()
+    connection.flow.resume_reading()
+    if connection.pipeline:
+        connection._start_asgi_task(*connection.pipeline.pop())
+
+# %% ../../nbs/internals/07_server.ipynb #b98201ea
+def start_held(
+    connection: Connection,  # that has read all there is for now
+) -> None:
+    """Answer a request that is here as a whole at once, if that can be done; else begin a task."""
+    cycle, connection.progress.held = connection.progress.held, None
+    if cycle is None:
+        return
+    waits = cycle.more_body or connection.flow.write_paused or connection.transport.is_closing()
+    found = None if waits else connection.app.at_once(cycle.scope, bytes(cycle.body))
+    if isinstance(found, Reply):
+        _send_reply(connection, cycle, found)
+    else:
+        HttpToolsProtocol._start_asgi_task(connection, cycle, found or connection.app)
+
+# %% ../../nbs/internals/07_server.ipynb #d556accf
+_SAFE = b"".join(b"%b: %b\r\n" % each for each in SAFE_HEADERS)
+
+
+def _send_reply(connection: Connection, cycle: RequestResponseCycle, reply: Reply) -> None:
+    """Send a whole answer in one piece, and begin with the next request."""
+    cycle.response_started = cycle.response_complete = True
+    more = b"".join([b"%b: %b\r\n" % each for each in (*connection.server_state.default_headers, *reply.headers)])
+    end = b"" if cycle.keep_alive else b"connection: close\r\n"
+    own = (len(reply.body), _SAFE, reply.request_id.encode(), end, reply.body)
+    connection.transport.write(
+        b"%b%bcontent-type: %b\r\ncontent-length: %d\r\n%bx-request-id: %b\r\n%b\r\n%b"
+        % (STATUS_LINE[reply.status], more, reply.kind, *own)
+    )
+    if not cycle.keep_alive:
+        connection.transport.close()
+    begin_next(connection)
+    if reply.then is not None:
+        try:
+            reply.then()
+        except Exception:  # it has its answer
+            _log.exception("after the answer to request %s something failed", reply.request_id)
 
 # %% ../../nbs/internals/07_server.ipynb #4313889e
 def _end_headers(connection: Connection) -> None:
@@ -231,6 +334,9 @@ def end_if_overdue(
 ) -> None:
     """End what has waited too long; called once a second."""
     limits, progress = connection.app.limits, connection.progress
+    if now - progress.idle_since >= connection.timeout_keep_alive:  # looked at once a second: no timer for each answer
+        connection.transport.close()
+        return
     if progress.unread or now - progress.waiting_since < limits.seconds + (0 if progress.in_headers else 1):
         return  # in time, or it has sent its part, and waits for its turn
     if progress.pending and progress.in_headers:
@@ -339,11 +445,52 @@ def check_exposure(
     except OSError:  # there is no such address, and whoever wants to take it is told
         return
     if not all(ipaddress.ip_address(address).is_loopback for address in found):
-        remedy = "Serve on 127.0.0.1, or add --insecure if something else keeps strangers away, such as a firewall"
+        remedy = "Make a key: mlops-course keys create; or serve on 127.0.0.1, or with --insecure behind a firewall"
         raise ServeError(f"others can reach {host}, and nobody has to show a key", remedy)
+
+# %% ../../nbs/internals/07_server.ipynb #af1a216c
+@dataclass(frozen=True)
+class Access:
+    """Who may reach a service, and by which way."""
+
+    insecure: bool = False  # whether others may reach it, though nobody has to show a key
+    locks: str = ""  # `module:function` that has an app ask for keys, called with app, settings and workers
+    proxies: tuple[str, ...] = ()  # addresses or networks whose X-Forwarded-For is believed
+    certificate: Path | None = None  # PEM, the chain after it; None: no TLS
+    certificate_key: Path | None = None  # PEM
+
+    def __post_init__(self) -> None:
+        read_proxies(self.proxies)
+        if (self.certificate is None) != (self.certificate_key is None):
+            raise ServeError("a certificate and its key belong together", "Give --tls-certificate and --tls-key")
+        if self.certificate is not None and self.certificate_key is not None:
+            try:
+                context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+                context.load_cert_chain(self.certificate, self.certificate_key)
+            except (OSError, ValueError) as error:
+                raise ServeError(f"{self.certificate} can't be used: {error}", "Give a chain and its key") from error
 
 # %% ../../nbs/internals/07_server.ipynb #03ac27a7
 APP = "mlops_course.serving.app:create_app"
+
+
+def find_maker(
+    name: str,  # module:function
+) -> Callable[..., Any]:
+    """The function that makes an app, or a layer around one.
+
+    Raises:
+        ServeError: there is none.
+    """
+    try:
+        if not name.startswith("mlops_course.") and str(Path.cwd()) not in sys.path:
+            sys.path.append(str(Path.cwd()))  # so that the module may lie where the service is started
+        make = pkgutil.resolve_name(name)
+    except (ImportError, AttributeError, ValueError, FileNotFoundError, SyntaxError) as error:
+        raise ServeError(f"there is no app {name!r}: {error}", "Write module:function") from error
+    if not callable(make):
+        raise ServeError(f"{name!r} is not a function", "Write module:function")
+    return make
 
 # %% ../../nbs/internals/07_server.ipynb #56a4ccd7
 @dataclass(frozen=True)
@@ -354,6 +501,9 @@ class Launch:
     limits: Limits
     app: str = APP  # `module:function`, called with settings and limits
     supervisor: int | None = None  # the process that looks after the workers, if there are several
+    access: Access = field(default_factory=Access)  # who may reach it
+    workers: int = 1  # processes that share a rate
+    layers: tuple[str, ...] = ()  # `module:function`, each is given the app and gives it back with something around
 
     def __call__(self) -> Any:
         """Make the app.
@@ -363,15 +513,22 @@ class Launch:
         """
         if self.supervisor not in (None, os.getpid()):
             threading.Thread(target=_end_with_supervisor, daemon=True).start()
-        try:
-            if self.app != APP and str(Path.cwd()) not in sys.path:
-                sys.path.append(str(Path.cwd()))  # so that the module may lie where the service is started
-            make = pkgutil.resolve_name(self.app)
-        except (ImportError, AttributeError, ValueError, FileNotFoundError, SyntaxError) as error:
-            raise ServeError(f"there is no app {self.app!r}: {error}", "Write module:function") from error
-        if not callable(make):
-            raise ServeError(f"{self.app!r} is not a function", "Write module:function")
-        return make(self.settings, self.limits)
+        return _equip(self, find_maker(self.app)(self.settings, self.limits))
+
+# %% ../../nbs/internals/07_server.ipynb #eacfdcdc
+def _equip(launch: Launch, app: Any) -> Any:
+    """Put on an app what belongs to the way in."""
+    access = launch.access
+    if (access.locks or access.proxies) and not isinstance(app, Guard):
+        remedy = "Have it return what create_app makes, or serve it without keys and proxies"
+        raise ServeError(f"{launch.app!r} makes a {type(app).__name__}, which can ask nobody for a key", remedy)
+    if access.proxies:
+        app.proxies = read_proxies(access.proxies)
+    if access.locks:
+        pkgutil.resolve_name(access.locks)(app, launch.settings, launch.workers)
+    for layer in launch.layers:
+        app = find_maker(layer)(app)
+    return app
 
 # %% ../../nbs/internals/07_server.ipynb #7be97a2e
 def _end_with_supervisor() -> None:
@@ -384,20 +541,9 @@ def _end_with_supervisor() -> None:
         signal.raise_signal(signal.SIGTERM) if os.name == "nt" else os.kill(os.getpid(), signal.SIGTERM)
 
 # %% ../../nbs/internals/07_server.ipynb #62f5475b
-class JsonLines(logging.Formatter):
-    """A log for programs: one JSON document a line."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Write one line."""
-        line = {"time": record.created, "level": record.levelname.lower(), "process": record.process}
-        line |= {"logger": record.name, "message": record.getMessage()}
-        if record.exc_info:
-            line["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False)
-
-
 def _log_config(
     as_json: bool,  # for programs, or for people
+    access: bool = False,  # whether each request gets a line
 ) -> dict[str, Any]:  # for logging.config
     """Where the service's messages go: to standard error."""
     people = {"format": "%(asctime)s %(levelname)s %(message)s"}
@@ -407,7 +553,7 @@ def _log_config(
     loud = {**quiet, "level": "INFO"}
     return {
         "version": 1, "disable_existing_loggers": False, "formatters": {"lines": form}, "handlers": {"errors": handler},
-        "loggers": {"uvicorn": quiet, "mlops_course": loud},
+        "loggers": {"uvicorn": quiet, "mlops_course": loud, "mlops_course.serving.access": loud if access else quiet},
     }  # fmt: skip
 
 # %% ../../nbs/internals/07_server.ipynb #f99af198
@@ -415,13 +561,15 @@ def _server_config(
     launch: Launch,  # how the app is made
     workers: int,  # processes
     as_json: bool,  # whether the log is for programs
+    access: bool = False,  # whether each request gets a line in it
 ) -> uvicorn.Config:
     """All settings of the server."""
     return uvicorn.Config(
         launch, factory=True, workers=workers, http=Connection, ws="none", interface="asgi3", lifespan="on",
-        log_config=_log_config(as_json), access_log=False, server_header=False, proxy_headers=False,
+        log_config=_log_config(as_json, access), access_log=False, server_header=False, proxy_headers=False,
         timeout_keep_alive=30, timeout_graceful_shutdown=max(1, int(launch.limits.seconds)), backlog=2048,
-        timeout_worker_healthcheck=15,  # seconds that a new worker may take to start; a busy machine needs some
+        ssl_certfile=launch.access.certificate, ssl_keyfile=launch.access.certificate_key,
+        timeout_worker_healthcheck=60,  # seconds that a new worker may take to start; on a busy machine more than 15
     )  # fmt: skip
 
 # %% ../../nbs/internals/07_server.ipynb #601d0102
@@ -462,37 +610,47 @@ def serve(
     as_json: bool = False,  # whether the log is for programs
     announce: Callable[[str], None] | None = None,  # is told the address
     app: str = APP,  # `module:function` that makes the app
-    insecure: bool = False,  # whether others may reach it, though nobody has to show a key
+    access: Access | None = None,  # who may reach it; None: whoever is on this machine
+    requests: bool = False,  # whether each request gets a line in the log
+    layers: tuple[str, ...] = (),  # `module:function` of what is put around the app, from inside to outside
 ) -> None:
     """Serve until told to end.
 
     Raises:
         ServeError: it can't be done.
     """
-    if not insecure:
-        check_exposure(host)
-    launch = _launch(settings.prepare(), limits or Limits(), workers, app)
+    launch = _launch(settings.prepare(), limits, workers, app, _checked(access or Access(), host), layers)
     taken = bind(host, port)
     if announce is not None:
-        announce(_address(host, taken))
-    config = _server_config(launch, workers, as_json)
+        announce(_address(host, taken, launch.access.certificate is not None))
+    config = _server_config(launch, workers, as_json, requests)
     (_run_one if workers == 1 else _run_many)(config, taken)
 
 # %% ../../nbs/internals/07_server.ipynb #cf2cd10c
-def _launch(settings: Settings, limits: Limits, workers: int, app: str) -> Launch:
+def _launch(
+    settings: Settings, limits: Limits | None, workers: int, app: str, access: Access, layers: tuple[str, ...] = ()
+) -> Launch:
     """How each worker makes its app, with its share of the rate."""
     if workers < 1:
         raise ServeError(f"{workers} workers can't serve", "Ask for 1 or more")
+    limits = limits or Limits()
     own = replace(limits, rate=limits.rate / workers)
-    launch = Launch(settings, own, app, os.getpid() if workers > 1 else None)
-    if app != APP:
+    launch = Launch(settings, own, app, os.getpid() if workers > 1 else None, access, workers, layers)
+    if app != APP or layers:
         launch()  # what can't be made is said once, here, and not by each worker again and again
     return launch
 
+# %% ../../nbs/internals/07_server.ipynb #a83ab919
+def _checked(access: Access, host: str) -> Access:
+    """Who may reach it; refused where others can and nobody has to show a key."""
+    if not access.insecure and not access.locks:
+        check_exposure(host)
+    return access
 
-def _address(host: str, taken: socket.socket) -> str:
+
+def _address(host: str, taken: socket.socket, tls: bool) -> str:
     """Where a browser finds the service."""
-    return f"http://{f'[{host}]' if ':' in host else host}:{taken.getsockname()[1]}"
+    return f"http{'s' if tls else ''}://{f'[{host}]' if ':' in host else host}:{taken.getsockname()[1]}"
 
 
 def _run_one(
@@ -525,6 +683,12 @@ class _Server(uvicorn.Server):
 # %% ../../nbs/internals/07_server.ipynb #979aef2a
 class _Supervisor(Multiprocess):
     """Looks after the workers, and has the queue worked off before they end."""
+
+    def keep_subprocess_alive(self) -> None:
+        """Replace who has died; a pipe tells of it at once, unless the worker's end of it is open in here, too."""
+        for each in self.processes:
+            each.child_conn.close()
+        super().keep_subprocess_alive()
 
     def terminate_all(self) -> None:
         """Close the door, wait until all who are inside are served, and end the workers."""
