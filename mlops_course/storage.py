@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['StorageError', 'StoragePlace', 'storage_place', 'explain_storage', 'file_sha256', 'put_file', 'fetch_file',
-           'list_objects', 'remove_file', 'require_storage', 'check_storage']
+           'list_objects', 'remove_file', 'keeps_old_objects', 'require_storage', 'check_storage']
 
 # %% ../nbs/internals/02_storage.ipynb #9c1f28ec
 import base64
@@ -184,6 +184,7 @@ def fetch_file(
     path: Path,  # where the copy goes
     sha256: str | None = None,  # what it must have; None: what the object says about itself
     most: int = _LARGEST,  # bytes; more is refused before it is read
+    checked: bool = True,  # False: an object without a checksum may be read, too
 ) -> Path:  # the copy
     """Copy an object to this machine, if it is whole.
 
@@ -195,11 +196,11 @@ def fetch_file(
         found = client.get_object(Bucket=place.bucket, Key=place.key)
         expected = sha256 or found["Metadata"].get("sha256")
         _require_room(place, found["ContentLength"], path, most)
-        if not expected:
+        if checked and not expected:
             raise StorageError(f"{place} has no checksum", "Another program wrote it: write it again with this one")
         with replacing(path) as beside:
             actual = _copy_stream(found["Body"], beside)
-            if actual != expected:
+            if expected and actual != expected:
                 problem = f"{place} is damaged: its SHA-256 is {actual[:12]}…, and should be {expected[:12]}…"
                 raise StorageError(problem, "Restore that object from a backup or an earlier version of it")
     return path
@@ -254,6 +255,19 @@ def remove_file(
     client = _connect()
     with explain_storage(place, "delete"):
         client.delete_object(Bucket=place.bucket, Key=place.key)
+
+# %% ../nbs/internals/02_storage.ipynb #568e1c5d
+def keeps_old_objects(
+    place: StoragePlace,  # anything in the bucket
+) -> bool:
+    """Say whether a bucket keeps what is deleted, or did so at some time.
+
+    Raises:
+        StorageError: the storage doesn't say it.
+    """
+    client = _connect()
+    with explain_storage(f"s3://{place.bucket}", "look at"):
+        return client.get_bucket_versioning(Bucket=place.bucket).get("Status") in ("Enabled", "Suspended")
 
 # %% ../nbs/internals/02_storage.ipynb #373b4774
 def require_storage(

@@ -12,7 +12,6 @@ from pathlib import Path
 import pandas as pd
 
 from mlops_course.data.deliveries import conform, land
-from mlops_course.data.features import flight_features
 from mlops_course.data.rules import CheckedTable, check_months, keep_quarantine, refuse_missing_months, split_rows
 from mlops_course.data.use_case_checks import check_delivery, check_row_months, labels, make_features
 from mlops_course.data.tables import (
@@ -30,9 +29,9 @@ from mlops_course.project import UseCase
 
 # %% auto #0
 __all__ = ['Delivery', 'ingest', 'Validation', 'validate', 'history_months', 'read_history', 'require_history', 'build_features',
-           'labelled_features', 'feature_names', 'DataError', 'check_rows', 'conform', 'flight_features', 'labels',
-           'make_features', 'month_after', 'months', 'newest_reference', 'parse_month', 'partition_rows', 'read_table',
-           'replace_months', 'split_reference', 'split_rows', 'table_name', 'table_version', 'widen_column']
+           'labelled_features', 'feature_names', 'DataError', 'check_rows', 'conform', 'labels', 'make_features',
+           'month_after', 'months', 'newest_reference', 'parse_month', 'partition_rows', 'read_table', 'replace_months',
+           'split_reference', 'split_rows', 'table_name', 'table_version', 'widen_column']
 
 # %% ../../nbs/05_data.ipynb #773723f1
 @dataclass(frozen=True)
@@ -236,7 +235,7 @@ from mlops_course.data.rules import check_rows
 from mlops_course.data.tables import month_after, newest_reference, split_reference, widen_column
 
 _all_ = (
-    DataError, check_rows, conform, flight_features, labels, make_features, month_after, months, newest_reference,
+    DataError, check_rows, conform, labels, make_features, month_after, months, newest_reference,
     parse_month, partition_rows, read_table, replace_months, split_reference, split_rows, table_name, table_version,
     widen_column,
 )

@@ -415,7 +415,7 @@ def replace_months(
     by: str = "period",  # column that holds the month
     derived: bool = False,  # True: a table that can be made again, so other columns or types replace all of it
     gone: Iterable[str] = (),  # months that shall hold no rows any more
-    sources: Mapping[str, str] | None = None,  # what the rows were made of, such as {"flights": "my-case/flights@3"}
+    sources: Mapping[str, str] | None = None,  # what the rows were made of, such as {"reports": "my-case/reports@3"}
 ) -> tuple[str, list[str]]:  # reference to the newest version right after, and the months that changed
     """Put whole months into a table; what is there already is not written again.
 

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from mlflow.entities import Experiment, Run
 
 # %% auto #0
-__all__ = ['artifacts_address', 'settle_experiment', 'digests_of', 'seal_run', 'MissingArtifactError', 'fetch_artifact',
-           'read_artifact']
+__all__ = ['artifacts_address', 'new_artifacts_address', 'settle_experiment', 'digests_of', 'seal_run', 'MissingArtifactError',
+           'fetch_artifact', 'read_artifact']
 
 # %% ../../nbs/internals/06_artifacts.ipynb #9e043830
 def artifacts_address(
@@ -29,6 +29,14 @@ def artifacts_address(
 ) -> str:  # a URI, as MLflow wants it
     """Name the place of all artifacts."""
     return f"{settings.storage}/mlartifacts" if settings.storage else settings.artifacts.as_uri()
+
+
+def new_artifacts_address(
+    settings: Settings,  # with or without a storage
+) -> str | None:  # a URI, as MLflow wants it; None: the tracking server has a place of its own
+    """Name the place of the artifacts of a new experiment: a server's is where others find them, too."""
+    at_server = settings.tracking.startswith(("http://", "https://"))
+    return None if at_server and settings.storage is None else artifacts_address(settings)
 
 # %% ../../nbs/internals/06_artifacts.ipynb #2f645531
 def settle_experiment(

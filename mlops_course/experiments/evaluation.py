@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from sklearn.pipeline import Pipeline
 
 # %% auto #0
-__all__ = ['METRICS', 'calibration_table', 'measure', 'draw_blocks', 'draw_means', 'row_losses', 'bootstrap', 'compare', 'slices',
-           'plot_calibration', 'calibrate', 'Evaluation', 'evaluate', 'score_counts']
+__all__ = ['METRICS', 'calibration_table', 'measure', 'rank_scores', 'ranking_areas', 'draw_blocks', 'draw_means', 'row_losses',
+           'bootstrap', 'compare', 'slices', 'plot_calibration', 'calibrate', 'Evaluation', 'evaluate', 'score_counts']
 
 # %% ../../nbs/internals/06_evaluation.ipynb #1a0e758e
 def calibration_table(
@@ -64,15 +64,22 @@ def measure(
     }
 
 # %% ../../nbs/internals/06_evaluation.ipynb #dd91b49c
-def _ranking(label: np.ndarray, score: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Order from high scores to low, labels in that order, and the last position of each distinct score."""
+def rank_scores(
+    label: np.ndarray,  # (n,) 1.0 or 0.0; or probabilities: what is to be expected
+    score: np.ndarray,  # (n,) what the rows are ordered by
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # (n,) rows, (n,) their labels, (k,) last place of each distinct score
+    """Order rows from high scores to low."""
     order = np.argsort(-score, kind="stable")
     ends = np.append(np.flatnonzero(np.diff(score[order])), len(score) - 1)
     return order, label[order], ends
 
 
-def _areas(positive: np.ndarray, weight: np.ndarray, ends: np.ndarray) -> tuple[float, float]:
-    """PR-AUC (average precision) and ROC-AUC of weighted rows in the order of their scores."""
+def ranking_areas(
+    positive: np.ndarray,  # (n,) labels in the order of the scores, from `rank_scores`
+    weight: np.ndarray,  # (n,) how often each row counts, in the same order
+    ends: np.ndarray,  # (k,) from `rank_scores`
+) -> tuple[float, float]:  # PR-AUC (average precision) and ROC-AUC; NaN with one class only
+    """Measure a ranking of weighted rows."""
     true, every = np.cumsum(positive * weight)[ends], np.cumsum(weight)[ends]
     false = every - true
     if not true[-1] or not false[-1]:  # days of one class only were drawn: nothing to rank
@@ -124,8 +131,8 @@ def bootstrap(
     codes, draws = draw_blocks(blocks, repeats, seed)
     columns: dict[tuple[str, str], Any] = {}
     for name, score in candidates.items():
-        order, positive, ends = _ranking(label, score)
-        areas = [_areas(positive, draw[codes[order]].astype(np.float64), ends) for draw in draws]
+        order, positive, ends = rank_scores(label, score)
+        areas = [ranking_areas(positive, draw[codes[order]].astype(np.float64), ends) for draw in draws]
         columns[name, "pr_auc"], columns[name, "roc_auc"] = zip(*areas, strict=True)
         columns[name, "log_loss"] = draw_means(row_losses(label, score), codes, draws)
     return pd.DataFrame(columns)
@@ -164,7 +171,7 @@ _SLICE_COLUMNS = ["column", "value", "rows", "base_rate", "mean_score", "pr_auc"
 def slices(
     frame: pd.DataFrame,  # rows with `label` and the columns to break down by
     score: np.ndarray,  # (n,) probabilities
-    columns: Iterable[str],  # such as carrier, origin, hour
+    columns: Iterable[str],  # such as origin and hour
     min_rows: int = 100,  # smaller slices are left out
 ) -> pd.DataFrame:  # a row a slice: column, value, rows, base rate, mean score, pr_auc, roc_auc, log_loss
     """Measure each part of the data by itself."""

@@ -31,7 +31,7 @@ import pandas as pd
 from mlops_course.data import labelled_features, month_after, parse_month
 from mlops_course.environment import Settings, cores, fingerprint, workspace_error, write_atomic
 from mlops_course.experiments.artifacts import (
-    artifacts_address, digests_of, fetch_artifact, seal_run, settle_experiment,
+    artifacts_address, digests_of, fetch_artifact, new_artifacts_address, seal_run, settle_experiment,
 )
 from mlops_course.experiments.model import ExperimentError
 from mlops_course.project import UseCase
@@ -202,7 +202,7 @@ def _experiment(settings: Settings, use_case: UseCase) -> str:
         settle_experiment(settings, found)
     else:
         try:
-            return str(mlflow.create_experiment(use_case.name, artifact_location=artifacts_address(settings)))
+            return str(mlflow.create_experiment(use_case.name, artifact_location=new_artifacts_address(settings)))
         except mlflow.MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise

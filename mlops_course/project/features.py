@@ -12,12 +12,11 @@ from enum import IntEnum
 import numpy as np
 import pandas as pd
 
-from mlops_course.data.tables import DataError
-from mlops_course.data.windows import (
+from mlops_course.project.windows import (
     DAY, HOUR, EventLog, Group, Timeline, Windows, group_by, in_row_order, minutes_of, minutes_of_day, pack, timeline,
     window_means,
 )
-from mlops_course.project import LATE_AFTER, NEW_YORK, flight_delay
+from mlops_course.project import LATE_AFTER, NEW_YORK, DeliveryError, UseCaseError, flight_delay
 
 # %% auto #0
 __all__ = ['WEATHER', 'PUBLISHED_AFTER', 'previous_leg', 'flight_features']
@@ -280,12 +279,12 @@ def _minutes_ahead(horizon: timedelta) -> int:
     """A horizon in minutes.
 
     Raises:
-        DataError: there is not enough history for it.
+        UseCaseError: there is not enough history for it.
     """
     minutes = int(horizon.total_seconds()) // 60
     if not 0 <= minutes <= DAY:
         problem = f"the horizon of the flights is {horizon}, but 28 days of history are counted back from there"
-        raise DataError(problem, "Take up to one day")
+        raise UseCaseError(problem, "Take up to one day")
     return minutes
 
 # %% ../../nbs/internals/05_features.ipynb #b4ca8221
@@ -297,12 +296,13 @@ def flight_features(
     """Compute every feature of every flight, as known a while before its scheduled departure.
 
     Raises:
-        DataError: there is no flight, or the horizon is longer than a day, or negative.
+        DeliveryError: there is no flight.
+        UseCaseError: the horizon is longer than a day, or negative.
     """
     from joblib import Parallel, delayed
 
     if tables["flights"].empty:
-        raise DataError("there is no flight to compute features for", "Ingest and validate a month first")
+        raise DeliveryError("there is no flight to compute features for", "Ingest and validate a month first")
     flights = tables["flights"].sort_values(["time_hour", "minute", "carrier", "flight", "origin"], kind="stable")
     zero = int(minutes_of(flights["time_hour"].iloc[:1])[0]) - 40 * DAY  # all windows begin after the clock does
     time = timeline(flights, tables["airports"], zero, _minutes_ahead(horizon))
