@@ -97,9 +97,11 @@ def _new_version(client: MlflowClient, use_case: UseCase, run: Run) -> ModelVers
     from mlflow.exceptions import MlflowException
 
     tags = {name: run_value(run, name) for name in ("model_digest", "first", "last")}
-    about = (use_case.name, run_value(run, "model_uri"), run.info.run_id, tags)
+    source = run_value(run, "model_uri")
+    model_id = source.removeprefix("models:/") if source.startswith("models:/m-") else None  # a server asks for it
+    about = {"source": source, "run_id": run.info.run_id, "tags": tags, "model_id": model_id}
     try:
-        return client.create_model_version(*about)
+        return client.create_model_version(use_case.name, **about)
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
@@ -108,7 +110,7 @@ def _new_version(client: MlflowClient, use_case: UseCase, run: Run) -> ModelVers
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    return client.create_model_version(*about)
+    return client.create_model_version(use_case.name, **about)
 
 # %% ../../nbs/08_versioning.ipynb #f43e86cc
 def find_version(
@@ -186,14 +188,18 @@ def promote(
 def package(
     settings: Settings,  # where the store is
     use_case: UseCase,  # whose model
-    reference: str,  # alias or version
+    reference: str | None,  # alias or version; None: no model was good enough
 ) -> Path:  # folder of the bundle
     """Make the bundle of a registered version, unless it is there already.
 
     Raises:
-        RegistryError: there is no such version.
+        RegistryError: there is no such version, or none that is in production.
         BundleError: the bundle does not score as the model does.
     """
+    if reference is None:
+        problem = f"no model of {use_case.name} is in production"
+        remedy = "No candidate was better than the constant beyond doubt: train on more, or promote a version by hand"
+        raise RegistryError(problem, remedy)
     version = find_version(settings, use_case, reference)
     name, run_id = f"{use_case.name}@{version.version}", str(version.run_id)
     folder = fetch_bundle(settings, name)
@@ -236,10 +242,6 @@ def load_scorer(
     Raises:
         RegistryError: there is no such version.
     """
-    if reference is None:
-        problem = f"no model of {use_case.name} is in production"
-        remedy = "No candidate was better than the constant beyond doubt: train on more, or promote a version by hand"
-        raise RegistryError(problem, remedy)
     return load_predictor(package(settings, use_case, reference), settings.threads or cores())
 
 # %% ../../nbs/08_versioning.ipynb #9a3e29ec

@@ -24,12 +24,13 @@ from mlops_course.registry.data_versions import (
 )
 from mlops_course.registry.restoring import last_line, settle_restore
 from mlops_course.relocation import tracking_file
+from mlops_course.remote_tables import drop_rows
 from mlops_course.serving.bundle import bundles_folder, read_bundle
 
 # %% auto #0
 __all__ = ['References', 'OtherReferences', 'WEEK', 'find_references', 'no_others', 'version_references', 'VersionFate',
-           'plan_prune', 'number_ranges', 'read_ranges', 'prune_difference', 'settle_prune', 'PrunedVersions',
-           'prune_versions']
+           'plan_prune', 'number_ranges', 'read_ranges', 'prune_difference', 'settle_prune', 'give_up_versions',
+           'PrunedVersions', 'prune_versions']
 
 # %% ../../nbs/internals/08_retention.ipynb #34b10e01
 References = dict[str, list[str]]  # reference to a version -> who refers to it, in words
@@ -319,24 +320,7 @@ def _look_again(settings: Settings, kept: list[str]) -> None:
             problem = f"{version.reference} had to stay, and it is lost: {version.gone}"
             raise DataError(problem, "Something else deletes files there; stop it, and restore them from a backup")
 
-# %% ../../nbs/internals/08_retention.ipynb #eee20805
-def _prune_table(settings: Settings, name: str, fates: list[VersionFate], by: str, reason: str) -> tuple[int, int]:
-    """Give up versions of a table, and delete their files."""
-    for left in (settings.data / name).glob("._versions.json.*"):  # of a process that was killed
-        left.unlink(missing_ok=True)
-    going = [split_reference(fate.reference) for fate in fates if not fate.keep]
-    numbers = {number for table, number in going if table == name}
-    pruned = _give_up(settings, name, numbers, by, reason)
-    staying, goners = _split_files(settings, name, pruned)
-    files = freed = 0
-    for path in sorted(goners - staying):
-        with suppress(FileNotFoundError):
-            size = (settings.data / name / path).stat().st_size
-            _delete(settings.data / name / path)
-            files, freed = files + 1, freed + size
-    return files, freed
-
-
+# %% ../../nbs/internals/08_retention.ipynb #722a6fd8
 def _delete(path: Path) -> None:
     """Delete a file, and say in a sentence why it can't be."""
     try:
@@ -346,6 +330,33 @@ def _delete(path: Path) -> None:
     except OSError as error:
         raise workspace_error(error, path) from error
 
+# %% ../../nbs/internals/08_retention.ipynb #eee20805
+def give_up_versions(
+    settings: Settings,  # where the workspace is; its `exclusive_lock` is held
+    name: str,  # of the table
+    numbers: Iterable[int],  # versions that nobody may read any more, whoever refers to them
+    by: str,  # who
+    reason: str,  # why
+) -> tuple[int, int]:  # files that were deleted, and their bytes
+    """Give up versions of a table, and delete files that no other version needs.
+
+    Raises:
+        LedgerError: the ledger is damaged.
+        WorkspaceError: a file can't be deleted.
+    """
+    for left in (settings.data / name).glob("._versions.json.*"):  # of a process that was killed
+        left.unlink(missing_ok=True)
+    staying, goners = _split_files(settings, name, _give_up(settings, name, {*numbers}, by, reason))
+    files = freed = 0
+    for path in sorted(goners - staying):
+        drop_rows(settings, name, path)
+        with suppress(FileNotFoundError):
+            size = (settings.data / name / path).stat().st_size
+            _delete(settings.data / name / path)
+            files, freed = files + 1, freed + size
+    return files, freed
+
+
 # %% ../../nbs/internals/08_retention.ipynb #56899d8f
 @dataclass(frozen=True)
 class PrunedVersions:
@@ -354,6 +365,12 @@ class PrunedVersions:
     fates: list[VersionFate]
     files: int  # that were deleted
     bytes: int  # that were freed
+
+
+def _numbers(name: str, fates: list[VersionFate]) -> set[int]:
+    """Which versions of a table go."""
+    going = [split_reference(fate.reference) for fate in fates if not fate.keep]
+    return {number for table, number in going if table == name}
 
 # %% ../../nbs/internals/08_retention.ipynb #3dea3fce
 def prune_versions(
@@ -378,6 +395,6 @@ def prune_versions(
     with exclusive_lock(settings):
         _ = [settle_restore(settings, name) for name in wanted]
         fates = plan_prune(settings, wanted, older_than, others)
-        done = [_prune_table(settings, name, fates, who, why) for name in wanted]
+        done = [give_up_versions(settings, name, _numbers(name, fates), who, why) for name in wanted]
         _look_again(settings, [fate.reference for fate in fates if fate.keep])
     return PrunedVersions(fates, sum(files for files, _ in done), sum(size for _, size in done))
