@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Listener', 'prepare', 'plan', 'run', 'save_pages', 'Filled', 'backfill', 'Parameter', 'Pipeline', 'Stage', 'Options',
-           'Planned', 'PipelineRun', 'StageRun', 'CourseError', 'ParameterError', 'PipelineError', 'ResultError',
-           'RunError', 'StageError', 'check_parameters', 'find_pipeline', 'list_pipelines', 'month_range',
-           'values_over', 'record_result', 'read_result', 'compare_runs', 'find_run', 'list_runs']
+           'Planned', 'PipelineRun', 'StageRun', 'LazyExecutor', 'CourseError', 'ParameterError', 'PipelineError',
+           'ResultError', 'RunError', 'StageError', 'check_parameters', 'find_pipeline', 'list_pipelines',
+           'month_range', 'values_over', 'record_result', 'read_result', 'compare_runs', 'find_run', 'list_runs']
 
 # %% ../../nbs/09_pipelines.ipynb #db07042b
 import contextlib
@@ -48,7 +48,7 @@ from mlops_course.pipelines.scheduler import (
 from mlops_course.pipelines.secrets import require_secrets
 from mlops_course.storage import require_storage
 
-_all_ = ["Parameter", "Pipeline", "Stage", "Options", "Planned", "PipelineRun", "StageRun"]
+_all_ = ["Parameter", "Pipeline", "Stage", "Options", "Planned", "PipelineRun", "StageRun", "LazyExecutor"]
 _all_ += ["CourseError", "ParameterError", "PipelineError", "ResultError", "RunError", "StageError"]
 _all_ += ["check_parameters", "find_pipeline", "list_pipelines", "month_range", "values_over"]
 _all_ += ["record_result", "read_result", "compare_runs", "find_run", "list_runs"]
@@ -89,6 +89,7 @@ def run(
     settings: Settings | None = None,  # None: from MLOPS_COURSE_* variables
     on_event: Listener | None = None,  # told what happens
     options: Options | None = None,  # how to run it
+    workers: LazyExecutor | None = None,  # that serve several runs of a pipeline, and are closed by who made them
 ) -> PipelineRun:
     """Run what must run of a pipeline, each stage as soon as what it needs is there.
 
@@ -100,8 +101,10 @@ def run(
     require_storage(context.settings)
     context.settings.prepare()
     width, threads = shares(context)
-    with interruptible(), contextlib.closing(LazyExecutor(context, threads)) as workers:
-        return _run(context, workers, width, on_event)
+    with interruptible(), contextlib.closing(LazyExecutor()) as own:
+        executor = workers or own
+        executor.serve(context, threads)
+        return _run(context, executor, width, on_event)
 
 # %% ../../nbs/09_pipelines.ipynb #9e98ca81
 def _run(
@@ -186,33 +189,25 @@ def _fill_all(contexts: Mapping[str, Context], on_event: Listener | None) -> lis
     first.settings.prepare()
     width = first.options.width or min(cores(), len(contexts))
     threads = first.settings.threads or max(1, cores() // width)
-    with (
-        interruptible(),
-        contextlib.closing(LazyExecutor(first, threads)) as workers,
-        ThreadPoolExecutor(width) as pool,
-    ):
-        shared = (workers, on_event, sessions, claims)
-        futures = {value: pool.submit(_fill_one, value, each, *shared) for value, each in contexts.items()}
+    with interruptible(), contextlib.closing(LazyExecutor()) as workers, ThreadPoolExecutor(width) as pool:
+        workers.serve(first, threads)
+        common = (workers, on_event, (sessions, claims))
+        futures = {value: pool.submit(_fill_one, value, each, *common) for value, each in contexts.items()}
         return _collect(futures, sessions)
 
 # %% ../../nbs/09_pipelines.ipynb #24faf4d6
 def _fill_one(
-    value: str,
-    context: Context,
-    workers: Executor,
-    on_event: Listener | None,
-    sessions: list[RunSession],
-    claims: Claims,
+    value: str, context: Context, workers: Executor, on_event: Listener | None, shared: tuple[list[RunSession], Claims]
 ) -> Filled:
     """One run of a backfill, which reports its failure instead of raising it."""
     begin = time.perf_counter()
-    status, error, before = "interrupted", "", len(sessions)
+    status, error, before = "interrupted", "", len(shared[0])
     try:
-        record = _run(context, workers, 1, on_event, (sessions, claims))
+        record = _run(context, workers, 1, on_event, shared)
         status = "cached" if all(stage.status == "cached" for stage in record.stages) else "done"
     except Exception as failure:  # told in the summary, so that the others go on
         status, error = ending(failure)
-    mine = [session.record.id for session in sessions[before:] if session.context is context]
+    mine = [session.record.id for session in shared[0][before:] if session.context is context]
     return Filled(value, status, round(time.perf_counter() - begin, 3), mine[0] if mine else "", error)
 
 # %% ../../nbs/09_pipelines.ipynb #1fbcf8ba

@@ -93,7 +93,7 @@ class PipelineFile:
 
     name: Annotated[_Name, say("what it is called in records, pictures and exports", "training")]
     stages: Annotated[_Stages, say("its steps; `inputs` and `after` say who waits for whom")]
-    description: Annotated[_Text, say("what it is for, for people", "Count the late flights.")] = ""
+    description: Annotated[_Text, say("what it is for, for people", "Train a model and score a month.")] = ""
     parameters: Annotated[_ByName, say("what each run is given", {"rows": {"type": "integer"}})] = field(
         default_factory=dict
     )

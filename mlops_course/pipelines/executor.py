@@ -15,6 +15,7 @@ from mlops_course.environment import cores
 from mlops_course.pipelines.cache import drop_stale_bytecode, eager_imports, source_closure
 from mlops_course.pipelines.definition import Pipeline, Stage
 from mlops_course.pipelines.engine.requests import Event, Outcome, Request
+from mlops_course.pipelines.notebooks import PipelineError
 from mlops_course.pipelines.planning import Context
 from mlops_course.pipelines.secrets import secret_names
 
@@ -76,18 +77,22 @@ def _make_executor(context: Context, threads: int) -> Executor:
 class LazyExecutor:
     """An executor that costs nothing until it is needed."""
 
-    def __init__(
-        self,
-        context: Context,  # of a run that goes on
-        threads: int,  # for each stage
-    ) -> None:
-        self.context, self.threads, self.lock = context, threads, threading.Lock()
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
         self.made: Executor | None = None
+        self.run: tuple[Context, int] | None = None  # that is served, and the threads of each of its stages
+
+    def serve(self, context: Context, threads: int) -> None:
+        """Work for a run, with so many threads for each stage. Raises: PipelineError for another pipeline's."""
+        if self.run and self.run[0].pipeline.path != context.pipeline.path:
+            raise PipelineError(f"these workers are those of {self.run[0].pipeline.where}", "Make LazyExecutor() anew")
+        self.run = context, threads
 
     def start(self) -> None:
         """Make the workers, if nobody has, and let them begin to start."""
         with self.lock:
-            self.made = self.made or _make_executor(self.context, self.threads)
+            assert self.run is not None, "serve() comes first"
+            self.made = self.made or _make_executor(*self.run)
         self.made.start()
 
     def execute(self, request: Request, on_event: Callable[[Event], None] | None = None) -> Outcome:

@@ -114,7 +114,7 @@ def reference(
 # Each kind of output: what the notebook records, and what counts as its content.
 OUTPUT_CONTENTS: dict[str, tuple[str, str]] = {
     "value": ("anything that JSON holds", "the value itself"),
-    "table": ("`flight-delay/features@4`, or several in a dictionary", "the data of that version"),
+    "table": ("`my-case/features@4`, or several in a dictionary", "the data of that version"),
     "run": ("the id of an MLflow run", "the id, and the run's files"),
     "file": ("the path of a file or folder", "its bytes"),
 }

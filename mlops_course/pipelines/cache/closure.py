@@ -9,6 +9,7 @@ __all__ = ['own_code_digest', 'SourceFile', 'SourceClosure', 'source_closure', '
 # %% ../../../nbs/internals/09_cache_closure.ipynb #4f2071cc
 import ast
 import os
+import re
 import site
 import sys
 import sysconfig
@@ -22,8 +23,9 @@ from importlib.machinery import SOURCE_SUFFIXES, ModuleSpec, PathFinder
 from importlib.util import cache_from_source
 from pathlib import Path
 from typing import Any
+
+# %% ../../../nbs/internals/09_cache_closure.ipynb #fd4ee50f
 from mlops_course import environment
-from mlops_course.environment import PACKAGE
 from mlops_course.pipelines.cache.fingerprints import KeyInputError
 from mlops_course.pipelines.cache.hashes import (
     SETTLED_NS, HashMemo, StatSignature, digest_json, last_change, path_signature,
@@ -32,6 +34,16 @@ from mlops_course.pipelines.cache.unfollowed import unfollowed, unfollowed_in_ce
 from mlops_course.pipelines.notebooks import (
     NotebookFormatError, all_imports, code_cells, parse_cell, python_tree, top_imports,
 )
+
+# %% ../../../nbs/internals/09_cache_closure.ipynb #9c10aa02
+_NAME_IN_TEXT = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # module:attribute
+_IN_TEXT = "?"  # instead of a package: the text may mean something else
+
+
+def _names_in_texts(tree: ast.AST) -> list[str]:
+    """Texts in code that may name an object as module:attribute."""
+    texts = (node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str))
+    return sorted({text for text in texts if _NAME_IN_TEXT.fullmatch(text)})
 
 # %% ../../../nbs/internals/09_cache_closure.ipynb #161c4614
 _MINOR = sys.version_info[1]  # a memo's facts are of one version of Python: syntax trees differ
@@ -47,16 +59,18 @@ def own_code_digest(
 def _notebook_facts(content: bytes) -> dict[str, Any]:
     """What a notebook's file says, in one look."""
     cells = code_cells(content)
-    imports = {name for source, _ in cells for name in all_imports(parse_cell(source))}
+    trees = [parse_cell(source) for source, _ in cells]
+    imports = {name for tree in trees for name in all_imports(tree)}
+    named = {text for tree in trees for text in _names_in_texts(tree)}
     unseen = {what for source, _ in cells for what in unfollowed_in_cell(source)}
-    own = own_code_digest(content)
-    return {"cells": digest_json(cells), "own": own, "imports": sorted(imports), "unfollowed": sorted(unseen)}
+    facts = {"imports": sorted(imports), "named": sorted(named), "unfollowed": sorted(unseen)}
+    return {"cells": digest_json(cells), "own": own_code_digest(content), **facts}
 
 
 def _module_facts(content: bytes) -> list[list[str]]:
-    """A module's imports, and what in it can't be followed; nothing if Python itself couldn't read it."""
+    """A module's imports, its names in texts, and what can't be followed; nothing if Python couldn't read it."""
     tree = python_tree(content) or ast.Module([], [])
-    return [all_imports(tree), unfollowed(tree)]
+    return [all_imports(tree), _names_in_texts(tree), unfollowed(tree)]
 
 # %% ../../../nbs/internals/09_cache_closure.ipynb #70b5076c
 _PACKAGE_FOLDER = Path(environment.__file__).resolve().parent  # wherever this package is installed
@@ -102,7 +116,7 @@ class _ModuleFinder:
         PathFinder.invalidate_caches()  # of folders in which a file may have appeared
         self._roots = roots
         self._began = time.time_ns()
-        self._found: dict[str, _Module | None] = {PACKAGE: _package(_PACKAGE_FOLDER)}
+        self._found: dict[str, _Module | None] = {environment.PACKAGE: _package(_PACKAGE_FOLDER)}
         self._seen: dict[str, StatSignature | None] = {}  # the folders that were looked at
         self._watch(roots)
 
@@ -195,21 +209,34 @@ def _read_module(memo: HashMemo, name: str, found: _Module) -> tuple[SourceFile,
     try:
         if Path(path).suffix not in SOURCE_SUFFIXES:
             return SourceFile(path, memo.hash(path), seen), []
-        content, (imports, unseen) = memo.derive(path, f"source 2 {_MINOR}", _module_facts)
+        content, (imports, named, unseen) = memo.derive(path, f"source 3 {_MINOR}", _module_facts)
     except OSError as error:
         raise KeyInputError(f"can't read the module {path}: {error.strerror}", "Look at that file") from error
-    unseen = [] if name.split(".")[0] == PACKAGE else unseen  # what ours executes are lessons
+    if name.split(".")[0] == environment.PACKAGE:  # what ours executes are lessons, and many a text is an example
+        unseen, named = [], [text for text in named if text.startswith(f"{environment.PACKAGE}.")]
     inner = [(imported, package if imported.startswith(".") else "") for imported in imports]
-    return SourceFile(path, content, seen, tuple(unseen)), inner
+    return SourceFile(path, content, seen, tuple(unseen)), [*inner, *((text, _IN_TEXT) for text in named)]
+
+
+def _begun(facts: dict[str, Any], texts: Iterable[Any]) -> list[tuple[str, str]]:
+    """Where the search begins: a notebook's imports, and what its texts and parameters may name."""
+    named = [*facts["named"], *(text for text in texts if isinstance(text, str) and _NAME_IN_TEXT.fullmatch(text))]
+    return [*((name, "") for name in facts["imports"]), *((name, _IN_TEXT) for name in named)]
+
 
 # %% ../../../nbs/internals/09_cache_closure.ipynb #5840a20b
-def _follow(finder: _ModuleFinder, memo: HashMemo, imports: Iterable[str]) -> tuple[dict[str, SourceFile], set[str]]:
+def _follow(
+    finder: _ModuleFinder, memo: HashMemo, imports: Iterable[tuple[str, str]]
+) -> tuple[dict[str, SourceFile], set[str]]:
     """All project modules that imports lead to, by name, and the top-level names of all others."""
     files: dict[str, SourceFile] = {}
     others: set[str] = set()
-    waiting, seen = {(imported, "") for imported in imports}, set[object]()
+    waiting, seen = set(imports), set[object]()
     while waiting:
         statement = waiting.pop()
+        named = finder.find(statement[0].partition(":")[0]) if statement[1] == _IN_TEXT else None
+        if statement[1] == _IN_TEXT and not (named and named.file):  # a text that only looks like a name
+            continue
         names = [name for name in _targets(*statement) if name not in seen]
         seen.update([statement, *names])
         for name in names:
@@ -247,6 +274,7 @@ def source_closure(
     notebook: Path,  # its file
     paths: Iterable[Path | str] = (),  # folders to import from, after all others
     memo: HashMemo | None = None,  # None: everything is read
+    texts: Iterable[Any] = (),  # values of its parameters; the text `module:attribute` names code
 ) -> SourceClosure:
     """All source code behind a notebook, without running any.
 
@@ -255,12 +283,12 @@ def source_closure(
     """
     memo, folders = memo or HashMemo(), tuple(os.fspath(path) for path in paths)
     try:
-        _, facts = memo.derive(notebook, f"cells 2 {_MINOR}", _notebook_facts)
+        _, facts = memo.derive(notebook, f"cells 3 {_MINOR}", _notebook_facts)
     except OSError as error:
         raise KeyInputError(f"can't read {notebook}: {error.strerror}", "Give a notebook's file") from error
     except NotebookFormatError as error:
         raise KeyInputError(f"can't read {notebook}: {error.problem}", error.remedy) from error
-    files, others = _follow(_module_finder(folders), memo, facts["imports"])
+    files, others = _follow(_module_finder(folders), memo, _begun(facts, texts))
     files = dict(sorted(files.items()))
     told = [f"its notebook says {what}" for what in facts["unfollowed"]]
     told += [f"{name} says {what}" for name, file in files.items() for what in file.unfollowed]
@@ -316,7 +344,7 @@ def eager_imports(
 # %% ../../../nbs/internals/09_cache_closure.ipynb #73b9147a
 def _roots(name: str, paths: Iterable[str]) -> Iterator[str]:
     """Folders that modules are imported from; this package's own comes first for its own modules."""
-    yield from [str(_PACKAGE_FOLDER.parent)] if name.startswith(f"{PACKAGE}/") else []
+    yield from [str(_PACKAGE_FOLDER.parent)] if name.startswith(f"{environment.PACKAGE}/") else []
     yield from (root for root in (*sys.path, *paths) if root)
 
 
@@ -325,7 +353,7 @@ def relative_module_file(
     paths: Iterable[str],  # where modules were looked for, beside sys.path
 ) -> str:  # relative to the folder that it is imported from; itself when it isn't below any
     """A module file's name wherever the project lies."""
-    below = [root for root in _roots(f"{PACKAGE}/", paths) if Path(file).is_relative_to(root)]
+    below = [root for root in _roots(f"{environment.PACKAGE}/", paths) if Path(file).is_relative_to(root)]
     return Path(file).relative_to(max(below, key=len)).as_posix() if below else file
 
 

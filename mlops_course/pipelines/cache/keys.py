@@ -93,7 +93,7 @@ def stage_key(
         KeyInputError, StateError: something can't be read, or has no canonical form
     """
     now = time.time_ns()
-    given, closure = dict(inputs or {}), source_closure(notebook, paths, store.memo)
+    given, closure = dict(inputs or {}), source_closure(notebook, paths, store.memo, (parameters or {}).values())
     values = {name: _canonical(store, value) for name, value in (parameters or {}).items()}
     contents = {name: output.content for name, output in given.items()}
     code = (closure.modules, installed_packages(store.memo), python_version())

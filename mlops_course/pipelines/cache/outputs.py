@@ -56,7 +56,7 @@ def _open_table(settings: Settings, reference: Any) -> Any:
 
     name, _, version = str(reference).partition("@")
     if not re.fullmatch(r"[\w-]+(/[\w-]+)*@[0-9]+", str(reference), re.ASCII):
-        raise OutputError(f"{reference!r} does not name a version of a table", "Record name@version, such as flights@3")
+        raise OutputError(f"{reference!r} does not name a version of a table", "Record name@version: features@3")
     pull_log(settings, name)
     try:
         return DeltaTable(str(settings.data / name), version=int(version))

@@ -341,6 +341,7 @@ def _extend_path(near: Iterable[str], paths: Iterable[str]) -> None:
 # %% ../../../nbs/internals/09_engine_kernel.ipynb #9b6f373a
 _FOLDERS = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
 _LIBRARIES = tuple(folder + os.sep for folder in _FOLDERS | set(map(os.path.realpath, _FOLDERS)))
+_INSTALLED = {"site-packages", "dist-packages"}  # an environment may see those of another one, too
 _SEEN: dict[str, str | None] = {}  # file of each project module by module name; None: not one
 
 
@@ -354,7 +355,7 @@ def project_files() -> list[str]:
 
 def _project_file(file: Any) -> str | None:
     """A module's file, if it belongs to a project."""
-    if not isinstance(file, str) or file.startswith(_LIBRARIES):
+    if not isinstance(file, str) or file.startswith(_LIBRARIES) or not _INSTALLED.isdisjoint(Path(file).parts):
         return None
     return None if os.path.realpath(file).startswith(_LIBRARIES) else str(Path(file).absolute())
 

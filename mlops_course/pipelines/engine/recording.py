@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HALF', 'HOW', 'PLAIN', 'Masker', 'settled', 'destination', 'printable', 'Recorder', 'save_if_due', 'write_now',
-           'Client', 'wait_for_work', 'WarmClient', 'find_kernel', 'prepare_notebook', 'failed_cell', 'failing_line',
+           'Client', 'wait_for_work', 'WarmRun', 'find_kernel', 'prepare_notebook', 'failed_cell', 'failing_line',
            'last_error', 'note_failure', 'usage_error', 'show_failure', 'KernelDied']
 
 # %% ../../../nbs/internals/09_engine_recording.ipynb #7a27d6d0
@@ -261,49 +261,51 @@ def wait_for_work(
     client.wait_for_reply(client.kc.execute(f"exec({_WAIT_FOR_WORK!r}, {{}})", silent=True, store_history=False))
 
 # %% ../../../nbs/internals/09_engine_recording.ipynb #f62882ab
-class WarmClient(Client):
-    """Runs the cells by asking a worker."""
+class WarmRun:
+    """Runs the cells of a client's notebook by asking a worker."""
 
-    def run_cells(
-        self,
-        talk: Any,  # the session with the worker
-    ) -> None:
-        """Run all cells, up to the first that fails. Raises: whatever asking raises."""
-        self.reset_execution_trackers()
-        self.kc = talk
+    def __init__(self, client: Client, kernel: Any) -> None:
+        self.client, self.kernel = client, kernel  # a session with the worker, which nbclient takes for one
         self.asked: dict[str, tuple[Any, int]] = {}  # by message: the cell, and its index
-        _call(self, "on_notebook_start", notebook=self.nb)
-        for index, cell in enumerate(self.nb.cells):
+
+    def run_cells(self) -> None:
+        """Run all cells, up to the first that fails. Raises: whatever asking raises."""
+        client = self.client
+        client.reset_execution_trackers()
+        client.kc = self.kernel  # for output widgets
+        _call(client, "on_notebook_start", notebook=client.nb)
+        for index, cell in enumerate(client.nb.cells):
             if _run_cell(self, cell, index):
                 break
-        self.nb.metadata["language_info"] = dict(_LANGUAGE)
-        self.set_widgets_metadata()
+        client.nb.metadata["language_info"] = dict(_LANGUAGE)
+        client.set_widgets_metadata()
 
     def cell_of(self, message: dict[str, Any]) -> tuple[Any, int] | None:  # and its index; None: of no cell
         """The cell that made a message; the last one, if that was its end."""
-        parent = message["parent_header"] or self.kc.asked.get("header", {})
+        parent = message["parent_header"] or self.kernel.asked.get("header", {})
         return self.asked.get(parent.get("msg_id", ""))
 
     def take(self, message: dict[str, Any]) -> None:
         """A message of the kernel: nbclient knows what it means for the cell that made it."""
         if (place := self.cell_of(message)) is not None:
             with contextlib.suppress(CellExecutionComplete):
-                self.process_message(message, *place)
+                self.client.process_message(message, *place)
 
     def take_late(self, message: dict[str, Any]) -> None:
         """A message after the last cell, its text as one with the text before it."""
-        cell, _ = self.cell_of(message) or (None, 0)
-        if cell and self.tail is None and cell.outputs and cell.outputs[-1].output_type == "stream":
-            self.tail = cell.outputs[-1]
-            self.pieces = [self.tail["text"]]
+        client, (cell, _) = self.client, self.cell_of(message) or (None, 0)
+        if cell and client.tail is None and cell.outputs and cell.outputs[-1].output_type == "stream":
+            client.tail = cell.outputs[-1]
+            client.pieces = [client.tail["text"]]
         self.take(message)
 
 # %% ../../../nbs/internals/09_engine_recording.ipynb #f4c65e8e
-def _run_cell(client: WarmClient, cell: Any, index: int) -> bool:  # whether this was the last
+def _run_cell(run: WarmRun, cell: Any, index: int) -> bool:  # whether this was the last
     """Run one cell, and note how it went. Raises: whatever asking raises."""
+    client = run.client
     try:
         client.nb_man.cell_start(cell, index)
-        return _execute(client, cell, index)
+        return _execute(run, cell, index)
     except BaseException as error:
         client.nb_man.cell_exception(cell, cell_index=index, exception=error)
         if not isinstance(error, CellExecutionError):
@@ -314,15 +316,15 @@ def _run_cell(client: WarmClient, cell: Any, index: int) -> bool:  # whether thi
         client.nb_man.cell_complete(cell, cell_index=index)
 
 
-def _call(client: WarmClient, name: str, **facts: Any) -> None:
+def _call(client: Client, name: str, **facts: Any) -> None:
     """Call one of nbclient's hooks, if somebody has hung something on it."""
     if (hook := getattr(client, name)) is not None:
         run_sync(run_hook)(hook, **facts)
 
 # %% ../../../nbs/internals/09_engine_recording.ipynb #454a4d3f
-def _execute(client: WarmClient, cell: Any, index: int) -> bool:  # whether the cell asked to leave
+def _execute(run: WarmRun, cell: Any, index: int) -> bool:  # whether the cell asked to leave
     """Run one cell. Raises: CellExecutionError for an error that isn't allowed."""
-    facts, tags = {"cell": cell, "cell_index": index}, cell.metadata.get("tags", [])
+    client, facts, tags = run.client, {"cell": cell, "cell_index": index}, cell.metadata.get("tags", [])
     _call(client, "on_cell_start", **facts)
     if cell.cell_type != "code" or not cell.source.strip() or client.skip_cells_with_tag in tags:
         return False
@@ -333,7 +335,7 @@ def _execute(client: WarmClient, cell: Any, index: int) -> bool:  # whether the 
     if client.record_timing:
         cell["metadata"]["execution"] = {}
     _call(client, "on_cell_complete", **facts)
-    reply = _ask(client, cell, index)
+    reply = _ask(run, cell, index)
     if client.record_timing:
         cell["metadata"]["execution"]["shell.execute_reply"] = timestamp(reply)
     _call(client, "on_cell_executed", **facts, execute_reply=reply)
@@ -355,11 +357,11 @@ _LANGUAGE = {
 }
 
 
-def _ask(client: WarmClient, cell: Any, index: int) -> Any:
+def _ask(run: WarmRun, cell: Any, index: int) -> Any:
     """Have the worker's kernel run a cell; returns its reply."""
-    message = client.kc.session.msg("execute_request", {"code": cell.source, **HOW})
-    client.asked[message["header"]["msg_id"]] = (cell, index)
-    return client.kc.ask(message, client.take)
+    message = run.kernel.session.msg("execute_request", {"code": cell.source, **HOW})
+    run.asked[message["header"]["msg_id"]] = (cell, index)
+    return run.kernel.ask(message, run.take)
 
 # %% ../../../nbs/internals/09_engine_recording.ipynb #fc5908b4
 _CHOOSE_KERNEL = "To run the notebook in this Python instead, give papermill: -k python3"

@@ -108,41 +108,42 @@ def _run_in_worker(
     execution: Execution,
     recorder: Any,
     worker: Worker,
-    client: Any,  # that runs the cells
+    client: Any,  # papermill's, of the recorder's notebook
 ) -> Outcome:
     """Run a notebook in a worker."""
-    from mlops_course.pipelines.engine.recording import save_if_due
+    from mlops_course.pipelines.engine.recording import WarmRun, save_if_due
 
     request = execution.request
     session = WorkerSession(worker, execution, lambda: save_if_due(recorder))
+    run = WarmRun(client, session)
     environment = {**request.environment, COOKIE: worker.cookie}
     place = {"folder": str(request.folder), "paths": list(request.paths), "near": list(request.near)}
     session.tell("begin", {"environment": environment, "arguments": [str(request.notebook)], **place})
     try:
-        client.run_cells(session)
-        return _end_session(session, recorder, client)
+        run.run_cells()
+        return _end_session(session, run)
     except BaseException:
-        end_worker(session, client.take_late)
+        end_worker(session, run.take_late)
         raise
 
 # %% ../../../nbs/internals/09_engine_workers.ipynb #7ac20aed
-def _end_session(session: WorkerSession, recorder: Any, client: Any) -> Outcome:
+def _end_session(session: WorkerSession, run: Any) -> Outcome:
     """After the last cell: wait for the work that goes on, unless the notebook has failed already."""
     from mlops_course.pipelines.engine.recording import failed_cell
 
     try:
-        if failed_cell(recorder.nb) is not None:
-            return end_worker(session, client.take_late)
-        if client.asked:
-            session.execution.place.index = max(index for _, index in client.asked.values())
-        return finish_work(session, client.take_late)
+        if failed_cell(run.client.nb) is not None:
+            return end_worker(session, run.take_late)
+        if run.asked:
+            session.execution.place.index = max(index for _, index in run.asked.values())
+        return finish_work(session, run.take_late)
     except KeyboardInterrupt:  # here, in the process that waits
         session.execution.cancelled = session.execution.cancelled or "interrupted"
         with contextlib.suppress(NotebookError):
-            finish_work(session, client.take_late)
+            finish_work(session, run.take_late)
         raise
     finally:
-        client.put_together(whole=True)
+        run.client.put_together(whole=True)
 
 # %% ../../../nbs/internals/09_engine_workers.ipynb #bad14e48
 @contextlib.contextmanager
@@ -163,12 +164,12 @@ def _run_warm(
     **options: Any,  # for papermill's client
 ) -> Outcome:
     """Run a notebook in a warm worker."""
-    from mlops_course.pipelines.engine.recording import WarmClient
+    from mlops_course.pipelines.engine.recording import Client
 
     worker = _take_worker(pool, execution)
     start_clock(execution)
     line = execution.line if execution.on_event else None
-    return _run_in_worker(execution, recorder, worker, WarmClient(recorder, on_line=line, **options))
+    return _run_in_worker(execution, recorder, worker, Client(recorder, on_line=line, **options))
 
 # %% ../../../nbs/internals/09_engine_workers.ipynb #91df80c9
 # OpenMP is what scikit-learn's boosting uses, the others are behind NumPy. They are read when a library is loaded.

@@ -68,11 +68,10 @@ def _argo_stage(pipeline: Pipeline, stage: Stage, slug: str, target: Target) -> 
 # %% ../../../nbs/internals/09_export_argo.ipynb #a460c001
 def _argo_tasks(pipeline: Pipeline, slugs: Mapping[str, str]) -> list[dict[str, Any]]:
     """The tasks of Argo's graph: each stage, and which others it waits for."""
-    tasks = []
-    for stage in pipeline.stages:
-        needs = [slugs[name] for name in slugs if name in pipeline.needs[stage.name]]
-        task = {"name": slugs[stage.name], "template": f"stage-{slugs[stage.name]}"}
-        tasks.append(task | ({"dependencies": needs} if needs else {}))
+    tasks: list[dict[str, Any]] = [{"name": slug, "template": f"stage-{slug}"} for slug in slugs.values()]
+    for task, stage in zip(tasks, slugs, strict=True):
+        if needs := [slugs[name] for name in slugs if name in pipeline.needs[stage]]:
+            task["dependencies"] = needs
     return tasks
 
 # %% ../../../nbs/internals/09_export_argo.ipynb #a7566633

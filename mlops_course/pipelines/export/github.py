@@ -65,8 +65,7 @@ def _install(target: Target, root: Path | None) -> str:
     package = target.package or ("" if named else f"mlops_course=={mlops_course.__version__}")
     hashed = any("--hash=" in text for text in texts)  # then pip takes nothing else in the same breath
     listed = [part for name in files for part in ("--requirement", name)]
-    own = ["."] if root and _is_project(root) else []
-    steps = [listed, [*([package] if package else []), *own]]
+    steps = [listed, [*([package] if package else []), *(["."] if root and _is_project(root) else [])]]
     steps = steps if hashed else [[*steps[1][:1], *listed, *steps[1][1:]]]
     return "\n".join(f"{pip} {shlex.join(step)}" for step in steps if step)
 

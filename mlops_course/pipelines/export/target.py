@@ -7,6 +7,7 @@ __all__ = ['SYSTEMS', 'COMMAND', 'PREFIX', 'Target', 'target_for', 'repository_r
            'slug_names', 'to_yaml']
 
 # %% ../../../nbs/internals/09_export_target.ipynb #388378b1
+import itertools
 import json
 import math
 import os
@@ -208,11 +209,8 @@ def slug_names(
     found: dict[str, str] = {}
     for stage in pipeline.stages:
         plain = re.sub(r"[^A-Za-z0-9]+", "-", stage.name).strip("-")
-        number = 2
-        slug = plain
-        while slug in found.values():
-            slug, number = f"{plain}-{number}", number + 1
-        found[stage.name] = slug
+        names = itertools.chain([plain], (f"{plain}-{number}" for number in itertools.count(2)))
+        found[stage.name] = next(name for name in names if name not in found.values())
     return found
 
 # %% ../../../nbs/internals/09_export_target.ipynb #1576d66b
