@@ -12,19 +12,19 @@ from mlops_course.delivery.gate import (
 )
 from mlops_course.delivery.model_tests import (
     ModelTestError, ModelTestResult, as_scorer, check_calibration, check_direction, check_invariance, check_latency,
-    check_minimum, check_skew, check_slices, flight_tests, results_table, write_results,
+    check_claims, check_minimum, check_skew, check_slices, results_table, write_results,
 )
 from mlops_course.delivery.sign_off import SignOffError, approve, require_sign_off
 
 _all_ = ["Contender", "GateCheck", "GateDecision", "GateError", "GateLimits", "judge_challenger", "run_gate"]
 _all_ += ["LostStatus", "lint_exit_statuses", "ModelTestError", "ModelTestResult", "as_scorer", "check_calibration"]
 _all_ += ["check_direction", "check_invariance", "check_latency", "check_minimum", "check_skew", "check_slices"]
-_all_ += ["flight_tests", "results_table", "write_results"]
+_all_ += ["check_claims", "results_table", "write_results"]
 _all_ += ["SmokeTestError", "SignOffError", "approve", "deliver", "judge_version", "require_sign_off", "undo_delivery"]
 
 # %% auto #0
 __all__ = ['Contender', 'GateCheck', 'GateDecision', 'GateError', 'GateLimits', 'judge_challenger', 'run_gate', 'LostStatus',
            'lint_exit_statuses', 'ModelTestError', 'ModelTestResult', 'as_scorer', 'check_calibration',
            'check_direction', 'check_invariance', 'check_latency', 'check_minimum', 'check_skew', 'check_slices',
-           'flight_tests', 'results_table', 'write_results', 'SmokeTestError', 'SignOffError', 'approve', 'deliver',
+           'check_claims', 'results_table', 'write_results', 'SmokeTestError', 'SignOffError', 'approve', 'deliver',
            'judge_version', 'require_sign_off', 'undo_delivery']

@@ -7,27 +7,30 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
 from urllib.request import Request, urlopen
 
 from mlops_course.data import newest_reference, split_reference
-from mlops_course.delivery.gate import GateDecision, run_gate
-from mlops_course.delivery.sign_off import read_gate_report, require_sign_off, write_gate_report
+from mlops_course.delivery.gate import GateDecision, GateLimits, run_gate
+from mlops_course.delivery.sign_off import check_second_person, read_gate_report, require_sign_off, write_gate_report
 from mlops_course.environment import CourseError, Settings
 from mlops_course.experiments import find_tracked_run, run_value
 from mlops_course.project import UseCase
-from mlops_course.ledger import LedgerEntry
+from mlops_course.ledger import LedgerEntry, current_user
 from mlops_course.registry import champion_reference, find_version, package, promote, roll_back
 from mlops_course.registry.changes import require_champion
+from mlops_course.registry.shared_bundles import share_bundle
 from mlops_course.registry.store import changing_registry
 from mlops_course.serving.bundle import GOLDEN_FILE, open_bundle, read_golden
 from mlops_course.serving.inference import SCORE_TOLERANCE
-from mlops_course.serving.publishing import for_case, live_bundle, publish
+from mlops_course.serving.publishing import fetch_bundle, for_case, live_bundle, publish
 
 # %% auto #0
-__all__ = ['SmokeTestError', 'judge_version', 'try_service', 'require_deliverable', 'deliver', 'undo_delivery']
+__all__ = ['Attest', 'SmokeTestError', 'judge_version', 'try_service', 'require_deliverable', 'attested', 'deliver',
+           'try_delivered', 'undo_delivery']
 
 # %% ../../nbs/internals/10_delivering.ipynb #de100007
 class SmokeTestError(CourseError):
@@ -42,6 +45,7 @@ def judge_version(
     last: str,  # last month of the test, included
     features: str | None = None,  # reference to the feature table; None: the newest version of what it was trained on
     rows: str | None = None,  # reference to the clean table with the outcomes; None: likewise
+    limits: GateLimits | None = None,  # None: the usual ones
 ) -> tuple[str, GateDecision, Path]:  # the version, what the gate says of it, and the report
     """Run the gate, and keep what it said.
 
@@ -52,12 +56,14 @@ def judge_version(
     """
     version, champion = find_version(settings, use_case, reference), champion_reference(settings, use_case)
     run, name = find_tracked_run(settings, use_case, str(version.run_id)), f"{use_case.name}@{version.version}"
-    tables = [
-        given or newest_reference(settings, split_reference(run_value(run, f"data.{what}"))[0])
-        for what, given in (("features", features), ("rows", rows))
-    ]
-    decision = run_gate(settings, use_case, name, tables[0], tables[1], first, last)
+    tables = [given or _newest(settings, run, what) for what, given in (("features", features), ("rows", rows))]
+    decision = run_gate(settings, use_case, name, tables[0], tables[1], first, last, limits)
     return name, decision, write_gate_report(settings, name, decision, champion)
+
+# %% ../../nbs/internals/10_delivering.ipynb #d06de2f0
+def _newest(settings: Settings, run: Any, what: str) -> str:
+    """The newest version of a table that a run was trained on: its features, or its rows."""
+    return newest_reference(settings, split_reference(run_value(run, f"data.{what}"))[0])
 
 # %% ../../nbs/internals/10_delivering.ipynb #de100012
 def _ask(url: str, body: Any = None) -> Any:
@@ -125,6 +131,21 @@ def require_deliverable(
             require_champion(registry, report.champion)
     return approval
 
+# %% ../../nbs/internals/10_delivering.ipynb #4216f42a
+Attest = Callable[[Settings, Path], bool]  # signs a bundle; whether it had to
+
+
+def attested(
+    settings: Settings,  # workspace and store
+    use_case: UseCase,  # what is predicted
+    reference: str,  # a version, such as `flight-delay@3`
+    attest: Attest | None,  # signs the bundle; None: nobody does
+) -> list[str]:  # what was done now, in words
+    """Have a version's bundle signed, if somebody does that, and put it into MLflow, if others can ask there."""
+    folder = fetch_bundle(settings, reference)
+    done = [f"{reference} is signed"] if attest is not None and attest(settings, folder) else []
+    return done + [f"the bundle of {reference} is in MLflow"] * share_bundle(settings, use_case, folder)
+
 # %% ../../nbs/internals/10_delivering.ipynb #de100016
 def deliver(
     settings: Settings,  # workspace and store
@@ -133,6 +154,7 @@ def deliver(
     reason: str,  # why
     by: str | None = None,  # who; None: whoever runs this
     url: str = "",  # where the service runs; empty: nobody is asked
+    attest: Attest | None = None,  # signs the bundle, such as section 13's `voucher`; None: nobody does
 ) -> list[str]:  # what was done now, in words; empty: all had been done
     """Bring an approved version into production; after an interruption, do it again.
 
@@ -142,27 +164,38 @@ def deliver(
         SmokeTestError: the service doesn't answer as it should.
     """
     approval, report, done = require_sign_off(settings, reference), read_gate_report(settings, reference), []
+    check_second_person(settings, reference, approval.by, by or current_user())
+    done += attested(settings, use_case, reference, attest)
     before = promote(settings, use_case, reference, reason, by, approval.by, report.champion)
     if before != reference:
         done.append(f"{reference} is champion, after {before or 'nobody'}")
-    if _live_name(settings, reference) != reference:
-        publish(settings, reference, reason, by)
-        done.append(f"{reference} is published")
-    return done + _tried(settings, use_case, reference, url)
+    return done + _published(settings, reference, reason, by) + try_delivered(settings, use_case, reference, url)
 
 # %% ../../nbs/internals/10_delivering.ipynb #de100102
-def _tried(settings: Settings, use_case: UseCase, reference: str, url: str) -> list[str]:
-    """Ask the service, if there is one to be asked; what came of it, in words."""
+def try_delivered(
+    settings: Settings,  # workspace and store
+    use_case: UseCase,  # what is predicted
+    reference: str,  # the version that was delivered
+    url: str,  # where the service runs; empty: nobody is asked
+) -> list[str]:  # what came of it, in words
+    """Ask the service for some golden rows, if there is one to be asked.
+
+    Raises:
+        SmokeTestError: it doesn't answer as it should.
+    """
     if not url:
         return []
     asked = try_service(url, package(settings, use_case, reference))
     return [f"{url} scores {asked} golden rows as it should"]
 
 
-def _live_name(settings: Settings, reference: str) -> str | None:
-    """The version of that use case that is live; None: there is none."""
-    folder = live_bundle(for_case(settings, reference))
-    return folder.name if folder else None
+def _published(settings: Settings, reference: str, reason: str, by: str | None) -> list[str]:
+    """Make a version live, unless it is; in words, what was done."""
+    live = live_bundle(for_case(settings, reference))
+    if live and live.name == reference:
+        return []
+    publish(settings, reference, reason, by)
+    return [f"{reference} is published"]
 
 # %% ../../nbs/internals/10_delivering.ipynb #de100021
 def undo_delivery(
@@ -172,6 +205,7 @@ def undo_delivery(
     bad: str = "champion",  # the version to be taken out; named, it can be said twice
     by: str | None = None,  # who; None: whoever runs this
     url: str = "",  # where the service runs; empty: nobody is asked
+    attest: Attest | None = None,  # signs the bundle, if it isn't signed; None: nobody does
 ) -> str:  # the version that is in production now
     """Take a version out of production, and bring back the one before it; after an interruption, do it again.
 
@@ -182,7 +216,7 @@ def undo_delivery(
     """
     target = roll_back(settings, use_case, reason, bad, by)
     package(settings, use_case, target)
-    if _live_name(settings, target) != target:
-        publish(settings, target, reason, by)
-    _tried(settings, use_case, target, url)
+    attested(settings, use_case, target, attest)
+    _published(settings, target, reason, by)
+    try_delivered(settings, use_case, target, url)
     return target

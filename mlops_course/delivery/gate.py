@@ -61,7 +61,7 @@ class GateCheck:
     low: float
     high: float
     limit: float
-    slice: str = ""  # such as carrier=UA; empty: all rows
+    slice: str = ""  # such as origin=JFK; empty: all rows
     count: int = 0  # days for a proof, rows for a slice
     min_count: int = 0
     doubt: bool = False  # a person can answer what the figure only suspects

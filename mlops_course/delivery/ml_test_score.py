@@ -90,11 +90,11 @@ _DATA = (
 
 _MODEL = (
     RubricCheck(score_model.check_reviewed, other=_review_runs_tests),
-    RubricCheck(score_model.check_online, stages=("daily_metrics", "monitor_month")),
+    RubricCheck(score_model.check_online, stages=("daily_metrics", "review_month")),
     RubricCheck(score_model.check_tuned, stages=("search",)),
     RubricCheck(score_model.check_staleness, stages=("check_staleness",)),
     RubricCheck(score_model.check_simpler, stages=("evaluate_run",)),
-    RubricCheck(score_model.check_quality_of_slices, stages=("check_slices", "flight_tests", "judge_version")),
+    RubricCheck(score_model.check_quality_of_slices, stages=("check_slices", "check_claims", "judge_version")),
     RubricCheck(score_model.check_inclusion, stages=("unfair_groups",)),
 )
 
@@ -117,7 +117,7 @@ _MONITORING = (
     RubricCheck(score_monitoring.check_age, stages=("age_in_months",), trigger="schedule"),
     RubricCheck(score_monitoring.check_finite, stages=("package",)),
     RubricCheck(score_monitoring.check_speed, stages=("worse_than_before",)),
-    RubricCheck(score_monitoring.check_served_quality, stages=("monitor_month",)),
+    RubricCheck(score_monitoring.check_served_quality, stages=("review_month",)),
 )
 RUBRIC_CHECKS: dict[str, tuple[RubricCheck, ...]] = {
     "data": _DATA, "model": _MODEL, "infrastructure": _INFRASTRUCTURE, "monitoring": _MONITORING,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import html
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,11 @@ import pandas as pd
 
 from mlops_course.environment import CourseError, write_atomic
 from mlops_course.experiments import calibration_table
+from mlops_course.project.claims import Claim
 
 # %% auto #0
 __all__ = ['Scorer', 'Change', 'ModelTestError', 'as_scorer', 'ModelTestResult', 'check_invariance', 'check_direction',
-           'check_minimum', 'check_slices', 'check_calibration', 'check_latency', 'check_skew', 'flight_tests',
+           'check_minimum', 'check_slices', 'check_calibration', 'check_latency', 'check_skew', 'check_claims',
            'results_table', 'results_html', 'results_junit', 'write_results']
 
 # %% ../../nbs/internals/10_model_tests.ipynb #4bac0f72
@@ -79,7 +80,7 @@ def _worst(excess: np.ndarray, limit: float, frame: pd.DataFrame, columns: Seque
         return {}
     filled = np.where(np.isnan(excess), np.inf, excess)
     at = int(filled.argmax())
-    told = ", ".join(f"{name} {frame[name].iloc[at]}" for name in columns if name in frame)
+    told = ", ".join(f"{name} {frame[name].iloc[at]}" for name in columns if name in frame) or f"row {frame.index[at]}"
     return {"broken": int((filled > limit).sum()), "example": told if filled[at] > limit else ""}
 
 
@@ -132,12 +133,13 @@ def check_minimum(
     claim: str,  # in plain words
     low: float = 0.0,  # each score is at least this
     high: float = 1.0,  # and at most this
+    named_by: Sequence[str] = (),  # columns that name a row in the example
 ) -> ModelTestResult:
     """Claim that easy rows get scores in a range."""
     score = as_scorer(model)(frame)
     outside = np.maximum(low - score, score - high)
     value = math.inf if np.isnan(outside).any() else float(outside.max(initial=0.0))
-    return _result("minimum functionality", claim, value, 0.0, len(frame), **_worst(outside, 0.0, frame, ["carrier"]))
+    return _result("minimum functionality", claim, value, 0.0, len(frame), **_worst(outside, 0.0, frame, named_by))
 
 # %% ../../nbs/internals/10_model_tests.ipynb #2b08b16b
 def check_slices(
@@ -210,57 +212,53 @@ def check_skew(
     claim: str,  # in plain words
     threshold: float,  # from which a score is a warning
     tolerance: float = 1e-5,  # of a score
+    named_by: Sequence[str] = (),  # columns that name a row in the example
 ) -> ModelTestResult:
     """Claim that training and serving give the same scores and decisions."""
     one, other = as_scorer(trained)(frame), as_scorer(served)(frame)
     apart = np.where((one >= threshold) != (other >= threshold), np.inf, np.abs(one - other))
     value = math.inf if np.isnan(apart).any() else float(apart.max(initial=0.0))
-    worst = _worst(apart, tolerance, frame, ["carrier", "flight"])
+    worst = _worst(apart, tolerance, frame, named_by)
     return _result("skew", claim, value, tolerance, len(frame), **worst)
 
 # %% ../../nbs/internals/10_model_tests.ipynb #71caca6e
-def flight_tests(
+_CLAIMS: dict[str, Callable[[Any, pd.DataFrame, Claim], ModelTestResult]] = {
+    "invariance": lambda model, rows, claim: check_invariance(model, rows, claim.words, claim.change),
+    "direction": lambda model, rows, claim: check_direction(model, rows, claim.words, claim.change),
+    "minimum": lambda model, rows, claim: check_minimum(model, claim.change(rows), claim.words),
+    "slices": lambda model, rows, claim: check_slices(model, rows, claim.words, claim.columns),
+    "calibration": lambda model, rows, claim: check_calibration(model, rows, claim.words, claim.limit),
+}
+
+# %% ../../nbs/internals/10_model_tests.ipynb #5c0r3000
+def check_claims(
     model: Any,  # that scores
     frame: pd.DataFrame,  # labelled features of a month that the model hasn't seen
-    slices: Sequence[str] = ("carrier", "origin"),  # by which it is broken down
+    claims: Iterable[Claim],  # of its use case
 ) -> list[ModelTestResult]:
-    """Run the claims about late flights."""
-    landed = frame[frame["previous_leg_1_delay"].notna()] if "previous_leg_1_delay" in frame else frame.iloc[:0]
-    easy = landed[(landed["previous_leg_1_delay"] < 0) & (landed["precipitation"] == 0)] if len(landed) else landed
-    nobody = frame.assign(carrier="ZZ")  # not in any training
-    return [
-        check_invariance(model, frame, "The order of the flights changes no score", lambda rows: rows.iloc[::-1]),
-        check_invariance(model, frame, "The flight's number, which isn't a feature, changes no score", _renumbered),
-        check_direction(model, landed, "An aircraft 90 minutes later makes lateness likelier", _aircraft_later),
-        check_minimum(model, nobody, "An airline that nobody knows gets a score from 0 to 1"),
-        check_direction(model, easy, "A punctual flight whose airport falls into disorder is likelier late", _disorder),
-        check_slices(model, frame, "Every airline and airport is served better than by its own base rate", slices),
-        check_calibration(model, frame, "Of flights with 30 %, some 30 % are late", limit=0.06),
-    ]
+    """Test all that a use case claims of its models.
 
-# %% ../../nbs/internals/10_model_tests.ipynb #64fc2ed9
-_LATER = {"previous_leg_1_delay": 90, "previous_leg_1_slack": -90, "previous_leg_1_slack_left": -90}
+    Raises:
+        ModelTestError: a claim is of no known kind.
+    """
+    claims, scorer = list(claims), _scored_once(model, frame)
+    if unknown := [claim.kind for claim in claims if claim.kind not in _CLAIMS]:
+        raise ModelTestError(f"{unknown[0]!r} is not a kind of claim", f"Take one of {', '.join(_CLAIMS)}")
+    return [_CLAIMS[claim.kind](scorer, claim.rows(frame), claim) for claim in claims]
 
+# %% ../../nbs/internals/10_model_tests.ipynb #5c0r3001
+def _scored_once(model: Any, frame: pd.DataFrame) -> Scorer:
+    """A scorer that scores one frame a single time, however many claims speak of all of its rows."""
+    scorer, kept = as_scorer(model), list[np.ndarray]()
 
-def _renumbered(rows: pd.DataFrame) -> pd.DataFrame:
-    """All flights with another number."""
-    return rows.assign(flight=1)
+    def score(rows: pd.DataFrame) -> np.ndarray:
+        if rows is not frame:
+            return scorer(rows)
+        if not kept:
+            kept.append(scorer(frame))
+        return kept[0]
 
-
-def _moved(rows: pd.DataFrame, steps: Mapping[str, float]) -> pd.DataFrame:
-    """Rows with some columns moved by so much; those that aren't there stay away."""
-    return rows.assign(**{name: (rows[name] + step).astype("float32") for name, step in steps.items() if name in rows})
-
-
-def _aircraft_later(rows: pd.DataFrame) -> pd.DataFrame:
-    """The aircraft is 90 minutes later."""
-    return _moved(rows, _LATER)
-
-
-def _disorder(rows: pd.DataFrame) -> pd.DataFrame:
-    """Everything that left the airport lately left an hour later."""
-    names = [name for name in rows if name.startswith("departure_delay_origin")]
-    return _moved(rows, dict.fromkeys(names, 60.0))
+    return score
 
 # %% ../../nbs/internals/10_model_tests.ipynb #7c0fc6de
 def results_table(

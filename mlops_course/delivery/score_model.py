@@ -230,7 +230,7 @@ def _size(group: tuple[str, float]) -> float:
 
 
 def check_inclusion(evidence: Evidence) -> Finding:
-    """No airline, airport or place of any size is promised something else than happens to it."""
+    """No group of any size is promised something else than happens to it."""
     use_case, columns = evidence.use_case, evidence.use_case.categorical
     judged, unfair = unfair_groups(use_case, evidence.rows.test, evidence.rows.score, columns)
     found = f"{judged} groups of {', '.join(columns)}: mean score against what happened, limit {MOST_UNFAIR:g}"

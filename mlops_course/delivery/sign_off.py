@@ -21,7 +21,7 @@ from mlops_course.serving.bundle import case_of, find_bundle, manifest_sha256, r
 
 # %% auto #0
 __all__ = ['SignOffError', 'gate_report_file', 'write_gate_report', 'sign_off_digests', 'GateReport', 'read_gate_report',
-           'approve', 'require_sign_off']
+           'check_second_person', 'approve', 'require_sign_off']
 
 # %% ../../nbs/internals/10_sign_off.ipynb #51900009
 class SignOffError(CourseError):
@@ -119,6 +119,28 @@ def read_gate_report(
         remedy = f"Run: mlops-course deliver gate {reference} --first … --last …"
         raise SignOffError(f"{path} isn't a report: {error}", remedy) from error
 
+# %% ../../nbs/internals/10_sign_off.ipynb #e674bc80
+def check_second_person(
+    settings: Settings,  # whose workspace, and whether two persons are needed
+    reference: str,  # the version
+    approver: str,  # who agrees
+    requester: str = "",  # who wants it in production; empty: nobody yet
+) -> None:
+    """Refuse an approval by who made the version or asks for it, where the policy wants four eyes.
+
+    Raises:
+        SignOffError: it is the same person, or nobody knows who made the version.
+    """
+    if not settings.four_eyes:
+        return
+    entries = read_ledger(settings)
+    makers = {entry.by for entry in entries if entry.event == "register" and entry.subject == reference}
+    if not makers:
+        raise SignOffError(f"nobody knows who made {reference}", "Register it: MLOPS_COURSE_FOUR_EYES asks for that")
+    if approver in {*makers, requester}:
+        problem = f"{approver} has made {reference}, or asks for it, and approves it too"
+        raise SignOffError(problem, "Have somebody else approve it: MLOPS_COURSE_FOUR_EYES asks for two")
+
 # %% ../../nbs/internals/10_sign_off.ipynb #51900016
 def approve(
     settings: Settings,  # whose workspace
@@ -130,9 +152,10 @@ def approve(
     """Agree to a version as it is now: to its model, data, code and report.
 
     Raises:
-        SignOffError: the gate has rejected it, hasn't said anything, or says something else by now.
+        SignOffError: the gate has rejected it, or hasn't said this; or two persons are needed and this is one.
         LedgerError: the ledger is damaged.
     """
+    check_second_person(settings, reference, by or current_user())
     digests, report = sign_off_digests(settings, reference), read_gate_report(settings, reference)
     if seen not in (None, digests["report"]):
         problem = f"the report on {reference} was read as {seen:.12}…, and now it is {digests['report']:.12}…"
@@ -173,6 +196,7 @@ def require_sign_off(
     last = _last_approval(read_ledger(settings), reference)
     if last is None:
         raise SignOffError(f"nobody has approved {reference}, or it was taken out since", remedy)
+    check_second_person(settings, reference, last.by)
     now = sign_off_digests(settings, reference)
     changed = [name for name in sorted({*now, *last.after}) if now.get(name) != last.after.get(name)]
     if changed:
