@@ -28,6 +28,7 @@ from mlops_course.deployment.release_files import (
     create_release, live_reference, read_release, read_release_history, refuse_during_release, roll_back_by_history,
     update_release,
 )
+from mlops_course.deployment.release_store import refuse_lonely_pods
 from mlops_course.deployment.releases import STEPS, Release, ReleaseError, ReleaseLimits
 from mlops_course.deployment.routing import candidate_answers, place_of
 from mlops_course.deployment.workers import ReleaseModels, can_replace
@@ -44,6 +45,7 @@ _all_ += ["can_replace", "live_reference", "refuse_during_release"]
 if TYPE_CHECKING:
     from mlops_course.environment import Settings
     from mlops_course.serving import Predictor
+    from mlops_course.serving.bundle import Verify
     from mlops_course.serving.limits import Authorize, Guard, Limits
 
 # %% ../../nbs/11_deployment.ipynb #21be270e
@@ -51,11 +53,12 @@ def release_app(
     settings: Settings,  # where the workspace is
     limits: Limits | None = None,  # of the service; None: the usual ones
     authorize: Authorize | None = None,  # a request's scope to a principal; None: everybody may do everything
+    verify: Verify | None = None,  # who must vouch for a bundle; None: its own checksums are enough
 ) -> Guard:  # an ASGI app
     """The service of section 7, with a router for releases in it."""
     from mlops_course.serving.app import create_app
 
-    return create_app(settings, limits, authorize, ReleaseModels(settings))
+    return create_app(settings, limits, authorize, ReleaseModels(settings, verify))
 
 # %% ../../nbs/11_deployment.ipynb #02490697
 def start_release(
@@ -65,26 +68,32 @@ def start_release(
     steps: tuple[float, ...] | None = None,  # shares of the requests; None: the strategy's own
     limits: ReleaseLimits | None = None,  # None: the usual ones
     reason: str = "asked for",  # why; it is kept
+    verify: Verify | None = None,  # who must vouch for the candidate; None: its own checksums are enough
 ) -> Release:
     """Put a candidate beside the live model.
 
     Raises:
-        ReleaseError: no model is live, the candidate can't replace it, or a release is under way.
+        ReleaseError: no model is live, the candidate can't replace it, a release is under way, or pods can't meet.
     """
     if strategy not in STEPS:
         raise ReleaseError(f"there is no strategy {strategy!r}", f"Take {', '.join(STEPS)}")
+    refuse_lonely_pods(settings)
     settings = for_case(settings, candidate)
-    stable = live_reference(settings)
-    if stable is None:
-        raise ReleaseError(f"no model of {settings.use_case} is live in {settings.home}", "Publish a bundle first")
-    if stable == candidate:
+    if (stable := _require_live(settings)) == candidate:
         raise ReleaseError(f"{candidate} is the live model already", "Name another bundle")
-    live, new = (load_predictor(bundles_folder(settings) / name) for name in (stable, candidate))
-    can_replace(live, new)
+    live = load_predictor(bundles_folder(settings) / stable)
+    can_replace(live, load_predictor(bundles_folder(settings) / candidate, verify=verify))
     limits = _with_slices(limits or ReleaseLimits(), live)
     return create_release(settings, strategy, stable, candidate, steps, limits, reason)
 
 # %% ../../nbs/11_deployment.ipynb #f70c8688
+def _require_live(settings: Settings) -> str:
+    """The version that is live. Raises: ReleaseError, when there is none."""
+    if (stable := live_reference(settings)) is None:
+        raise ReleaseError(f"no model of {settings.use_case} is live in {settings.home}", "Publish a bundle first")
+    return stable
+
+
 def _with_slices(limits: ReleaseLimits, stable: Predictor) -> ReleaseLimits:
     """Name the columns that make slices: whoever looks at others is blind.
 

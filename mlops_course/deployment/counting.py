@@ -5,23 +5,24 @@
 # %% ../../nbs/internals/11_counting.ipynb #4579d80e
 from __future__ import annotations
 
+import itertools
 import logging
 import operator
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Annotated, Any, Self
 
 import msgspec
 from msgspec import Meta, Struct
 
+from mlops_course.deployment.release_store import count_store
 from mlops_course.deployment.statistics import BUCKETS, bucket_of
-from mlops_course.environment import Settings, write_atomic
+from mlops_course.environment import Settings
 
 _log = logging.getLogger("mlops_course.serving")
 
 # %% auto #0
-__all__ = ['TimeBuckets', 'ROLES', 'RequestCounts', 'PairCounts', 'Counts', 'since', 'counts_folder', 'write_counts',
-           'read_counts']
+__all__ = ['TimeBuckets', 'ROLES', 'RequestCounts', 'PairCounts', 'RankCounts', 'OutcomeCounts', 'CallerCounts', 'Counts',
+           'since', 'write_counts', 'read_counts']
 
 # %% ../../nbs/internals/11_counting.ipynb #d776a3e5
 _Number = Annotated[int, Meta(ge=0)]
@@ -64,19 +65,92 @@ class RequestCounts(_Sums):
 
 # %% ../../nbs/internals/11_counting.ipynb #be384ca1
 class PairCounts(_Sums):
-    """Rows that both versions scored: the candidate's score minus the stable one's."""
+    """Rows that both versions were to score: the candidate's score minus the stable one's."""
 
-    count: _Number = 0
+    count: _Number = 0  # both did
     total: float = 0.0
     squares: float = 0.0
     flips: _Number = 0  # rows that are decided otherwise
+    warned: _Number = 0  # rows of which the candidate warns
+    stable_warned: _Number = 0
+    failed: _Number = 0  # the candidate alone couldn't score them
+    stable_failed: _Number = 0
 
-    def add_row(self, difference: float, flipped: bool) -> None:
-        """Count one row."""
+    @property
+    def tried(self) -> int:
+        """How many rows both versions were to score."""
+        return self.count + self.failed + self.stable_failed
+
+    def add_row(self, difference: float, flipped: bool, warned: bool = False) -> None:
+        """Count a row that both have scored, and of which the candidate warns, or doesn't."""
         self.count += 1
         self.total += difference
         self.squares += difference**2
         self.flips += flipped
+        self.warned += warned
+        self.stable_warned += warned != flipped
+
+# %% ../../nbs/internals/11_counting.ipynb #6d0ffaad
+class RankCounts(_Sums):
+    """Two rows at a time, each scored by both versions."""
+
+    count: _Number = 0
+    disagreed: _Number = 0  # the versions don't put the same row first; a tie puts none first
+    gap: float = 0.0  # sum of the distances between the candidate's two scores
+    gap_squares: float = 0.0
+    stable_gap: float = 0.0
+    stable_gap_squares: float = 0.0
+
+    def add_two(self, one: tuple[float, float], other: tuple[float, float]) -> None:
+        """Count two rows, each with the score of the stable version and of the candidate."""
+        stable, candidate = one[0] - other[0], one[1] - other[1]
+        self.count += 1
+        self.disagreed += stable * candidate <= 0
+        self.gap += abs(candidate)
+        self.gap_squares += candidate**2
+        self.stable_gap += abs(stable)
+        self.stable_gap_squares += stable**2
+
+# %% ../../nbs/internals/11_counting.ipynb #c5ac9f36
+class OutcomeCounts(_Sums):
+    """Rows whose outcome is known by now: the candidate's squared error minus the stable version's."""
+
+    count: _Number = 0
+    total: float = 0.0
+    squares: float = 0.0
+
+    def add_outcome(self, outcome: float, stable: float, candidate: float) -> None:
+        """Count a row with its outcome (1 or 0) and both scores."""
+        difference = (candidate - outcome) ** 2 - (stable - outcome) ** 2
+        self.count += 1
+        self.total += difference
+        self.squares += difference**2
+
+# %% ../../nbs/internals/11_counting.ipynb #8ca3d65a
+class _Outcomes(_Sums):
+    """What became of rows and requests that one version was to score, silently or not."""
+
+    answered: _Number = 0  # failed ones included
+    failed: _Number = 0
+
+
+class CallerCounts(Struct, forbid_unknown_fields=True):
+    """What one group of callers has asked for."""
+
+    candidate: _Outcomes = msgspec.field(default_factory=_Outcomes)
+    stable: _Outcomes = msgspec.field(default_factory=_Outcomes)
+    pairs: dict[str, PairCounts] = msgspec.field(default_factory=dict)  # by slice
+    ranks: RankCounts = msgspec.field(default_factory=RankCounts)
+
+    def combine(self, operation: Callable[[Any, Any], Any], other: CallerCounts) -> CallerCounts:
+        """A new record: each number of this one with that of the other."""
+        both = [(self.pairs.get(name, PairCounts()), other.pairs.get(name, PairCounts())) for name in other.pairs]
+        pairs = self.pairs | {
+            name: one._by_field(operation, each) for name, (one, each) in zip(other.pairs, both, strict=True)
+        }
+        parts = ((self.candidate, other.candidate), (self.stable, other.stable))
+        candidate, stable = (one._by_field(operation, each) for one, each in parts)
+        return CallerCounts(candidate, stable, pairs, self.ranks._by_field(operation, other.ranks))
 
 # %% ../../nbs/internals/11_counting.ipynb #f82368dc
 ROLES = ("stable", "candidate", "silent_stable", "silent_candidate")
@@ -90,15 +164,36 @@ class Counts(Struct, forbid_unknown_fields=True):
     silent_stable: RequestCounts = msgspec.field(default_factory=RequestCounts)
     silent_candidate: RequestCounts = msgspec.field(default_factory=RequestCounts)
     pairs: dict[str, PairCounts] = msgspec.field(default_factory=lambda: {"": PairCounts()})  # by slice; "" is all
+    ranks: RankCounts = msgspec.field(default_factory=RankCounts)
+    outcomes: OutcomeCounts = msgspec.field(default_factory=OutcomeCounts)  # known by now
+    callers: dict[str, CallerCounts] = msgspec.field(default_factory=dict)  # by group
+    left_out: dict[str, _Number] = msgspec.field(default_factory=dict)  # rows that don't count, by the reason
     problem: str = ""  # why a worker can't use the candidate at all
     unread: list[str] = msgspec.field(default_factory=list)  # workers whose counts can't be read
     window: _Number = 0  # number of the current window of time
     recent: Counts | None = None  # what was counted in it
 
-    def add_pair(self, slices: Iterable[str], difference: float, flipped: bool) -> None:
+    def of(self, group: str) -> tuple[Counts | CallerCounts, ...]:
+        """Where a row of a group of callers counts; no name: nobody knows who has asked."""
+        return (self, self.callers.setdefault(group, CallerCounts())) if group else (self,)
+
+    def add_pair(
+        self, slices: Iterable[str], difference: float, flipped: bool, warned: bool = False, group: str = ""
+    ) -> None:
         """Count one row that both versions scored."""
-        for name in slices:
-            self.pairs.setdefault(name, PairCounts()).add_row(difference, flipped)
+        for name, each in itertools.product(slices, self.of(group)):
+            each.pairs.setdefault(name, PairCounts()).add_row(difference, flipped, warned)
+
+    def add_failure(self, slices: Iterable[str], of_candidate: bool, group: str = "") -> None:
+        """Count one row that only one version could score."""
+        for name, each in itertools.product(slices, self.of(group)):
+            pairs = each.pairs.setdefault(name, PairCounts())
+            pairs.failed += of_candidate
+            pairs.stable_failed += not of_candidate
+
+    def leave_out(self, reason: str, rows: int = 1) -> None:
+        """Note rows that don't count."""
+        self.left_out[reason] = self.left_out.get(reason, 0) + rows
 
     def add(self, other: Counts) -> None:
         """Take in the counts of another worker."""
@@ -106,6 +201,12 @@ class Counts(Struct, forbid_unknown_fields=True):
             setattr(self, role, getattr(self, role) + getattr(other, role))
         for name, pairs in other.pairs.items():
             self.pairs[name] = self.pairs.get(name, PairCounts()) + pairs
+        self.ranks += other.ranks
+        self.outcomes += other.outcomes
+        for group, caller in other.callers.items():
+            self.callers[group] = self.callers.get(group, CallerCounts()).combine(operator.add, caller)
+        for reason, rows in other.left_out.items():
+            self.leave_out(reason, rows)
         self.problem = self.problem or other.problem
         self.unread = self.unread + other.unread
         _add_recent(self, other)
@@ -127,37 +228,40 @@ def since(
 ) -> Counts:
     """What was counted between two moments."""
     pairs = {name: each - then.pairs.get(name, PairCounts()) for name, each in now.pairs.items()}
-    return Counts(**{role: getattr(now, role) - getattr(then, role) for role in ROLES}, pairs=pairs)
+    roles = {role: getattr(now, role) - getattr(then, role) for role in ROLES}
+    known, take_away = then.callers, operator.sub
+    callers = {group: each.combine(take_away, known.get(group, CallerCounts())) for group, each in now.callers.items()}
+    return Counts(**roles, pairs=pairs, ranks=now.ranks - then.ranks, callers=callers)
 
 # %% ../../nbs/internals/11_counting.ipynb #70004278
-def counts_folder(
-    settings: Settings,  # whose workspace
-    release: str,  # its id
-) -> Path:
-    """Where the workers' counts of a release lie."""
-    return settings.serving / "release-counts" / release
-
-
 def write_counts(
     settings: Settings,  # whose workspace
     release: str,  # its id
     worker: str,  # a name that no other worker has, now or later
     counts: Counts,  # of this worker
-) -> Path:  # the file
-    """Write down what a worker has counted."""
-    return write_atomic(counts_folder(settings, release) / f"{worker}.json", msgspec.json.encode(counts))
+) -> None:
+    """Write down what a worker has counted.
+
+    Raises:
+        CourseError: that can't be done now.
+    """
+    count_store(settings).write(release, worker, msgspec.json.encode(counts))
 
 # %% ../../nbs/internals/11_counting.ipynb #84847c22
 def read_counts(
     settings: Settings,  # whose workspace
     release: str,  # its id
 ) -> Counts:  # of all workers, those that are gone included
-    """Add up what all workers have counted, and name those whose file is damaged."""
+    """Add up what all workers have counted, and name those whose counts are damaged.
+
+    Raises:
+        ReleaseError: the place where they are kept can't be reached.
+    """
     together, read = Counts(), msgspec.json.Decoder(Counts).decode
-    for path in sorted(counts_folder(settings, release).glob("*.json")):
+    for worker, content in count_store(settings).read(release).items():
         try:
-            together.add(read(path.read_bytes()))
-        except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
-            _log.error("can't read the counts in %s: %s", path, error)
-            together.unread.append(path.stem)
+            together.add(read(content))
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            _log.error("can't read what the worker %s has counted: %s", worker, error)
+            together.unread.append(worker)
     return together

@@ -11,7 +11,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mlops_course.deployment.counting import Counts, PairCounts, RequestCounts, TimeBuckets
+import msgspec
+
+from mlops_course.deployment.callers import GROUPS, weigh_callers, without_callers
+from mlops_course.deployment.counting import (
+    Counts, OutcomeCounts, PairCounts, RankCounts, RequestCounts, TimeBuckets,
+)
 from mlops_course.deployment.releases import MAX_SLICES, Release, ReleaseLimits
 from mlops_course.deployment.statistics import (
     BUCKETS, FASTEST, buckets_between, mean_interval, quantile_buckets, share_interval, times_of,
@@ -28,10 +33,10 @@ _Verdict = Literal["pass", "fail", "inconclusive", "insufficient"]
 class Check:
     """One quantity of a release, with its limit."""
 
-    name: str  # errors, latency, slow, shift or decision_flip_rate
-    slice: str  # such as carrier=UA; empty: all rows
-    low: float  # the quantity lies between low and high, at this look and all others
-    high: float
+    name: str  # of the limit, such as errors
+    slice: str  # such as origin=JFK; empty: all rows
+    low: float  # the quantity isn't smaller, at this look and all others
+    high: float  # it isn't larger
     limit: float
     count: int  # how many requests or rows it is made from
     min_samples: int  # fewer decide nothing
@@ -46,14 +51,14 @@ class Check:
 
     def __str__(self) -> str:
         where = (f" of {self.slice}" if self.slice else "") + (" lately" if self.lately else "")
-        return f"{self.name}{where} {self.low:.3g} to {self.high:.3g}, limit {self.limit:g} ({self.count} counted)"
+        return f"{self.name}{where} {self.low:.3g} to {self.high:.3g}, limit {self.limit:g} ({self.count:.0f} counted)"
 
 # %% ../../nbs/internals/11_judging.ipynb #0ded40d5
 def _check_errors(candidate: RequestCounts, stable: RequestCounts, limits: ReleaseLimits, risk: float) -> Check:
     """Failed requests; a stable version that has hardly answered is taken to be faultless."""
-    low, high = share_interval(candidate.failed, candidate.answered, risk / 8)
+    low, high = share_interval(candidate.failed, candidate.answered, risk / 2)
     known = stable.answered >= limits.min_samples
-    stable_low, stable_high = share_interval(stable.failed, stable.answered, risk / 8) if known else (0.0, 0.0)
+    stable_low, stable_high = share_interval(stable.failed, stable.answered, risk / 2) if known else (0.0, 0.0)
     difference = low - stable_high, high - stable_low
     return Check("errors", "", *difference, limits.errors, candidate.answered, limits.min_samples)
 
@@ -64,14 +69,14 @@ _SLOW_FACTOR = 3  # a row is slow when it takes so many times as long as a typic
 def _check_times(counts: Counts, limits: ReleaseLimits, risk: float) -> Iterator[Check]:
     """Times of single rows that both versions have scored, in turn: the typical row, and the slow ones."""
     candidate, stable = counts.silent_candidate.buckets, counts.silent_stable.buckets
-    count, median = min(sum(candidate), sum(stable)), quantile_buckets(stable, 0.5, risk / 16)
+    count, median = min(sum(candidate), sum(stable)), quantile_buckets(stable, 0.5, risk / 2)
     stable_low, stable_high = times_of(*median)
-    low, high = times_of(*quantile_buckets(candidate, 0.5, risk / 16))
+    low, high = times_of(*quantile_buckets(candidate, 0.5, risk / 2))
     ratio = low / stable_high, high / max(stable_low, FASTEST)  # both may be faster than the first edge
     yield Check("latency", "", *ratio, limits.latency, count, limits.min_samples)
     further = buckets_between(_SLOW_FACTOR * limits.latency)
     borders = range(min(median[0] + further, BUCKETS - 2), min(median[1] + further, BUCKETS - 2) + 1)
-    lows, highs = zip(*_more_above(candidate, stable, borders, risk / 16), strict=True)
+    lows, highs = zip(*_more_above(candidate, stable, borders, risk / 2), strict=True)
     yield Check("slow", "", min(lows), max(highs), limits.slow, count, limits.min_samples)
 
 
@@ -91,6 +96,40 @@ def _check_scores(name: str, pairs: PairCounts, limits: ReleaseLimits, risk: flo
     shift_limit, flip_limit, min_samples = limits.of_slices if name else limits.of_all_rows
     yield Check("shift", name, nearest, max(abs(low), abs(high)), shift_limit, pairs.count, min_samples)
     yield Check("decision_flip_rate", name, *flip_rate, flip_limit, pairs.count, min_samples)
+    if name:
+        failed = share_interval(pairs.failed, pairs.tried, risk)
+        yield Check("errors", name, *failed, limits.slice_errors, pairs.tried, min_samples)
+
+# %% ../../nbs/internals/11_judging.ipynb #baf704b3
+_RARE = 0.01  # is added to the shares of rows that are warned
+_LEAST = 1e-3  # what is smaller is nothing
+
+
+def _check_use(pairs: PairCounts, ranks: RankCounts, limits: ReleaseLimits, risk: float) -> Iterator[Check]:
+    """Whether the candidate warns, ranks and tells rows apart as the stable version does."""
+    count, least = pairs.count, limits.min_samples
+    warned = [share_interval(each, count, risk / 2) for each in (pairs.warned, pairs.stable_warned)]
+    shares = [(low + _RARE, high + _RARE) for low, high in warned]
+    yield Check("warned_ratio", "", *_ratio(*shares), limits.warned_ratio, count, least)
+    disagreed = share_interval(ranks.disagreed, ranks.count, risk)
+    yield Check("rank_disagreement", "", *disagreed, limits.rank_disagreement, ranks.count, least)
+    sums = (ranks.gap, ranks.gap_squares), (ranks.stable_gap, ranks.stable_gap_squares)
+    gaps = [mean_interval(ranks.count, *each, risk / 2) for each in sums]
+    yield Check("spread_ratio", "", *_ratio(*gaps), limits.spread_ratio, ranks.count, least)
+
+
+def _ratio(one: tuple[float, float], other: tuple[float, float]) -> tuple[float, float]:
+    """Between which bounds the larger of two quantities is a multiple of the smaller, from their intervals."""
+    (low, high), (other_low, other_high) = ((max(a, _LEAST), max(b, _LEAST)) for a, b in (one, other))
+    return max(1.0, low / other_high, other_low / high), max(high / other_low, other_high / low)
+
+# %% ../../nbs/internals/11_judging.ipynb #bf62477a
+def _check_outcomes(outcomes: OutcomeCounts, limits: ReleaseLimits, risk: float) -> Iterator[Check]:
+    """Whether the candidate is further from the truth than the stable version, if somebody asks for that."""
+    if limits.brier is None:
+        return
+    low, high = mean_interval(outcomes.count, outcomes.total, outcomes.squares, risk)
+    yield Check("brier", "", low, high, limits.brier, outcomes.count, limits.min_samples)
 
 # %% ../../nbs/internals/11_judging.ipynb #5a717cb8
 def judge_counts(
@@ -100,17 +139,27 @@ def judge_counts(
 ) -> list[Check]:  # the gravest quantities first
     """Compare all that was counted with the limits."""
     risk = limits.alpha / 2 if risk is None else risk
-    candidate, stable = counts.candidate + counts.silent_candidate, counts.stable + counts.silent_stable
-    checks = [_check_errors(candidate, stable, limits, risk), *_check_times(counts, limits, risk)]
-    checks += _check_scores("", counts.pairs.get("", PairCounts()), limits, risk / 8)
+    over_all = 8 if limits.brier is None else 9
+    failing = _check_all(counts, limits, risk / 2 / over_all, risk / 2 / 3 / MAX_SLICES)
+    passing = _check_all(counts, limits, limits.alpha, limits.alpha)
+    return [dataclasses.replace(one, high=other.high) for one, other in zip(failing, passing, strict=True)]
+
+
+def _check_all(counts: Counts, limits: ReleaseLimits, risk: float, slice_risk: float) -> Iterator[Check]:
+    """All checks, each with its risk: those over all rows, and three of each slice."""
+    yield _check_errors(counts.candidate + counts.silent_candidate, counts.stable + counts.silent_stable, limits, risk)
+    yield from _check_times(counts, limits, risk)
+    pairs = counts.pairs.get("", PairCounts())
+    yield from _check_scores("", pairs, limits, risk)
+    yield from _check_use(pairs, counts.ranks, limits, risk)
+    yield from _check_outcomes(counts.outcomes, limits, risk)
     for name in _largest_slices(counts)[:MAX_SLICES]:
-        checks += _check_scores(name, counts.pairs[name], limits, risk / 8 / MAX_SLICES)
-    return checks
+        yield from _check_scores(name, counts.pairs[name], limits, slice_risk)
 
-
+# %% ../../nbs/internals/11_judging.ipynb #b59e5e4d
 def _largest_slices(counts: Counts) -> list[str]:
     """The slices, the one with most rows first."""
-    return sorted((name for name in counts.pairs if name), key=lambda name: (-counts.pairs[name].count, name))
+    return sorted((name for name in counts.pairs if name), key=lambda name: (-counts.pairs[name].tried, name))
 
 # %% ../../nbs/internals/11_judging.ipynb #2a76de46
 def judge_recent(
@@ -138,16 +187,60 @@ def decide_release(
     counts: Counts,  # of all workers
     seconds: float,  # since its present step began
 ) -> ReleaseDecision:
-    """Say what shall be done, and why."""
-    checks, recent = judge_counts(counts, release.limits), judge_recent(counts, release.limits)
+    """Say what shall be done, and why; one caller alone can neither roll a release back nor hold it up."""
+    decision = _decide(release, counts, _weigh(counts, release.limits), seconds)
+    groups = [group for group, caller in counts.callers.items() if "" in caller.pairs]
+    early = decision.action == "wait" and _too_early(release, counts, seconds)
+    if release.limits.caller_share >= 1 or counts.problem or not groups or early or decision.action in _FORWARD:
+        return decision
+    stricter = msgspec.structs.replace(release.limits, alpha=release.limits.alpha / GROUPS)
+    judged = msgspec.structs.replace(release, limits=stricter)
+    others = [_decide(judged, counts, _weigh(counts, stricter, group), seconds) for group in groups]
+    return _kindest(decision, others)
+
+# %% ../../nbs/internals/11_judging.ipynb #d81accb4
+_FORWARD = ("step", "promote")
+
+
+def _decide(release: Release, counts: Counts, seen: Counts, seconds: float) -> ReleaseDecision:
+    """Say what shall be done, by those rows that count."""
+    checks, recent = judge_counts(seen, release.limits), judge_recent(seen, release.limits)
     failed = [check for check in [*checks, *recent] if check.verdict == "fail"]
     if counts.problem or failed:
         reason = counts.problem or "; ".join(map(str, failed[:3]))
         return ReleaseDecision("roll back", reason, {"status": "rolled back"})
-    missing = _missing(release, counts, seconds, [*_too_bad_to_go_on(recent), *_unsure(checks)])
+    missing = _missing(release, counts, seconds, [*_too_bad_to_go_on(checks + recent), *_unsure(checks)], seen)
     if missing:
         return ReleaseDecision("wait", "; ".join(missing), {})
     return _go_on(release, counts, checks)
+
+
+def _kindest(decision: ReleaseDecision, others: list[ReleaseDecision]) -> ReleaseDecision:
+    """The decision, unless without one group of callers a kinder one would be made."""
+    best = max(others, key=lambda each: ("roll back", "wait", *_FORWARD).index(each.action))
+    if decision.action == "roll back" and best.action == "wait":
+        return ReleaseDecision("wait", f"one caller's rows alone speak against it: {decision.reason}", {})
+    if best.action in _FORWARD:
+        return dataclasses.replace(best, reason=f"{best.reason}; one caller's rows, which differ, don't count")
+    return decision
+
+# %% ../../nbs/internals/11_judging.ipynb #9831b8b2
+def _weigh(
+    counts: Counts,  # of all workers
+    limits: ReleaseLimits,  # of the release
+    left_out: str = "",  # a group of callers that doesn't count; empty: all do
+) -> Counts:
+    """Take only what counts: no caller more than a share, in all and lately."""
+    recent = counts.recent and _weigh(counts.recent, limits, left_out)
+    return msgspec.structs.replace(
+        weigh_callers(without_callers(counts, left_out), limits.caller_share), recent=recent, window=counts.window
+    )
+
+
+def _too_early(release: Release, counts: Counts, seconds: float) -> bool:
+    """Whether requests or time are missing in this step anyway."""
+    new = _candidate_answered(release, counts) - release.before
+    return new < release.limits.min_requests or seconds < release.limits.hold_seconds
 
 # %% ../../nbs/internals/11_judging.ipynb #4e2dd471
 def _unsure(checks: list[Check]) -> list[Check]:
@@ -156,20 +249,32 @@ def _unsure(checks: list[Check]) -> list[Check]:
     return [check for check in unsure if check.verdict == "inconclusive" or not check.slice]
 
 
-def _too_bad_to_go_on(recent: list[Check]) -> list[Check]:
-    """Those of the current window that would fail if there were more data."""
-    return [check for check in recent if check.low > check.limit]
+def _too_bad_to_go_on(checks: list[Check]) -> list[Check]:
+    """Those that would fail if there were more data."""
+    return [check for check in checks if check.verdict == "insufficient" and check.low > check.limit]
 
-
-def _missing(release: Release, counts: Counts, seconds: float, unsure: list[Check]) -> list[str]:
-    """What is still missing before a release may go on."""
+# %% ../../nbs/internals/11_judging.ipynb #2cfad345
+def _missing(
+    release: Release, counts: Counts, seconds: float, unsure: list[Check], seen: Counts | None = None
+) -> list[str]:
+    """What is still missing before a release may go on, by the rows that count (None: all)."""
+    counted, rows = ((each or counts).pairs.get("", PairCounts()).tried for each in (seen, counts))
     limits, new = release.limits, _candidate_answered(release, counts) - release.before
     missing = [f"can't read the counts of {', '.join(counts.unread[:3])}"] if counts.unread else []
     missing += [f"{new} of {limits.min_requests} requests in this step"] if new < limits.min_requests else []
     missing += [f"{seconds:.0f} of {limits.hold_seconds:g} s"] if seconds < limits.hold_seconds else []
-    return [*missing, *(f"not sure yet: {check}" for check in unsure[:3])]
+    missing += [f"no row of {name} could be compared" for name in _never_compared(counts)[:3]]
+    many = f"{counted:.0f} of {rows} rows count: no caller for more than {limits.caller_share:.0%}"
+    missing += [f"{many} (caller_share; behind a proxy: --trusted-proxy)"] if unsure and counted < rows / 2 else []
+    missing += [f"{many} rows don't count: {why}" for why, many in counts.left_out.items() if unsure]
+    return [*missing, *(f"not sure yet: {check}" for check in list(dict.fromkeys(unsure))[:3])]
 
 
+def _never_compared(counts: Counts) -> list[str]:
+    """Slices with rows of which not one was scored by both versions."""
+    return [name for name in _largest_slices(counts) if counts.pairs[name].count == 0 < counts.pairs[name].tried]
+
+# %% ../../nbs/internals/11_judging.ipynb #0257b304
 def _candidate_answered(release: Release, counts: Counts) -> int:
     """How much the candidate has done so far; a shadow answers nothing, so its silent rows count."""
     return counts.candidate.answered if release.share else counts.silent_candidate.answered

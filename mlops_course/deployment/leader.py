@@ -7,16 +7,13 @@ from __future__ import annotations
 
 import logging
 from datetime import datetime
-from typing import TYPE_CHECKING
 
 from mlops_course.deployment.counting import read_counts
 from mlops_course.deployment.judging import ReleaseDecision, decide_release
-from mlops_course.deployment.release_files import live_reference, read_release, release_folder, update_release
+from mlops_course.deployment.release_files import live_reference, read_release, update_release
+from mlops_course.deployment.release_store import ReleaseStore, release_store
 from mlops_course.deployment.releases import Release
 from mlops_course.environment import CourseError, Settings
-
-if TYPE_CHECKING:
-    from filelock import FileLock
 
 _log = logging.getLogger("mlops_course.serving")
 
@@ -25,32 +22,26 @@ __all__ = ['Leader', 'review_release']
 
 # %% ../../nbs/internals/11_leader.ipynb #a089ac87
 class Leader:
-    """A worker's claim to lead those that share a workspace: who holds the lock leads."""
+    """A worker's claim to lead all who meet in one place: who holds the lock leads."""
 
     def __init__(self) -> None:
-        self._lock: FileLock | None = None
+        self._store: ReleaseStore | None = None
 
     def leads(
         self,
         settings: Settings,  # whose workspace
     ) -> bool:
         """Whether this worker leads, or has just begun to."""
-        from filelock import FileLock, Timeout
-
         try:
-            if self._lock is None:
-                folder = release_folder(settings)
-                if folder is None or not folder.is_dir():
-                    return False
-                self._lock = FileLock(folder / "release-guard.lock", thread_local=False)
-            return self._lock.is_locked or bool(self._lock.acquire(timeout=0))
-        except (Timeout, OSError, CourseError):
+            self._store = self._store or release_store(settings)
+        except CourseError:
             return False
+        return self._store is not None and self._store.leadership.hold()
 
     def resign(self) -> None:
         """Let another worker lead."""
-        if self._lock is not None:
-            self._lock.release()
+        if self._store is not None:
+            self._store.leadership.end()
 
 # %% ../../nbs/internals/11_leader.ipynb #953f657a
 def review_release(
@@ -64,7 +55,10 @@ def review_release(
         return None
     if release is None or release.status != "running":
         return None
-    decision = _decide(settings, release, release.seconds_in_step(now))
+    try:
+        decision = _decide(settings, release, release.seconds_in_step(now))
+    except CourseError as error:  # nobody can be asked what was counted
+        return ReleaseDecision("wait", str(error), {})
     if decision.action != "wait":
         _carry_out(settings, release, decision)
     return decision

@@ -9,6 +9,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -20,6 +21,7 @@ from mlops_course.deployment.inbox import (
 )
 from mlops_course.environment import CourseError, Settings, write_atomic
 from mlops_course.serving import Predictor, live_bundle, load_predictor
+from mlops_course.serving.bundle import Verify
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -122,6 +124,7 @@ def _score_arrivals(
     settings: Settings,  # whose live model scores
     inbox: Inbox,  # of this process
     settle: float = 1.0,  # seconds for which a file must not have changed
+    verify: Verify | None = None,  # who must vouch for the model; None: its own checksums are enough
 ) -> Iterator[ScoredFile]:  # one by one, as they are done
     """Score all files that have arrived, until there is none.
 
@@ -137,7 +140,7 @@ def _score_arrivals(
             return_file(inbox, path)
             raise InboxError(f"no model is live in {settings.home}", "Publish a bundle first")
         if predictor is None or live != folder:
-            folder, predictor = live, load_predictor(live)
+            folder, predictor = live, load_predictor(live, verify=verify)
         yield _logged(inbox, score_file(inbox, path, predictor))
 
 # %% ../../nbs/internals/11_microbatch.ipynb #d2a239e0
@@ -155,6 +158,7 @@ def watch_inbox(
     once: bool = False,  # end when nothing is left
     poll: float = 1.0,  # seconds between two looks
     settle: float = 1.0,  # seconds for which a file must not have changed
+    verify: Verify | None = None,  # who must vouch for the model; None: its own checksums are enough
 ) -> int:  # how many files were looked at
     """Score files as they arrive, until interrupted.
 
@@ -162,14 +166,12 @@ def watch_inbox(
         InboxError: no model is live.
         WorkspaceError: the folder can't be written to.
     """
-    inbox, count = Inbox(folder).open(), 0
-    try:
+    count = 0
+    with closing(Inbox(folder).open()) as inbox:
         while True:
-            for scored in _score_arrivals(settings, inbox, settle):
+            for scored in _score_arrivals(settings, inbox, settle, verify):
                 tell(scored)
                 count += 1
             if once:
                 return count
             time.sleep(poll)
-    finally:
-        inbox.close()

@@ -9,34 +9,42 @@ import itertools
 import math
 import random
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
 
-from mlops_course.deployment.counting import Counts, RequestCounts
+from mlops_course.deployment.counting import CallerCounts, Counts, RequestCounts
 from mlops_course.deployment.releases import MAX_SLICES, ReleaseLimits
 from mlops_course.serving import Predictor
 from mlops_course.serving.models import Record
 
 # %% auto #0
-__all__ = ['Sample', 'slice_values', 'default_slice_columns', 'time_rows', 'compare_sample', 'tally']
+__all__ = ['Answered', 'Sample', 'slice_values', 'default_slice_columns', 'count_outcome', 'time_rows', 'compare_sample', 'tally']
 
 # %% ../../nbs/internals/11_pairing.ipynb #aae371dc
-_Answered = tuple[Predictor, Any, Sequence[Record]]  # who answered, (n,) float64 scores, the rows
+class Answered(NamedTuple):
+    """A request that was answered, and may be compared."""
 
+    predictor: Predictor  # who answered
+    scores: Any  # (n,) float64
+    records: Sequence[Record]
+    group: str = ""  # of callers; empty: nobody knows
+    looked_up: Sequence[bool] | None = None  # whether each row is one of the feature table; None: there is no table
 
+# %% ../../nbs/internals/11_pairing.ipynb #19d908e7
 class Sample:
     """Answered requests that wait to be compared: a fair sample of a second's."""
 
     def __init__(self, size: int, generator: random.Random | None = None) -> None:
         self.size = size
         self.seen = 0
-        self.kept: list[_Answered] = []
+        self.kept: list[Answered] = []
+        self.left_over: dict[str, tuple[float, float]] = {}  # rows that wait for another one of the same callers
         self.generator = generator or random.Random()
 
-    def offer(self, answered: _Answered) -> None:
+    def offer(self, answered: Answered) -> None:
         """Take in a request; all that were offered have the same chance to be kept."""
         self.seen, kept = self.seen + 1, self.kept  # another thread may take the list meanwhile
         if len(kept) < self.size:
@@ -44,7 +52,7 @@ class Sample:
         elif self.size and (place := self.generator.randrange(self.seen)) < self.size:
             kept[place] = answered
 
-    def take(self) -> list[_Answered]:
+    def take(self) -> list[Answered]:
         """Hand over what was kept, and begin anew."""
         kept, self.kept, self.seen = self.kept, [], 0
         return kept
@@ -76,25 +84,28 @@ def default_slice_columns(
     return tuple(name for name, many in zip(ordered, together, strict=True) if many <= MAX_SLICES)
 
 # %% ../../nbs/internals/11_pairing.ipynb #dec8ee1c
-_Row = tuple[dict[str, Any], float, tuple[str, ...]]  # by feature name, the score it got, which slices it counts for
+_Row = tuple[dict[str, Any], float, tuple[str, ...], str]  # by feature name, score, slices it counts for, callers
 _MAX_ROWS = 100  # of one request that are looked at
 
 
 def _pick_rows(
-    answered: _Answered,  # one request
+    answered: Answered,  # one request
     known: _Slices,  # which slices there are
     generator: random.Random,  # chance
+    proves: Callable[[Answered, int, dict[str, Any]], bool] = lambda *_: True,  # whether a row of it is evidence
 ) -> list[_Row]:  # at most one for all rows ("") and one for each slice
     """Choose the rows of a request that are compared."""
-    predictor, scores, records = answered
+    predictor, scores, records, group, _ = answered
     chosen, done = list[_Row](), set[str]()
     for place in generator.sample(range(len(records)), min(len(records), _MAX_ROWS)):
         row = _as_dict(records[place], predictor)
+        if not proves(answered, place, row):
+            continue
         given = {name: row[name] for name in known if row.get(name) is not None}
         named = {f"{name}={value if value in known[name] else 'other'}" for name, value in given.items()}
         slices = {"", *named} - done
         if slices:
-            chosen.append((row, float(scores[place]), tuple(sorted(slices))))
+            chosen.append((row, float(scores[place]), tuple(sorted(slices)), group))
             done |= slices
     return chosen
 
@@ -105,10 +116,31 @@ def _as_dict(record: Record, predictor: Predictor) -> dict[str, Any]:
         return dict(zip(predictor.features, msgspec.structs.astuple(record), strict=True))
     return record
 
+# %% ../../nbs/internals/11_pairing.ipynb #abe8f391
+def _rule_of_evidence(
+    stable: Predictor,  # whose manifest knows the training
+    limits: ReleaseLimits,  # of the release
+    counts: Counts,  # where it is noted what doesn't count
+) -> Callable[[Answered, int, dict[str, Any]], bool]:  # a request, the number of a row and the row: is it evidence?
+    """Make the rule by which rows are evidence."""
+    spans = [(each.name, *each.seen) for each in stable.manifest.features if each.seen]
+    bounds = [(name, low - (high - low), high + (high - low)) for name, low, high in spans]
+
+    def proves(answered: Answered, place: int, row: dict[str, Any]) -> bool:
+        if answered.looked_up is not None and not answered.looked_up[place] and not limits.trust_records:
+            counts.leave_out("not looked up in the feature table")
+            return False
+        if any(row.get(name) is not None and not low <= row[name] <= high for name, low, high in bounds):
+            counts.leave_out("unlike the training")
+            return False
+        return True
+
+    return proves
+
 # %% ../../nbs/internals/11_pairing.ipynb #ebe27761
 def _score_silently(predictor: Predictor, rows: Sequence[_Row], silent: RequestCounts) -> list[float | None]:
     """Scores that nobody waits for; None where the version failed."""
-    records = [row for row, _, _ in rows]
+    records = [row for row, *_ in rows]
     try:
         found = predictor.scores(predictor.encode(records)).tolist() if records else []
         scores = [score if math.isfinite(score) else None for score in found]
@@ -132,20 +164,43 @@ def _score_alone(predictor: Predictor, record: dict[str, Any]) -> float | None:
         return None
 
 # %% ../../nbs/internals/11_pairing.ipynb #e6e098f8
+_Both = tuple[float, float]  # what the stable version and the candidate say of one row
+
+
 def _compare_rows(
     stable: Predictor,  # one version
     candidate: Predictor,  # the other
     by_candidate: bool,  # who answered
     rows: Sequence[_Row],  # answered by it
     counts: Counts,  # to add to
-) -> None:
+) -> list[tuple[str, _Both]]:  # of the rows that count for all, with the group of callers
     """Let the other version score rows, and count how the answers differ."""
-    answering, other = (candidate, stable) if by_candidate else (stable, candidate)
-    silent = counts.silent_stable if by_candidate else counts.silent_candidate
-    for (_, given, slices), found in zip(rows, _score_silently(other, rows, silent), strict=True):
-        if found is not None:
-            flipped = (given >= answering.threshold) != (found >= other.threshold)
-            counts.add_pair(slices, given - found if by_candidate else found - given, flipped)
+    other = stable if by_candidate else candidate
+    silent, both = counts.silent_stable if by_candidate else counts.silent_candidate, list[tuple[str, _Both]]()
+    for (_, given, slices, group), found in zip(rows, _score_silently(other, rows, silent), strict=True):
+        count_outcome(counts, group, not by_candidate, found is not None)
+        if found is None:
+            counts.add_failure(slices, not by_candidate, group)
+            continue
+        old, new = (found, given) if by_candidate else (given, found)
+        warned = new >= candidate.threshold
+        counts.add_pair(slices, new - old, warned != (old >= stable.threshold), warned, group)
+        both += [(group, (old, new))] if "" in slices else []
+    return both
+
+# %% ../../nbs/internals/11_pairing.ipynb #60fe0097
+def count_outcome(
+    counts: Counts,  # to add to
+    group: str,  # of callers; empty: nobody knows, and nothing is counted
+    of_candidate: bool,  # which version was to score
+    worked: bool,  # whether it did
+) -> None:
+    """Count for a group of callers what became of a request, or of a row that was scored silently."""
+    if group:
+        caller = counts.callers.setdefault(group, CallerCounts())
+        outcomes = caller.candidate if of_candidate else caller.stable
+        outcomes.answered += 1
+        outcomes.failed += not worked
 
 # %% ../../nbs/internals/11_pairing.ipynb #39f1f43a
 _TIMED_ROWS = 20  # a second
@@ -162,7 +217,7 @@ def time_rows(
     for predictor, _ in turns if rows else []:
         _score_alone(predictor, rows[0][0])  # whoever is first after a pause pays for it, so that isn't timed
     timed = sum(counts.silent_stable.buckets)  # if each look has one row, the order still alternates
-    for number, (row, _, _) in enumerate(rows[:_TIMED_ROWS], start=timed):
+    for number, (row, *_) in enumerate(rows[:_TIMED_ROWS], start=timed):
         for predictor, silent in turns if number % 2 else turns[::-1]:
             begin = time.perf_counter()
             if _score_alone(predictor, row) is not None:
@@ -180,15 +235,29 @@ def compare_sample(
     rows: dict[Predictor, list[_Row]] = {stable: [], candidate: []}
     columns = default_slice_columns(stable) if limits.slices is None else limits.slices
     known, taken = slice_values(columns, (stable, candidate)), sample.take()
+    proves = _rule_of_evidence(stable, limits, counts)
     sample.generator.shuffle(taken)
     for answered in taken:
         left = limits.pairs_a_second - sum(map(len, rows.values()))
         if left > 0 and answered[0] in rows:
-            rows[answered[0]] += _pick_rows(answered, known, sample.generator)[:left]
+            rows[answered[0]] += _pick_rows(Answered(*answered), known, sample.generator, proves)[:left]
     time_rows(stable, candidate, [*rows[stable], *rows[candidate]], counts)
-    _compare_rows(stable, candidate, False, rows[stable], counts)
-    _compare_rows(stable, candidate, True, rows[candidate], counts)
+    both = _compare_rows(stable, candidate, False, rows[stable], counts)
+    both += _compare_rows(stable, candidate, True, rows[candidate], counts)
+    _rank(both, sample, counts)
     return sum(map(len, rows.values()))
+
+# %% ../../nbs/internals/11_pairing.ipynb #bf0e6e38
+def _rank(both: list[tuple[str, _Both]], sample: Sample, counts: Counts) -> None:
+    """Compare rows of the same callers two by two; one that is left over waits for the next second."""
+    sample.generator.shuffle(both)
+    for group, found in both:
+        other = sample.left_over.pop(group, None)
+        if other is None:
+            sample.left_over[group] = found
+            continue
+        for each in counts.of(group):
+            each.ranks.add_two(other, found)
 
 # %% ../../nbs/internals/11_pairing.ipynb #e7104c0e
 def tally(

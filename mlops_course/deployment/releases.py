@@ -23,6 +23,7 @@ class ReleaseError(CourseError):
 
 
 _Share = Annotated[float, Meta(ge=0, le=1)]
+_Factor = Annotated[float, Meta(ge=1, le=1000)]
 _Count = Annotated[int, Meta(ge=1)]
 _Reference = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][\w.-]*@\d+$")]  # a bundle, such as flight-delay@3
 
@@ -31,12 +32,19 @@ class ReleaseLimits(Struct, frozen=True, forbid_unknown_fields=True):
     """How far a candidate may be from the stable version, and how sure I want to be."""
 
     errors: _Share = 0.02  # how much larger a share of its requests may fail
-    latency: Annotated[float, Meta(ge=1, le=1000)] = 1.5  # how many times as long a typical row may take
+    latency: _Factor = 1.5  # how many times as long a typical row may take
     slow: _Share = 0.2  # how much larger a share of its rows may take more than three times that
     shift: _Share = 0.05  # mean difference of the scores of a row, either way
     decision_flip_rate: _Share = 0.15  # share of rows that are decided otherwise
     slice_shift: _Share = 0.1  # the same within one slice
     slice_decision_flip_rate: _Share = 0.3
+    slice_errors: _Share = 0.15  # share of a slice's rows that only the stable version can score
+    warned_ratio: _Factor = 2.0  # how many times as often one version may warn as the other
+    rank_disagreement: _Share = 0.3  # of two rows, how often the versions may put another one first
+    spread_ratio: _Factor = 2.0  # how many times as far apart one version may see two rows as the other
+    brier: _Share | None = None  # how much larger its Brier score may be, once outcomes are known; None: nobody waits
+    caller_share: _Share = 0.5  # of the rows that count, so many may be one caller's; 1: whoever asks counts
+    trust_records: bool = False  # whether rows that aren't looked up count, too, where there is a feature table
     # columns of categories whose values are the slices; None: those with few values
     slices: tuple[str, ...] | None = None
     min_samples: _Count = 100  # fewer requests or rows decide nothing
@@ -45,7 +53,8 @@ class ReleaseLimits(Struct, frozen=True, forbid_unknown_fields=True):
     hold_seconds: Annotated[float, Meta(ge=0)] = 60.0  # each step lasts at least so long
     pairs_a_second: Annotated[int, Meta(ge=0)] = 200  # rows that each worker scores with both versions
     window_seconds: Annotated[float, Meta(ge=10)] = 600.0  # what was counted in so many is judged alone as well
-    # probability that a candidate within all limits is rolled back, if requests don't depend on each other
+    # probability that a candidate within all limits is rolled back, and that one beyond any of them is promoted,
+    # if requests don't depend on each other
     alpha: Annotated[float, Meta(gt=0, lt=0.5)] = 0.01
 
     @property

@@ -10,15 +10,16 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import NamedTuple
 
-from mlops_course.delivery.delivering import deliver, require_deliverable, undo_delivery
-from mlops_course.deployment import roll_back_release, start_release
-from mlops_course.deployment.release_files import read_release, refuse_during_release
+from mlops_course.delivery.delivering import (
+    Attest, attested, deliver, require_deliverable, try_delivered, undo_delivery,
+)  # fmt: skip
+from mlops_course.deployment import decide_release, read_counts, roll_back_release, start_release
+from mlops_course.deployment.release_files import agree_on_live, agreed_live, read_release, refuse_during_release
 from mlops_course.deployment.releases import STEPS, Release, ReleaseError, ReleaseLimits, new_release
 from mlops_course.environment import Settings
 from mlops_course.ledger import LedgerEntry, append_entry, current_user, read_ledger
 from mlops_course.project import UseCase
-from mlops_course.serving import live_bundle
-from mlops_course.serving.publishing import for_case
+from mlops_course.serving.publishing import for_case, live_bundle
 
 # %% auto #0
 __all__ = ['AT_ONCE', 'RolloutPlan', 'Rollout', 'roll_out', 'take_back']
@@ -54,10 +55,17 @@ def _began(release: Release) -> datetime:
     return found.replace(tzinfo=UTC)
 
 # %% ../../nbs/internals/11_rollout.ipynb #11a00013
+def _live(settings: Settings) -> str | None:
+    """The live model: what all have agreed on, else this workspace's. One that is damaged isn't taken for none."""
+    agreed = agreed_live(settings)
+    live = None if agreed else live_bundle(settings)
+    return live.name if live else agreed
+
+
 def _begin(settings: Settings, approval: LedgerEntry, plan: RolloutPlan, reason: str, by: str | None) -> list[str]:
     """Write down that a release of an approved version begins, and start it; in words, what was done."""
-    live = live_bundle(settings)
-    new_release(plan.strategy, live.name if live else "", approval.subject, plan.steps, plan.limits)  # or it refuses
+    live = _live(settings) or ""
+    new_release(plan.strategy, live, approval.subject, plan.steps, plan.limits)  # or it refuses
     refuse_during_release(settings)
     what = LedgerEntry(
         event="release", use_case=approval.use_case, subject=approval.subject, by=by or current_user(), reason=reason,
@@ -78,6 +86,12 @@ def _tell(release: Release) -> str:
     return f"{about}, step {release.step + 1} of {len(release.steps)}, since {release.changed}"
 
 
+def _tell_missing(settings: Settings, release: Release) -> str:
+    """How far a release is, and what the guard would say of it now."""
+    decision = decide_release(release, read_counts(settings, release.id), release.seconds_in_step())
+    return f"{_tell(release)}; {decision.action}: {decision.reason}"
+
+# %% ../../nbs/internals/11_rollout.ipynb #11a00136
 def _wait(settings: Settings, approval: LedgerEntry, seconds: float, on_change: Callable[[str], None]) -> Release:
     """The release when it is over, or after so many seconds.
 
@@ -116,9 +130,9 @@ def _decided(settings: Settings, release: Release) -> None:
         _withdraw(settings, release)
         problem = f"{release.candidate} was rolled back ({release.by}: {release.reason})"
         raise ReleaseError(problem, remedy)
-    live = live_bundle(settings)
-    if release.status == "promoted" and (live is None or live.name != release.candidate):
-        raise ReleaseError(f"{release.candidate} was promoted, and {live.name if live else 'nothing'} is live", remedy)
+    live = _live(settings)
+    if release.status == "promoted" and live != release.candidate:
+        raise ReleaseError(f"{release.candidate} was promoted, and {live or 'nothing'} is live", remedy)
 
 # %% ../../nbs/internals/11_rollout.ipynb #11a00021
 class Rollout(NamedTuple):
@@ -148,11 +162,11 @@ def _released(
     on_change: Callable[[str], None],
 ) -> Rollout:  # fmt: skip
     """Let the guard decide on a version, if it has to: begin, wait, and see."""
-    release, live = _own_release(settings, approval), live_bundle(settings)
+    release, live = _own_release(settings, approval), _live(settings)
     _refuse_plan(plan, release)
     done: list[str] = []
     if release is None:
-        if live is None or live.name == approval.subject:
+        if live is None or live == approval.subject:
             return Rollout([], "")
         refuse_during_release(settings)
         if plan.strategy == AT_ONCE:
@@ -160,7 +174,16 @@ def _released(
         done = _begin(settings, approval, plan, *why)
     release = _wait(settings, approval, plan.wait_seconds, on_change)
     _decided(settings, release)
-    return Rollout(done, _tell(release) if release.status == "running" else "")
+    return Rollout(done, _tell_missing(settings, release) if release.status == "running" else "")
+
+# %% ../../nbs/internals/11_rollout.ipynb #11a00123
+def _delivered(
+    settings: Settings, use_case: UseCase, reference: str, why: tuple[str, str | None], url: str
+) -> list[str]:
+    """Deliver a version, tell all pods, and only then ask the service: pods serve what was agreed on."""
+    done = deliver(settings, use_case, reference, *why)
+    agree_on_live(for_case(settings, reference), reference)
+    return done + try_delivered(settings, use_case, reference, url)
 
 # %% ../../nbs/internals/11_rollout.ipynb #11a00121
 def roll_out(
@@ -172,6 +195,7 @@ def roll_out(
     by: str | None = None,  # who; None: whoever runs this
     url: str = "",  # where the service runs; empty: nobody is asked
     on_change: Callable[[str], None] = lambda told: None,  # gets how far it is, at each step
+    attest: Attest | None = None,  # signs the bundle before the service sees it; None: nobody does
 ) -> Rollout:
     """Let an approved version answer a few requests first, and deliver it when it was promoted; run again, it goes on.
 
@@ -182,10 +206,11 @@ def roll_out(
         SmokeTestError: the service doesn't answer as it should.
     """
     approval, own = require_deliverable(settings, use_case, reference), for_case(settings, reference)
-    done, under_way = _released(own, approval, plan, (reason, by), on_change)
-    if under_way:
-        return Rollout(done, under_way)
-    return Rollout(done + deliver(settings, use_case, reference, reason, by, url), "")
+    done = attested(settings, use_case, reference, attest)
+    begun, under_way = _released(own, approval, plan, (reason, by), on_change)
+    if not under_way:
+        begun += _delivered(settings, use_case, reference, (reason, by), url)
+    return Rollout(done + begun, under_way)
 
 # %% ../../nbs/internals/11_rollout.ipynb #11a00026
 def take_back(
@@ -195,6 +220,7 @@ def take_back(
     bad: str = "champion",  # the version to be taken out; named, it can be said twice
     by: str | None = None,  # who; None: whoever runs this
     url: str = "",  # where the service runs; empty: nobody is asked
+    attest: Attest | None = None,  # signs the bundle, if it isn't signed; None: nobody does
 ) -> str:  # the version that is in production now
     """Take out a version that is being released, or the one in production; after an interruption, do it again.
 
@@ -208,4 +234,7 @@ def take_back(
     if release and release.status == "running" and bad in ("champion", release.candidate):
         _withdraw(own, roll_back_release(own, reason))
         return release.stable
-    return undo_delivery(settings, use_case, reason, bad, by, url)
+    now = undo_delivery(settings, use_case, reason, bad, by, attest=attest)
+    agree_on_live(own, now)
+    try_delivered(settings, use_case, now, url)
+    return now

@@ -20,16 +20,18 @@ __all__ = ['can_replace', 'Counter', 'Route', 'ReleaseModels']
 # %% ../../nbs/internals/11_workers.ipynb #057281b5
 import numpy as np
 
-from mlops_course.deployment.counting import Counts, RequestCounts, since, write_counts
+from mlops_course.deployment.callers import GROUPS, caller_group
+from mlops_course.deployment.counting import CallerCounts, Counts, RequestCounts, since, write_counts
 from mlops_course.deployment.leader import Leader, review_release
-from mlops_course.deployment.pairing import Sample, compare_sample, tally
-from mlops_course.deployment.release_files import read_release, release_file
+from mlops_course.deployment.pairing import Answered, Sample, compare_sample, count_outcome, tally
+from mlops_course.deployment.release_files import read_release, repeat_agreed_live, take_agreed_live
+from mlops_course.deployment.release_store import release_store
 from mlops_course.deployment.releases import Release, ReleaseError, window_of
 from mlops_course.deployment.routing import candidate_answers, place_of
 from mlops_course.environment import CourseError, Settings
 from mlops_course.serving import load_predictor
-from mlops_course.serving.bundle import bundles_folder
-from mlops_course.serving.models import Choice, LiveModels, Record, change_mark
+from mlops_course.serving.bundle import Verify, bundles_folder
+from mlops_course.serving.models import NOBODY, Asked, Choice, LiveModels, Record
 from mlops_course.serving.problems import without_folder
 
 if TYPE_CHECKING:
@@ -64,7 +66,7 @@ class Counter:
     def __init__(self, release: Release) -> None:
         self.release = release.id
         self.worker = f"{os.getpid()}-{secrets.token_hex(4)}"
-        self.counts = Counts()
+        self.counts = Counts(callers={str(group): CallerCounts() for group in range(GROUPS)})
         self.sample = Sample(release.limits.pairs_a_second)
         self._at_window_start = Counts()
 
@@ -94,13 +96,21 @@ class Route:
         place = random.random() if sticky is None else place_of(sticky, self.release.id)
         return self.candidate if candidate_answers(place, self.release.share) else self.stable
 
-    def observe(self, choice: Choice, scores: Any, ok: bool, records: Sequence[Record]) -> None:
+    def observe(
+        self, choice: Choice, scores: Any, ok: bool, records: Sequence[Record], asked: Asked = NOBODY
+    ) -> None:
         """Count an answer, and keep it for a comparison."""
-        requests = self._requests_of(choice)
+        requests, counts = self._requests_of(choice), self.counter.counts
         if requests is None:
             return  # it was chosen before the release began
-        if tally(requests, scores if ok else None, choice.predictor.threshold):
-            self.counter.sample.offer((choice.predictor, scores, records))
+        if asked.looked_up is not None and not any(asked.looked_up) and not self.release.limits.trust_records:
+            counts.leave_out("not looked up in the feature table", len(records))
+            return
+        group = caller_group(asked.caller, self.release.id)
+        worked = tally(requests, scores if ok else None, choice.predictor.threshold)
+        count_outcome(counts, group, requests is counts.candidate, worked)
+        if worked:
+            self.counter.sample.offer(Answered(choice.predictor, scores, records, group, asked.looked_up))
 
     def _requests_of(self, choice: Choice) -> RequestCounts | None:
         """The counts of the version that has answered."""
@@ -119,22 +129,27 @@ class Route:
 class _Router:
     """Follows the release that is under way."""
 
-    def __init__(self) -> None:
+    def __init__(self, verify: Verify | None = None) -> None:
+        self.verify = verify  # who must vouch for a candidate
         self.route: Route | None = None  # None: the live model answers all requests
         self.problem = ""  # why no release can be followed; empty: all is well
         self._seen: object = None
 
     def follow(self, settings: Settings, live: Choice | None) -> None:
         """Make a new route if the release or the live model has changed."""
+        mark: object = None
         try:
-            path = release_file(settings)
-            mark = (path and change_mark(path), live)
+            take_agreed_live(settings, self.verify)
+            store = release_store(settings)
+            mark = (store and store.mark(), live)
             if mark != self._seen:
                 self._seen, self.problem = mark, ""
                 self.route = self._route_of(settings, read_release(settings), live)
         except CourseError as error:  # nobody knows who should answer: the live model does
-            self.route, self.problem = None, without_folder(str(error), settings.home)
-            _log.error("%s", error)
+            said = without_folder(str(error), settings.home)
+            if said != self.problem:
+                _log.error("%s", error)
+            self._seen, self.route, self.problem = mark, None, said
 
     def _route_of(self, settings: Settings, release: Release | None, live: Choice | None) -> Route | None:
         """The route of a release; None: there is nothing to share."""
@@ -145,14 +160,14 @@ class _Router:
         before = self.route
         if before and before.release.id == release.id and before.stable.predictor is live.predictor:
             return Route(release, before.stable, before.candidate, before.counter)
-        return _load_route(settings, release, live.predictor)
+        return _load_route(settings, release, live.predictor, self.verify)
 
 # %% ../../nbs/internals/11_workers.ipynb #f8fc77b2
-def _load_route(settings: Settings, release: Release, stable: Predictor) -> Route | None:
+def _load_route(settings: Settings, release: Release, stable: Predictor, verify: Verify | None = None) -> Route | None:
     """Load the candidate and put it beside the stable version; None: it can't be used."""
     counter, answers = Counter(release), Choice(stable, "stable")
     try:
-        candidate = load_predictor(bundles_folder(settings) / release.candidate)
+        candidate = load_predictor(bundles_folder(settings) / release.candidate, verify=verify)
         can_replace(stable, candidate)
     except Exception as error:  # whatever is wrong with a candidate must not hurt the service
         _log.error("%s can't be used: %s", release.candidate, error)
@@ -165,9 +180,9 @@ def _load_route(settings: Settings, release: Release, stable: Predictor) -> Rout
 class ReleaseModels(LiveModels):
     """The live model and a candidate beside it, for all strategies. One of the workers leads."""
 
-    def __init__(self, settings: Settings) -> None:
-        super().__init__(settings)
-        self.router = _Router()
+    def __init__(self, settings: Settings, verify: Verify | None = None) -> None:
+        super().__init__(settings, verify=verify)
+        self.router = _Router(verify)
         self.leader = Leader()
 
     def choose(self, sticky: str | None) -> Choice:
@@ -176,13 +191,17 @@ class ReleaseModels(LiveModels):
         Raises:
             Problem: there is no model.
         """
-        route = self.router.route
-        return self.live() if route is None else route.choose(sticky)
+        route, live = self.router.route, self.live()
+        if route is None or route.stable.predictor is not live.predictor:  # it has just become another one
+            return live
+        return route.choose(sticky)
 
-    def observe(self, choice: Choice, seconds: float, scores: Any, ok: bool, records: Sequence[Record]) -> None:
+    def observe(
+        self, choice: Choice, seconds: float, scores: Any, ok: bool, records: Sequence[Record], asked: Asked = NOBODY
+    ) -> None:
         """Count an answer, and keep it for a comparison."""
         if route := self.router.route:
-            route.observe(choice, scores, ok, records)
+            route.observe(choice, scores, ok, records, asked)
 
     def refresh(self) -> None:
         """Once a second: look what is live and what is released, count, and lead if nobody else does."""
@@ -190,6 +209,7 @@ class ReleaseModels(LiveModels):
         if route := self.router.route:
             route.compare(self.settings)
         if self.leader.leads(self.settings):
+            repeat_agreed_live(self.settings)
             review_release(self.settings)
             self._follow()
 
@@ -199,3 +219,6 @@ class ReleaseModels(LiveModels):
         super().refresh()
         self.router.follow(self.settings, self.choice)
         self.problem = self.problem or self.router.problem
+        if self.metrics is not None and (route := self.router.route):
+            for each in (route.stable, route.candidate):
+                self.metrics.watch(each.predictor.reference, each.role)
