@@ -17,12 +17,25 @@ import typer
 from typer.core import TyperGroup
 from typer.models import CommandInfo, TyperInfo
 
+from mlops_course.commands import anchor_changed
+from mlops_course.commands.data import data_commands
+from mlops_course.commands.forget import forget_commands
 from mlops_course.commands.learn import learn_app
 from mlops_course.commands.look import look_app
 from mlops_course.commands.deliver import deliver_commands
+from mlops_course.commands.gameday import gameday_commands
+from mlops_course.commands.monitor import monitor_commands
+from mlops_course.commands.keys import keys_commands
 from mlops_course.commands.models import ledger_commands, models_commands
+from mlops_course.commands.new import new_commands
+from mlops_course.commands.portfolio import interview_commands, portfolio_commands
+from mlops_course.commands.production import production_commands
 from mlops_course.commands.release import release_commands
+
+# %% ../nbs/cli.ipynb #94111081
+from mlops_course.commands.replay import replay_commands
 from mlops_course.commands.run import run_app
+from mlops_course.commands.secrets import secrets_commands
 from mlops_course.commands.serve import serve_app
 
 # %% ../nbs/cli.ipynb #da5fb78e
@@ -67,6 +80,8 @@ class Commands(TyperGroup):
             line, status = describe_error(error)
             _complain(line)
             raise typer.Exit(status) from error
+        finally:
+            anchor_changed()
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """Write the commands into the help, under their headings."""
@@ -79,13 +94,23 @@ class Commands(TyperGroup):
                 formatter.write_dl([(name.ljust(_NAME_WIDTH - 4), line) for name, line in lines])
 
 # %% ../nbs/cli.ipynb #079db2e9
+data_commands.registered_commands += forget_commands.registered_commands
+learn_app.add_typer(gameday_commands, name="gameday")
 serve_app.add_typer(release_commands, name="release")
 serve_app.add_typer(models_commands, name="models")
 serve_app.add_typer(deliver_commands, name="deliver")
+serve_app.add_typer(keys_commands, name="keys")
 look_app.add_typer(ledger_commands, name="ledger")
+look_app.add_typer(secrets_commands, name="secrets")
+look_app.registered_commands += monitor_commands.registered_commands
+run_app.registered_commands += replay_commands.registered_commands
+run_app.registered_commands += new_commands.registered_commands
+serve_app.registered_commands += production_commands.registered_commands
+learn_app.add_typer(portfolio_commands, name="portfolio")
+learn_app.registered_commands += interview_commands.registered_commands
 PANELS = {"Learn": learn_app, "Run": run_app, "Serve": serve_app, "Look": look_app}
 
-
+# %% ../nbs/cli.ipynb #728d0670
 def _assemble() -> typer.Typer:
     """The whole command, with each group of commands under its heading."""
     whole = typer.Typer(

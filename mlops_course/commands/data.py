@@ -28,7 +28,7 @@ lineage_commands = typer.Typer()
 # %% ../../nbs/internals/cli_data.ipynb #5be05769
 @data_commands.command("history")
 def _history(
-    tables: Annotated[list[str] | None, typer.Argument(help="Such as flight-delay/flights. Default: all.")] = None,
+    tables: Annotated[list[str] | None, typer.Argument(help="Such as my-case/features. Default: all.")] = None,
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:

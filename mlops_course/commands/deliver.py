@@ -79,8 +79,9 @@ def _tell_delivery(reference: str, done: list[str], under_way: str, as_json: boo
     """What was done, to programs or to people. Exit status 4: it goes on."""
     if as_json:
         print_json({"model": reference, "done": done, "under_way": under_way})
-    elif done or not under_way:
-        typer.echo("\n".join(done) or f"{reference} is in production already")
+    else:
+        waits = [f"not in production yet, run it again later: {under_way}"] if under_way else []
+        typer.echo("\n".join(done + waits) or f"{reference} is in production already")
     if under_way:
         raise typer.Exit(4)
 
@@ -95,15 +96,17 @@ def _release(
     step: StepOptions = None, limit: LimitOptions = None, wait: _Wait = 0.0, use_case: DefinedCase = None,
     home: Home = None, as_json: AsJson = False,
 ) -> None:  # fmt: skip
-    """Make an approved version champion, publish it, and ask the service; run again, it goes on.
+    """Sign an approved version, make it champion, publish it, and ask the service; run again, it goes on.
 
     Exit status 3: another one is champion; 4: the strategy isn't through yet.
     """
     from mlops_course.deployment.rollout import roll_out
+    from mlops_course.security.vouching import voucher
 
     case, plan = defined_case(use_case), _rollout_plan(strategy, step, limit, wait)
     tell = (lambda told: None) if as_json else typer.echo
-    done, under_way = roll_out(settings_of(home).prepare(), case, reference, reason, plan, by, url, tell)
+    attest = voucher(case, by)  # what nobody has signed yet is signed
+    done, under_way = roll_out(settings_of(home).prepare(), case, reference, reason, plan, by, url, tell, attest)
     _tell_delivery(reference, done, under_way, as_json)
 
 # %% ../../nbs/internals/cli_deliver.ipynb #c11de015
@@ -119,9 +122,10 @@ def _roll_back(
 ) -> None:
     """Take a version out of production, or out of a release that is under way; the one before it answers again."""
     from mlops_course.deployment.rollout import take_back
+    from mlops_course.security.vouching import voucher
 
     case = defined_case(use_case)
-    now = take_back(settings_of(home).prepare(), case, reason, bad, by, url)
+    now = take_back(settings_of(home).prepare(), case, reason, bad, by, url, voucher(case, by))
     print_json({"model": now}) if as_json else typer.echo(f"{now} is in production again")
 
 # %% ../../nbs/internals/cli_deliver.ipynb #c11de113

@@ -21,6 +21,7 @@ from mlops_course.console import print_json
 learn_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 _Section = Annotated[str, typer.Argument(metavar="N", help="A section, like 5.")]
 _Number = Annotated[str, typer.Argument(metavar="N.K", help="An exercise, like 5.2.")]
+_Hinted = Annotated[list[str], typer.Argument(metavar="N.K", help="An exercise, like 5.2, or a lab, like: lab 5.")]
 _Target = Annotated[str, typer.Argument(metavar="N[.K]", help="A section like 5, or an exercise like 5.2.")]
 _Timeout = Annotated[float | None, typer.Option(min=0.1, help="Seconds for a cell. Default: what the lesson says.")]
 
@@ -146,16 +147,17 @@ def _watch(target: _Target, home: Home = None, timeout: _Timeout = None, as_json
 
 # %% ../../nbs/internals/cli_learn.ipynb #626cc578
 @learn_app.command("hint")
-def _hint(number: _Number, home: Home = None, as_json: AsJson = False) -> None:
+def _hint(target: _Hinted, home: Home = None, as_json: AsJson = False) -> None:
     """Show a hint; asked again, the next one."""
     from mlops_course.course.notebook_api import next_hint
 
+    number = " ".join(target)
     place, text = next_hint(number, settings_of(home).home)
     if as_json:
         return print_json({"exercise": number, "hint": place, "text": text})
     typer.echo(f"Hint {place}: {text}")
 
-
+# %% ../../nbs/internals/cli_learn.ipynb #fe318ce7
 @learn_app.command("solution")
 def _solution(
     number: _Number,

@@ -7,6 +7,7 @@ __all__ = ['models_commands', 'ledger_commands']
 
 # %% ../../nbs/internals/cli_models.ipynb #8c6fe068
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 # %% ../../nbs/internals/cli_models.ipynb #d85fdd73
 models_commands = typer.Typer(no_args_is_help=True, help="Look at models; promote, go back, restore, delete.")
-ledger_commands = typer.Typer(no_args_is_help=True, help="Show each change of production; verify, repair.")
+ledger_commands = typer.Typer(no_args_is_help=True, help="Show each change of production; verify, anchor, repair.")
 
 _Model = Annotated[str, typer.Argument(help="champion, challenger, previous, or a version, name@number.")]
 
@@ -64,20 +65,43 @@ def _verify(home: Home = None, as_json: AsJson = False) -> None:
     """Look for lines that were edited, removed, moved or cut off. Exit status 1 when one is found.
 
     What is live, MLflow's registry and the tables know how the ledger ended: they are compared with it.
+    So are its anchors, if there are any.
     """
     from mlops_course.ledger import verify_ledger
+    from mlops_course.security.anchor import check_anchors, read_anchors
 
     settings = settings_of(home)
     found: list[tuple[int | None, str]] = [*verify_ledger(settings)]
+    if not found:
+        found = [*check_anchors(settings)]
     if not found:
         found = [(None, problem) for problem in _differences(settings)]
     if as_json:
         print_json([{"line": line, "problem": problem} for line, problem in found])
     else:
         told = [f"line {line}: {problem}" if line else problem for line, problem in found]
-        typer.echo("\n".join(told) or f"{settings.ledger} is whole")
+        last = read_anchors(settings)[-1:]
+        anchored = f"; anchored up to line {last[0].number}" if last else ""
+        typer.echo("\n".join(told) or f"{settings.ledger} is whole{anchored}")
     if found:
         raise typer.Exit(1)
+
+# %% ../../nbs/internals/cli_models.ipynb #be418b4c
+@ledger_commands.command("anchor")
+def _anchor(
+    afresh: Annotated[bool, typer.Option("--afresh", help="Another ledger lies here, and rightly.")] = False,
+    home: Home = None,
+    as_json: AsJson = False,
+) -> None:
+    """Sign how the ledger ends, outside the workspace. From then on, each command that changes it does so, too."""
+    import msgspec
+
+    from mlops_course.security.anchor import anchor_file, anchor_ledger
+
+    settings = settings_of(home)
+    made = anchor_ledger(settings, afresh)
+    told = f"line {made.number} is anchored in {anchor_file(settings)}"
+    print_json(msgspec.to_builtins(made)) if as_json else typer.echo(told)
 
 # %% ../../nbs/internals/cli_models.ipynb #576f8d72
 @ledger_commands.command("repair")
@@ -268,3 +292,82 @@ def _delete(
 
     delete_version(settings_of(home), defined_case(use_case), reference, reason, by, approver)
     _tell({"deleted": reference}, f"{reference} is deleted", as_json)
+
+# %% ../../nbs/internals/cli_models.ipynb #3615ee5a
+@models_commands.command("card")
+def _card(
+    reference: _Model,
+    output: Annotated[Path | None, typer.Option(help="A file to write. Default: print it.")] = None,
+    as_page: Annotated[bool, typer.Option("--html", help="As a page, also if the file's name doesn't say so.")] = False,
+    use_case: DefinedCase = None,
+    home: Home = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a model's card: figures with intervals, for the whole and for each group, from the rows of its test."""
+    from mlops_course.environment import write_atomic
+    from mlops_course.security.card import card_page, version_card
+
+    text = version_card(settings_of(home), defined_case(use_case), reference)
+    as_page = as_page or (output is not None and output.suffix in (".html", ".htm"))
+    card = card_page(text) if as_page else text
+    if output is not None:
+        _tell({"card": reference, "file": str(write_atomic(output, card))}, f"{output} is written", as_json)
+    elif as_json:
+        print_json({"card": reference, "format": "html" if as_page else "markdown", "text": card})
+    else:
+        typer.echo(card)
+
+# %% ../../nbs/internals/cli_models.ipynb #9b1470a3
+@models_commands.command("sign")
+def _sign(
+    reference: Annotated[str, typer.Argument(help="A version that was packaged, name@number.")],
+    by: By = None,
+    use_case: DefinedCase = None,
+    home: Home = None,
+    as_json: AsJson = False,
+) -> None:
+    """Sign a bundle, with a list of what went into it and a statement of how it was made."""
+    from mlops_course.security.vouching import run_parameters, vouch
+    from mlops_course.serving.bundle import find_bundle, read_bundle
+
+    settings = settings_of(home)
+    folder = find_bundle(settings, reference)
+    parameters = run_parameters(settings, defined_case(use_case), read_bundle(folder).run_id)
+    signature = vouch(settings, folder, parameters, by)
+    _tell({"signed": folder.name, "signature": signature}, f"{folder.name} is signed: {signature}", as_json)
+
+# %% ../../nbs/internals/cli_models.ipynb #9cdbaac5
+@models_commands.command("verify")
+def _verify_model(
+    reference: Annotated[str, typer.Argument(help="A version that was packaged, name@number, or a bundle's folder.")],
+    home: Home = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say who has signed a bundle, and whether anything has changed since. Exit status 1: it can't be trusted."""
+    from mlops_course.security.vouching import check_vouched
+    from mlops_course.serving.bundle import find_bundle
+
+    settings = settings_of(home)
+    found = check_vouched(settings, find_bundle(settings, reference))
+    gone = [f"what it was made from has changed: {each}" for each in found.get("missing", [])]
+    told = found["problems"] or [f"{found['model']} is as {found['by']} signed it, {found['on']}", *gone]
+    _tell(found, "\n".join(told), as_json)
+    if found["problems"]:
+        raise typer.Exit(1)
+
+# %% ../../nbs/internals/cli_models.ipynb #109b0002
+@models_commands.command("log-bundle")
+def _log_bundle(
+    reference: Annotated[str, typer.Argument(help="A version that was packaged, name@number.")],
+    use_case: DefinedCase = None,
+    home: Home = None,
+    as_json: AsJson = False,
+) -> None:
+    """Put a bundle into MLflow, beside its model: a service can fetch it there by an alias."""
+    from mlops_course.registry.shared_bundles import log_bundle
+    from mlops_course.serving.bundle import find_bundle
+
+    settings = settings_of(home)
+    folder = find_bundle(settings, reference)
+    run = log_bundle(settings, defined_case(use_case), folder)
+    _tell({"logged": folder.name, "run": run}, f"{folder.name} is in MLflow, with the run {run}", as_json)

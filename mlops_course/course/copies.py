@@ -29,7 +29,7 @@ from mlops_course.course.lessons import (
 from mlops_course.environment import find_project, write_atomic
 
 # %% ../../nbs/internals/01_copies.ipynb #e3d06fee
-_REMOVED = {"hint", "wrong-answers", "lab-break", "lab-fix"}
+_REMOVED = {"hint", "right-answers", "wrong-answers", "lab-hint", "lab-break", "lab-fix"}
 _DIRECTIVE = re.compile(r"\s*#\|.*\s*")  # a cell that only tells nbdev something
 
 
@@ -52,7 +52,19 @@ def _copied(cell: dict[str, Any]) -> dict[str, Any]:
         return {**cell, "source": fold_answer(cell["source"])}
     checked = belongs_to(cell, "check")
     source = f'check("{checked}")' if checked else make_stub(cell["source"])
-    return {**cell, "source": source, "outputs": [], "execution_count": None}
+    return {**cell, "source": source, "outputs": [], "execution_count": None, "metadata": _folded(cell)}
+
+# %% ../../nbs/internals/01_copies.ipynb #5b3816b9
+_FOLDED = {"helper", "lab-prepare", "lab-check", "lab-look"}  # what has to run, or would tell too much
+_EXPORTED = re.compile(r"\s*#\|\s*exports?\b")
+
+
+def _folded(cell: dict[str, Any]) -> dict[str, Any]:
+    """A code cell's metadata, with JupyterLab's mark for a cell that is folded."""
+    if not (_FOLDED & tags(cell) or _EXPORTED.match(cell["source"])):
+        return dict(cell["metadata"])
+    shown = cell["metadata"].get("jupyter") or {}
+    return {**cell["metadata"], "jupyter": {**shown, "source_hidden": True}}
 
 # %% ../../nbs/internals/01_copies.ipynb #b7df8e6b
 def fold_answer(
@@ -104,11 +116,14 @@ def copy_of(
 def start_copy(
     lesson: Lesson,
 ) -> bool:  # False: it was there already, and is untouched
-    """Make the learner's copy, unless there is one."""
+    """Make the learner's copy, unless there is one, and lay the glossary beside it."""
     path = copy_of(lesson)
     if path.exists():
         return False
     write_atomic(path, notebook_text(make_copy(lesson)))
+    glossary = lesson.path.with_name("glossary.ipynb")  # which the lessons link
+    if glossary.is_file():
+        write_atomic(path.with_name(glossary.name), glossary.read_text(encoding="utf-8"))
     return True
 
 # %% ../../nbs/internals/01_copies.ipynb #45aeb372

@@ -102,6 +102,7 @@ class Exercise:
     hints: list[str] = field(default_factory=list)
     source: str = ""  # the solution's cell
     tests: str = ""  # what the check runs
+    right: dict[str, str] = field(default_factory=dict)  # other styles than the solution's: label, and code
     wrong: list[WrongAnswer] = field(default_factory=list)
 
     @property
@@ -177,6 +178,7 @@ class Lab:
     check: str = ""  # defines sound(settings)
     breaks: str = ""
     fix: str = ""
+    hints: list[str] = field(default_factory=list)
 
 # %% ../../nbs/internals/01_lessons.ipynb #f86231b6
 @dataclass
@@ -222,10 +224,15 @@ class Lesson:
         return read_lab(self)
 
 # %% ../../nbs/internals/01_lessons.ipynb #43ad2154
+def _read_hints(text: str) -> list[str]:
+    return [hint.strip() for hint in _HINT.findall(text)]
+
+
 _PROMPT = re.compile(r"^### Exercise (\d+\.\d+):?\s*(.*)$", re.MULTILINE)
 _HINT = re.compile(r"\*\*Hint \d+\.\*\*\s*(.*?)(?=\*\*Hint \d+\.\*\*|\Z)", re.DOTALL)
+_RIGHT = re.compile(r"^\*\*(.+?)\*\*:?\s*```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
-
+# %% ../../nbs/internals/01_lessons.ipynb #8eaaec0b
 def read_exercises(
     lesson: Lesson,
 ) -> dict[str, Exercise]:  # by number
@@ -240,7 +247,10 @@ def read_exercises(
             found[current] = Exercise(current, heading[2].strip(), cell["source"])
         elif "hint" in tags(cell):
             _once(lesson, current, current in found, "has hints but no heading")
-            found[current].hints = [hint.strip() for hint in _HINT.findall(cell["source"])]
+            found[current].hints = _read_hints(cell["source"])
+        elif "right-answers" in tags(cell):
+            _once(lesson, current, current in found, "has right answers but no heading")
+            found[current].right = dict(_RIGHT.findall(cell["source"]))
         else:
             _add_code(lesson, found, cell)
     for exercise in found.values():
@@ -334,7 +344,8 @@ def read_lab(
         return None
     if missing:
         raise LessonError(f"{lesson.path.name}: the lab has no cell tagged {', '.join(missing)}", "Fix the lesson")
-    return Lab(**pieces)
+    hints = [hint for cell in cells if "lab-hint" in tags(cell) for hint in _read_hints(cell["source"])]
+    return Lab(**pieces, hints=hints)
 
 # %% ../../nbs/internals/01_lessons.ipynb #0d5221c7
 def lessons_folder() -> Path:
@@ -369,10 +380,10 @@ SECTIONS = (
     ("Packaging", "the model bundle, the inference function, online features, the REST API, the container"),
     ("Versioning", "versions of data and models, a ledger, lineage, the way back by a command"),
     ("Pipelines", "notebooks as stages: cached, parallel, resumable, on one machine or a Dask cluster"),
-    ("CI/CD", "tests for models, a gate, sign-off, delivery and the way back; the workflows come later"),
+    ("CI/CD", "tests for models, a gate, sign-off, delivery and the way back, the workflows"),
     ("Deployment", "batch, online and micro-batch; shadow, canary, blue/green, A/B with a guard; Kubernetes"),
-    ("Monitoring", "drift and delayed labels; alerts and dashboards come later"),
-    ("Security and governance", "signed models, audit log, explanations"),
+    ("Monitoring", "drift, delayed labels, alerts with playbooks, a retraining trigger"),
+    ("Security and governance", "keys and roles, signed models, an audit log, explanations, model cards"),
     ("Capstone", "a year of production, replayed"),
     ("Career", "a portfolio from your own runs"),
 )  # the title of each section, and what the system gains by it
