@@ -1,3 +1,3 @@
-"""The MLOps course's system: from raw flights to a registered, scored and monitored model."""
+"""The MLOps course's system: from raw data to a registered, scored and monitored model."""
 
-__version__ = "0.1.0"
+__version__ = "1.0.0"

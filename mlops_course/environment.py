@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PACKAGE', 'MARKER', 'CourseError', 'SettingsError', 'WorkspaceError', 'find_project', 'locked_versions',
-           'lock_differences', 'requirements', 'default_home', 'notebooks_folder', 'Settings', 'workspace_error',
-           'replacing', 'write_atomic', 'load_settings', 'seed_everything', 'own_clone', 'fingerprint', 'run_quietly',
-           'version_of', 'cores', 'memory']
+           'lock_differences', 'requirements', 'default_home', 'notebooks_folder', 'default_trust', 'Settings',
+           'workspace_error', 'replacing', 'write_atomic', 'load_settings', 'seed_everything', 'own_clone',
+           'fingerprint', 'run_quietly', 'version_of', 'cores', 'memory']
 
 # %% ../nbs/02_environment.ipynb #af3017c2
 import contextlib
@@ -185,6 +185,17 @@ def _folder_of(address: str) -> str:
     plain = address.removeprefix("s3://").replace("/", "-")
     return f"{plain[:60]}-{hashlib.sha256(address.encode()).hexdigest()[:8]}"
 
+# %% ../nbs/02_environment.ipynb #21ed828f
+def default_trust() -> Path:  # an absolute path; nothing is created
+    """The user's folder for keys and anchors, outside every workspace."""
+    base = os.environ.get("APPDATA" if os.name == "nt" else "XDG_CONFIG_HOME", "")
+    return (Path(base) if Path(base).is_absolute() else Path.home() / ".config") / PACKAGE
+
+
+def _absolute(value: object) -> Path | None:
+    """A path as it was given, made absolute."""
+    return None if value is None else Path(os.path.abspath(Path(str(value)).expanduser()))  # noqa: PTH100 (drops ..)
+
 # %% ../nbs/02_environment.ipynb #a7ebc58d
 class Settings(BaseModel):
     """Where results go and how runs are made, from MLOPS_COURSE_* variables. `load_settings` makes one."""
@@ -196,8 +207,12 @@ class Settings(BaseModel):
     threads: int | None = Field(default=None, ge=1)
     tracking_uri: str | None = None
     features_url: str | None = Field(default=None, pattern="^rediss?://.")
+    guard_url: str | None = Field(default=None, pattern="^rediss?://.")
     use_case: str | None = Field(default=None, pattern="^[a-z0-9][a-z0-9_-]*$")
     storage: Annotated[str | None, BeforeValidator(_checked_storage)] = None
+    trust: Annotated[Path, BeforeValidator(_absolute)] = Field(default_factory=default_trust)
+    keys_file: Annotated[Path | None, BeforeValidator(_absolute)] = None
+    four_eyes: bool = False
 
     @model_validator(mode="before")
     @classmethod
@@ -295,6 +310,7 @@ def write_atomic(
     path: Path,  # where it goes; missing folders are made
     content: str | bytes,  # text is written as UTF-8; half a character as JSON has it: \udce9
     sync: bool = True,  # False: it needn't survive a power cut, so nobody waits for the disk
+    private: bool = False,  # True: nobody but its owner may read it, from the first byte on
 ) -> Path:  # the path, as given
     """Write a file so that a reader sees the old content or the new one, never a part.
 
@@ -302,12 +318,17 @@ def write_atomic(
         WorkspaceError: the workspace can't be written to.
     """
     data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
-    with replacing(Path(path)) as beside, beside.open("xb") as file:
+    with replacing(Path(path)) as beside, open(beside, "xb", opener=_open_private if private else None) as file:
         file.write(data)
         if sync:
             file.flush()
             os.fsync(file.fileno())
     return Path(path)
+
+
+def _open_private(path: str, flags: int) -> int:
+    """Open a new file that only its owner can read."""
+    return os.open(path, flags, 0o600)
 
 # %% ../nbs/02_environment.ipynb #9c5f12b0
 def _make_folders(home: Path, folders: Iterable[Path]) -> None:

@@ -28,7 +28,7 @@ class FramingError(CourseError):
 class Costs:
     """What the two mistakes cost, in the same unit of money; a warning that was right costs the help, too."""
 
-    missed: float  # a late flight that nobody was warned of
+    missed: float  # a case that nobody was warned of
     warning: float  # acting on one warning, right or wrong
 
     def __post_init__(self) -> None:
