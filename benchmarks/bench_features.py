@@ -325,7 +325,7 @@ def peak() -> float:
 
 def measure(who: str, threads: int, copies: int, repeat: int) -> dict:
     """One measurement, in this process."""
-    from mlops_course.data import flight_features
+    from mlops_course.project.features import flight_features
 
     tables = year(copies)
     few = tables | {"flights": tables["flights"].head(5000)}

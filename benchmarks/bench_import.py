@@ -4,6 +4,7 @@ Each is started in a fresh process, in turn, several times; the median counts. T
 """
 
 import argparse
+import json
 import statistics
 import subprocess
 import sys
@@ -36,17 +37,29 @@ def main() -> int:
     """Print the table; 1 when one of ours is over budget."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeat", type=int, default=7)
-    repeat = parser.parse_args().repeat
+    parser.add_argument("--json", action="store_true", help="print the table as JSON")
+    options = parser.parse_args()
+    repeat = options.repeat
     for command in COMMANDS.values():
         seconds(command)  # compiles, and warms the disk's cache
     found: dict[str, list[float]] = {name: [] for name in COMMANDS}
     for _ in range(repeat):
         for name, command in COMMANDS.items():
             found[name].append(seconds(command))
+    middle = {name: statistics.median(times) for name, times in found.items()}
+    late = [name for name in OURS if middle[name] > BUDGET]
+    if options.json:
+        bare = middle["python -c pass"]
+        table = [
+            {"command": name, "median, s": round(each, 3), "fastest, s": round(min(found[name]), 3),
+             "× python -c pass": round(each / bare, 1)}
+            for name, each in middle.items()
+        ]  # fmt: skip
+        print(json.dumps(table, indent=1, ensure_ascii=False))
+        return 1 if late else 0
     print(f"{'median of ' + str(repeat):<34}{'seconds':>8}{'fastest':>9}")
-    for name, times in found.items():
-        print(f"{name:<34}{statistics.median(times):>8.3f}{min(times):>9.3f}")
-    late = [name for name in OURS if statistics.median(found[name]) > BUDGET]
+    for name, each in middle.items():
+        print(f"{name:<34}{each:>8.3f}{min(found[name]):>9.3f}")
     print(f"budget for ours {BUDGET} s: {'over: ' + ', '.join(late) if late else 'kept'}")
     return 1 if late else 0
 

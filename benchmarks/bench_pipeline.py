@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from apart import keys_of_its_own
 
 from mlops_course.pipelines import Pipeline, check_parameters, find_pipeline, read_result
 from mlops_course.pipelines.notebooks import read_code
@@ -346,6 +347,7 @@ def main() -> int:
     if arguments.way:
         run_way(arguments)
         return 0
+    keys_of_its_own()
     work = Path(tempfile.mkdtemp(prefix="bench-"))
     try:
         found = measure(arguments, work)
@@ -353,7 +355,8 @@ def main() -> int:
         shutil.rmtree(work, ignore_errors=True)
     kept = bars(found)
     if arguments.json:
-        print(json.dumps({**found, "bars": kept}, indent=1))
+        figures = [(what, way, round(figure, 3)) for what, ways in found.items() for way, figure in ways.items()]
+        print(json.dumps([{"what": what, "way": way, "figure": figure} for what, way, figure in figures], indent=1))
     else:
         show(found, kept)
     return 0 if all(kept.values()) else 1

@@ -2,13 +2,15 @@
 
 The same model and the same flight, asked over HTTP by wrk with 1, 8 and 32 connections: the server on one core, wrk on
 the other. `mlflow models serve`, BentoML (with --bentoml, the Python of an environment that has it), FastAPI with a
-DataFrame a request, this service bare, this service with key check, limits, counters and prediction log, and apps that
-score nothing: FastAPI with the flight as a pydantic body, FastAPI with one field, Starlette with a constant. All that
-score must give the same score, but for MLflow without a signature, which is faster and scores JSON's float64: it is in
-the table, and its ratios are printed, but the bars count against what gives the right answer. Each is started and
-measured in turn, three times (--rounds); medians are shown. The model has 500 trees, as the best one of section 6
-(--trees). Exit status 1 when a bar is missed. Needs Linux, two cores and wrk (apt install wrk); nothing else
-should run. The first run trains a model on January in --home.
+DataFrame a request, this service bare, this service with key check, limits, counters and prediction log, the same as
+`mlops-course serve` starts it where a key is trusted and there is a file of keys (keys with roles, signature check at
+load, a record of refusals: it should give at least nine tenths of the one before), and apps that score nothing: FastAPI
+with the flight as a pydantic body, FastAPI with one field, Starlette with a constant. All that score must give the same
+score, but for MLflow without a signature, which is faster and scores JSON's float64: it is in the table, and its ratios
+are printed, but the bars count against what gives the right answer. Each is started and measured in turn, three times
+(--rounds); medians are shown. The model has 500 trees, as the best one of section 6 (--trees). Exit status 1 when a bar
+is missed. Needs Linux, two cores and wrk (apt install wrk); nothing else should run. The first run trains a model on
+January in --home.
 """
 
 from __future__ import annotations
@@ -28,12 +30,13 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
+from apart import keys_of_its_own
 
 from mlops_course.environment import Settings, load_settings
 from mlops_course.serving import publish
@@ -44,16 +47,18 @@ if TYPE_CHECKING:
 CONNECTIONS = (1, 8, 32)
 BARS = (  # what, at least or at most, the bar
     ("full / mlflow", ">=", 60.0),
-    ("full / fastapi hello", ">=", 0.8),
+    ("full / fastapi hello", ">=", 0.93),
     ("bare / mlflow", ">=", 110.0),
+    ("hardened / full", ">=", 0.9),
     ("full: p99 at 8 connections, ms", "<=", 10.0),
     ("full: resident memory, MB", "<=", 200.0),
     ("full: ready after, s", "<=", 2.0),
 )
+HARDENED = "full, keys, signed, audit"  # with metrics and limits, too, as "full" has them
 SKEWED = "mlflow, no signature"  # it scores float64: faster, and another score than in training
 LUA = """wrk.method = "POST"
 wrk.headers["Content-Type"] = "application/json"
-wrk.headers["Authorization"] = "Bearer key"
+wrk.headers["Authorization"] = "Bearer {key}"
 local file = io.open("{path}")
 wrk.body = file:read("*a")
 """
@@ -170,19 +175,25 @@ async def predict(question: Question) -> Answer:
     return Answer(score=0.5, warned=False, model="hello")
 uvicorn.run(app, port={port}, access_log=False, log_level="warning")
 """
-HELLO_FASTAPI = """
+HELLO_FASTAPI = (
+    """
 import json, uvicorn
 from fastapi import FastAPI
 from pydantic import BaseModel, create_model
 record = json.load(open("{folder}/one.json"))
 kinds = {{name: (str | None if isinstance(value, str) else float | None, ...) for name, value in record.items()}}
-Question = create_model("Record", **kinds)""" + HELLO_ANSWER
-HELLO_SMALL = """
+Question = create_model("Record", **kinds)"""
+    + HELLO_ANSWER
+)
+HELLO_SMALL = (
+    """
 import uvicorn
 from fastapi import FastAPI
 from pydantic import BaseModel
 class Question(BaseModel):
-    name: str""" + HELLO_ANSWER
+    name: str"""
+    + HELLO_ANSWER
+)
 HELLO_STARLETTE = """
 import uvicorn
 from starlette.applications import Starlette
@@ -203,6 +214,8 @@ class Server:
     command: list[str]
     body: str  # how the record is wrapped
     path: str = "/predict"
+    key: str = "key"  # what is sent as a bearer token
+    variables: dict[str, str] = field(default_factory=dict)  # of the environment
     rates: dict[int, float] = field(default_factory=dict)  # requests a second, by connections
     p99: dict[int, float] = field(default_factory=dict)  # milliseconds
     cpu: float = 0.0  # microseconds of processor time a request, at 8 connections: less shaken by neighbours
@@ -230,18 +243,34 @@ def servers(settings: Settings, folder: Path, scratch: Path, port: int, bentoml:
     (scratch / "bench_full.py").write_text(FULL, encoding="utf-8")
     full = [str(Path(sys.executable).with_name("mlops-course")), "serve", "--home", str(settings.home)]
     full += ["--limit", "rate=1e9"]  # the limiter works, and never refuses
-    yield Server("full", [*full, "--port", str(port), "--app", "bench_full:make"], '{"record": %s}')
+    full += ["--port", str(port)]
+    yield Server("full", [*full, "--app", "bench_full:make"], '{"record": %s}')
+    yield hardened(settings, folder.name.removeprefix("bench_"), scratch, full)
     yield Server("fastapi hello", program("hello_fastapi", HELLO_FASTAPI), "%s")
     yield Server("fastapi hello, one field", program("hello_small", HELLO_SMALL), '{"name": "ann"}')
     yield Server("starlette hello", program("hello_starlette", HELLO_STARLETTE), "%s")
 
 
+def hardened(settings: Settings, version: str, scratch: Path, command: list[str]) -> Server:
+    """The service as it is started where a key is trusted and there is a file of keys: each is made here."""
+    from mlops_course.security.keys import create_key
+    from mlops_course.security.vouching import vouch
+    from mlops_course.serving.bundle import bundles_folder
+
+    own = settings.model_copy(update={"trust": scratch / "trust", "keys_file": scratch / "keys.json"})
+    own.keys_file.unlink(missing_ok=True)
+    vouch(own, bundles_folder(own) / f"flight-delay@{version}")
+    key = create_key(own, "bench", "predict", rate=1e9)
+    variables = {"MLOPS_COURSE_TRUST": str(own.trust), "MLOPS_COURSE_KEYS_FILE": str(own.keys_file)}
+    return Server(HARDENED, command, '{"record": %s}', key=key.text, variables=variables)
+
+
 # ---------------------------------------------------------------- measuring
 
 
-def ask(url: str, body: bytes) -> dict[str, Any] | None:
+def ask(url: str, body: bytes, key: str = "key") -> dict[str, Any] | None:
     """The answer; None: there is none yet."""
-    headers = {"Content-Type": "application/json", "Authorization": "Bearer key"}
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
     try:
         with urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=5) as answer:
             return dict(json.load(answer))
@@ -266,14 +295,14 @@ def running(server: Server, scratch: Path, url: str, body: bytes) -> Iterator[ps
     threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MLFLOW_TRACKING_URI": f"sqlite:///{scratch}/no.db"}
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # mlflow starts uvicorn by its name
     others = {"PATH": path, "PYTHONPATH": str(scratch), "BENTOML_DO_NOT_TRACK": "True"}
-    environment = {**os.environ, **threads, **others}
+    environment = {**os.environ, **threads, **others, **server.variables}
     begin = time.perf_counter()
     with (scratch / "server.log").open("w") as log:
         process = subprocess.Popen(
             ["taskset", "-c", "0", *server.command], env=environment, stdout=log, stderr=log, start_new_session=True
         )
     try:
-        while (answer := ask(url, body)) is None:
+        while (answer := ask(url, body, server.key)) is None:
             if process.poll() is not None or time.perf_counter() - begin > 90:
                 raise RuntimeError(f"{server.name} did not start:\n{(scratch / 'server.log').read_text()[-2000:]}")
             time.sleep(0.01)
@@ -324,7 +353,7 @@ def measure(server: Server, scratch: Path, port: int, record: str, seconds: int,
     """All figures of one server."""
     url, body = f"http://127.0.0.1:{port}{server.path}", server.body % record if "%s" in server.body else server.body
     (scratch / "body.json").write_text(body, encoding="utf-8")
-    (scratch / "post.lua").write_text(LUA.format(path=scratch / "body.json"), encoding="utf-8")
+    (scratch / "post.lua").write_text(LUA.format(path=scratch / "body.json", key=server.key), encoding="utf-8")
     with running(server, scratch, url, body.encode()) as process:
         load(server, scratch, url, 8, 1, [])  # warm
         processes = [process, *process.children(recursive=True)]
@@ -363,10 +392,24 @@ def figures(found: dict[str, Server]) -> dict[str, float]:
         "full / mlflow": rate["full"] / rate["mlflow"],
         "full / fastapi hello": rate["full"] / rate["fastapi hello"],
         "bare / mlflow": rate["bare"] / rate["mlflow"],
+        "hardened / full": rate[HARDENED] / rate["full"],
         "full: p99 at 8 connections, ms": full.p99[8],
         "full: resident memory, MB": full.memory,
         "full: ready after, s": full.ready,
     }
+
+
+def as_table(found: dict[str, Server]) -> list[dict[str, Any]]:
+    """The table for others to read: requests a second by connections, and what they cost."""
+    return [
+        {
+            "way": server.name,
+            **{f"{each} conn., 1/s": round(server.rates[each]) for each in CONNECTIONS},
+            "p99 of 8, ms": round(server.p99[8], 1), "cpu, us": round(server.cpu),
+            "memory, MB": round(server.memory), "ready, s": round(server.ready, 1),
+        }
+        for server in found.values()
+    ]  # fmt: skip
 
 
 def show(found: dict[str, Server]) -> None:
@@ -382,6 +425,7 @@ def show(found: dict[str, Server]) -> None:
 
 def main() -> int:
     """Measure and print."""
+    keys_of_its_own()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--home", type=Path, default=load_settings().home / "bench_serving")
     parser.add_argument("--bentoml", help="the Python of an environment with bentoml and this one's scikit-learn")
@@ -390,6 +434,7 @@ def main() -> int:
     parser.add_argument("--trees", type=int, default=500, help="of the model")
     parser.add_argument("--first", action="store_true", help="go before all else on a busy machine (needs root)")
     parser.add_argument("--only", nargs="*", help="names of servers")
+    parser.add_argument("--json", action="store_true", help="print the table as JSON; the bars go to standard error")
     options = parser.parse_args()
     settings = load_settings(home=options.home).prepare()
     folder = prepare(settings, options.trees)
@@ -407,8 +452,16 @@ def main() -> int:
     found = {name: typical(each) for name, each in rounds.items()}
     same_score(each for each in found.values() if each.name != SKEWED)
     shutil.rmtree(settings.serving / "predictions", ignore_errors=True)
-    show(found)
-    if options.only:
+    print(json.dumps(as_table(found), indent=1)) if options.json else show(found)
+    with redirect_stdout(sys.stderr if options.json else sys.stdout):
+        return show_bars(found, whole=not options.only)
+
+
+def show_bars(found: dict[str, Server], whole: bool) -> int:
+    """The ratios; 1 when a bar is missed."""
+    if not whole:
+        if {HARDENED, "full"} <= set(found):
+            print(f"\nhardened / full {found[HARDENED].rates[8] / found['full'].rates[8]:.2f}")
         return 0
     missed = 0
     print()
