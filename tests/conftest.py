@@ -1,15 +1,19 @@
 """What the tests share."""
 
+import json
+import logging
 import os
 import shutil
 import signal
 import socket
 from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from filelock import FileLock
 
 from mlops_course.data import build_features, ingest, labelled_features, month_after, validate
 from mlops_course.environment import Settings
@@ -19,7 +23,7 @@ from mlops_course.project import flight_delay, read_delivery
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait don't spin: tests may share a busy machine
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # whoever starts the tests in the background of a shell
     signal.signal(signal.SIGINT, signal.default_int_handler)
-pytest_plugins = ["service_helpers", "delivery_helpers", "run_rules"]  # fixtures; options of .ci/run
+pytest_plugins = ["browser_helpers", "service_helpers", "delivery_helpers", "redis_helpers", "run_rules"]  # fixtures
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -30,21 +34,44 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
-LONGEST = ("test_image.py", "test_lessons.py")  # the first waits for downloads, and the second has much to compute
+LONGEST = (  # in this order: they take a minute and more, the first ones several
+    "test_lessons.py", "test_image.py", "test_replay.py", "test_registry_changes.py", "test_delivery.py",
+    "test_production.py", "test_use_cases.py", "test_workflows.py", "test_pages.py", "test_cache.py",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first, then those with many slow tests: the short ones fill up the rest of the time."""
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
-    items.sort(key=lambda item: (item.path.name not in LONGEST, -slow[item.path]))  # stable: otherwise as it was
+    order = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: (order.get(item.path.name, len(order)), -slow[item.path]))  # stable: else as it was
+
+
+@pytest.fixture(scope="session", autouse=True)
+def keys_of_nobody(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What is started for several tests knows no key to verify with, whatever whoever runs the tests has."""
+    with pytest.MonkeyPatch.context() as variables:
+        variables.setenv("MLOPS_COURSE_TRUST", str(tmp_path_factory.mktemp("nobody") / "trust"))
+        yield
 
 
 @pytest.fixture(autouse=True)
 def workspace_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test depends on the settings of whoever runs it, or writes into their workspace."""
-    for name in ("SEED", "THREADS", "TRACKING_URI", "FEATURES_URL", "USE_CASE", "STORAGE"):
+    own = "SEED THREADS TRACKING_URI FEATURES_URL GUARD_URL USE_CASE STORAGE KEYS_FILE FOUR_EYES"
+    for name in own.split():
         monkeypatch.delenv(f"MLOPS_COURSE_{name}", raising=False)
     monkeypatch.setenv("MLOPS_COURSE_HOME", str(tmp_path / "workspace"))
+    monkeypatch.setenv("MLOPS_COURSE_TRUST", str(tmp_path / "trust"))
+
+
+@pytest.fixture(autouse=True)
+def messages_are_heard() -> None:
+    """A lesson or a service that was run in this process may have wanted its quiet; the next test wants to hear."""
+    for name in ("mlops_course", "mlops_course.serving", "mlops_course.security", "papermill", "traitlets"):
+        logger = logging.getLogger(name)
+        logger.disabled, logger.propagate = False, True
+        logger.setLevel(logging.NOTSET)
 
 
 @pytest.fixture
@@ -66,11 +93,12 @@ class Quarter:
     settings: Settings
     tables: dict[str, str]  # references to the clean tables
     features: str  # reference to the features
+    made: Path  # where it was made: as it was in the beginning, with the deliveries that the tables were made of
 
     @property
     def source(self) -> Path:
         """The deliveries that the tables were made of."""
-        return self.settings.home.parent / "source"
+        return self.made / "source"
 
     @property
     def rows(self) -> str:
@@ -88,7 +116,7 @@ class Quarter:
 
     def fresh(self, home: Path) -> "Quarter":
         """As it was in the beginning, in another folder: the tracking store is empty."""
-        shutil.copytree(self.settings.home.parent / "template", home, dirs_exist_ok=True)
+        shutil.copytree(self.made / "workspace", home, dirs_exist_ok=True)
         return replace(self, settings=settings_in(home))
 
 
@@ -98,18 +126,27 @@ def settings_in(home: Path) -> Settings:
     return Settings(home=home, seed=2013, **nothing).prepare()
 
 
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that the first process of a test run fills and all others read, when there are several."""
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            part = folder.with_name(f"{name}.part")
+            shutil.rmtree(part, ignore_errors=True)
+            make(part)
+            part.rename(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The file of an MLflow store in which nothing is: making one takes seconds."""
-    settings = settings_in(tmp_path_factory.mktemp("store"))
-    make_store(settings)
-    return settings.home / "mlflow.db"
+    return made_once(tmp_path_factory, "store", lambda folder: make_store(settings_in(folder))) / "mlflow.db"
 
 
-@pytest.fixture(scope="session")
-def quarter(tmp_path_factory: pytest.TempPathFactory) -> Quarter:
-    """Shared by all tests: they read its tables and train in it, and neither change a table nor register a model."""
-    folder = tmp_path_factory.mktemp("quarter")
+def make_quarter(folder: Path) -> None:
+    """Take in the deliveries, check them, build the features; say what they are called."""
     settings, periods = settings_in(folder / "workspace"), [month_after("2013-01", steps) for steps in range(3)]
     for month in periods:
         source = folder / "source" / month
@@ -120,8 +157,15 @@ def quarter(tmp_path_factory: pytest.TempPathFactory) -> Quarter:
     tables = validate(settings, flight_delay, delivery.tables, periods).tables
     features = build_features(settings, flight_delay, tables, periods[0], periods[-1])
     make_store(settings)
-    shutil.copytree(settings.home, folder / "template")
-    return Quarter(settings, tables, features)
+    (folder / "names.json").write_text(json.dumps({"tables": tables, "features": features}), encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def quarter(tmp_path_factory: pytest.TempPathFactory) -> Quarter:
+    """Shared by the tests of a process: they read its tables and train in it, and neither change them nor register."""
+    made = made_once(tmp_path_factory, "quarter", make_quarter)
+    home = shutil.copytree(made / "workspace", tmp_path_factory.mktemp("quarter") / "workspace")
+    return Quarter(settings_in(home), made=made, **json.loads((made / "names.json").read_text(encoding="utf-8")))
 
 
 @pytest.fixture

@@ -100,8 +100,8 @@ def judge(settings: Settings, way: str) -> None:
     assert verify_ledger(settings) == check_registry(settings) == check_live(settings) == []
 
 
-def kill_on(way: str, template: Path, folder: Path) -> int:
-    """Kill it after its first change, in a new workspace after the second one, and so on; how often it was killed.
+def kill_on(way: str, template: Path, folder: Path, stride: int) -> int:
+    """Kill it after its first change, in a new workspace some changes later, and so on; how many there were at most.
 
     Only the children touch a table: Delta Lake doesn't work in a process that was forked after it began to.
     """
@@ -111,7 +111,7 @@ def kill_on(way: str, template: Path, folder: Path) -> int:
     start, own = Settings(home=shutil.copytree(template, folder / "start")), Settings(home=folder / "workspace")
     if way == "back":
         run_child(lambda: go(start))
-    for number in count(1):
+    for number in count(1, stride):
         shutil.rmtree(own.home, ignore_errors=True)
         shutil.copytree(start.home, own.home)
         killed = kill_after_change(number, own.home, lambda: WAYS[way][0](own))
@@ -122,4 +122,4 @@ def kill_on(way: str, template: Path, folder: Path) -> int:
 
 
 if __name__ == "__main__":
-    print(kill_on(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])))
+    print(kill_on(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])))

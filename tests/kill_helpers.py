@@ -13,10 +13,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import psutil
+
 WRITERS = {"posix", "nt", "io", "_io", "sqlite3", "deltalake._internal"}  # modules whose functions may change a file
 READERS = ("BufferedReader", "DirEntry", "ScandirIterator")  # but not those of such objects,
 LOOKS = {"stat", "lstat", "fspath", "listdir", "scandir", "getpid", "fsencode", "fstat", "readlink"}  # nor these
-
 
 
 def begin_child(task: Callable[[], object]) -> int:
@@ -38,6 +39,15 @@ def begin_child(task: Callable[[], object]) -> int:
 def end_of(child: int) -> int:
     """What became of a process: 0, or the negative number of the signal that killed it."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def lives(process: psutil.Process | int) -> bool:
+    """Whether it is there and has not ended: a zombie has, even if nobody has asked for its end."""
+    try:
+        found = psutil.Process(process) if isinstance(process, int) else process
+        return found.is_running() and found.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def run_child(task: Callable[[], object]) -> None:

@@ -4,7 +4,6 @@ import textwrap
 from pathlib import Path
 
 import nbformat
-import psutil
 
 from mlops_course.pipelines import (
     PipelineRun,
@@ -26,14 +25,6 @@ def write_pipeline(folder: Path, text: str, name: str = "demo") -> Path:
     path = folder / f"{name}.yaml"
     path.write_text(textwrap.dedent(text), encoding="utf-8")
     return path
-
-
-def process_is_there(number: int) -> bool:
-    """Whether a process is alive (a zombie isn't)."""
-    try:
-        return psutil.Process(number).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 COUNTED = "with open({0!r}, 'a') as file:\n    file.write('{1}\\n')\n"

@@ -301,14 +301,14 @@ class Killing:
         print(self.killed, times)
 
 
-def kill_at_each_change(killing: Killing) -> None:
-    """After the first change on the disk, in a new workspace after the second one, and so on."""
-    for number in count(1):
+def kill_at_changes(killing: Killing, stride: int) -> None:
+    """After the first change on the disk, in a new workspace some changes later, and so on."""
+    for number in count(1, stride):
         if not killing.kill_after(number):
             return
 
 
-def kill_at_moments(killing: Killing, rounds: int = 30) -> None:
+def kill_at_moments(killing: Killing, rounds: int) -> None:
     """At any moment, also within the system's calls, of the disk and of the database."""
     took = min(killing.kill_within(None) for _ in range(3))
     chance = random.Random(2013)
@@ -317,7 +317,7 @@ def kill_at_moments(killing: Killing, rounds: int = 30) -> None:
 
 
 def kill_publications(settings: Settings, old: str, new: str) -> None:
-    """Publish, killed after each change in turn; what is live is one of the two, and the ledger says which."""
+    """Publish, killed after one change after the other; what is live is one of the two, and the ledger says which."""
     unfinished = 0
     for number in count(1):
         run_child(lambda: publish(settings, old))
@@ -344,6 +344,6 @@ if __name__ == "__main__":
     elif task == "publish":
         kill_publications(Settings(), *words)
     else:
-        kills = Killing(words[0], Path(words[1]), Path(words[2]))
-        kill_at_each_change(kills) if task == "changes" else kill_at_moments(kills)
+        kills, number = Killing(words[0], Path(words[1]), Path(words[2])), int(words[3])
+        kill_at_changes(kills, number) if task == "changes" else kill_at_moments(kills, number)
         kills.say()

@@ -32,11 +32,11 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(settings: Settings, workers: int = 2) -> Iterator[Server]:
+def serving(settings: Settings, workers: int = 2, *options: str) -> Iterator[Server]:
     """Start the service, and end it as an operator would."""
     command = [*COMMAND, "serve", "--port", "0", "--workers", str(workers), "--json"]
     command += ["--app", "mlops_course.deployment:release_app", "--home", str(settings.home)]
-    command += ["--limit", "rate=100000"]  # all requests come from one address
+    command += ["--limit", "rate=100000", *options]  # all requests come from one address
     with (settings.home / "service.log").open("a") as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
     assert process.stdout is not None

@@ -1,10 +1,23 @@
-"""Two options for a run that has to prove everything: `--no-skips` and `--time-limit`. `.ci/run` sets both."""
+"""Options for a run that has to prove something: `--no-skips` and `--time-limit` (`.ci/run` sets both), `--thorough`.
 
+A process killed after every change that it makes, eight writers for minutes, thousands of made-up requests, an image,
+Airflow, the whole course played by a learner: that takes an hour and more, and finds something once in a while. A usual
+run kills after every fourth change, looks at every fourth of many alike, and leaves the longest ways to the night;
+`make thorough` does all of it, every night and before a release.
+
+A clock measures the neighbours, too: three tests share two cores. So a test is too slow when it takes too long by the
+clock and by the processor, its own time and that of the programs it started; by the clock alone, three times as long.
+A processor's time alone would not do: whichever test ends a program is charged with all of that program's life.
+"""
+
+import os
 import re
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytest
 
+PROCESSOR = "processor_seconds"  # a test's property of this name
 FOR_ANOTHER_SYSTEM = (  # why a test may be skipped all the same: this is the whole list
     r"uses (POSIX signals|SIGKILL|signals)",
     r"(POSIX signals|forks|uses POSIX limits and signals|permissions( and pipes)? of POSIX)",
@@ -19,12 +32,57 @@ FOR_ANOTHER_SYSTEM = (  # why a test may be skipped all the same: this is the wh
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("mlops_course")
     group.addoption("--no-skips", action="store_true", help="fail when a test is skipped that this system could run")
-    group.addoption("--time-limit", type=float, metavar="SECONDS", help="fail when a test not marked slow takes longer")
+    group.addoption("--thorough", action="store_true", help="all kills, large crowds, and the tests marked thorough")
+    limit = "fail when a test not marked slow takes longer, by clock and processor, or three times that by the clock"
+    group.addoption("--time-limit", type=float, metavar="SECONDS", help=limit)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):  # xdist's workers tell the process that started them
         config.pluginmanager.register(RunRules(config.getoption("no_skips"), config.getoption("time_limit")))
+
+
+@pytest.fixture(scope="session")
+def thorough(request: pytest.FixtureRequest) -> bool:
+    """Whether all is asked that a release needs."""
+    return bool(request.config.getoption("thorough"))
+
+
+@pytest.fixture(scope="session")
+def stride(thorough: bool) -> int:
+    """After which changes a process is killed: after each one, or after every fourth."""
+    return 1 if thorough else 4
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is for a thorough run only; pytest counts it as deselected."""
+    if not config.getoption("thorough"):
+        left_out = [item for item in items if item.get_closest_marker("thorough")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
+def each_fourth(values: Iterable[Any]) -> list[Any]:
+    """For `parametrize`: many that are alike, of which a usual run takes every fourth, and a thorough one all."""
+    rows = [value if isinstance(value, tuple) else (value,) for value in values]
+    return [pytest.param(*row, marks=pytest.mark.thorough if number % 4 else ()) for number, row in enumerate(rows)]
+
+
+def processor_seconds() -> float:
+    """What this process has used, and the programs that it has started and seen end."""
+    used = os.times()
+    return used.user + used.system + used.children_user + used.children_system
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Note with each test what it took; `--junitxml FILE` keeps it."""
+    before = processor_seconds()
+    try:
+        yield
+    finally:
+        item.user_properties.append((PROCESSOR, round(processor_seconds() - before, 2)))
 
 
 class RunRules:
@@ -38,9 +96,14 @@ class RunRules:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self.note_skip(report)
-        over = self.time_limit is not None and report.when == "call" and report.duration > self.time_limit
-        if over and "slow" not in report.keywords:
-            self.slow.append(f"{report.nodeid} took {report.duration:.0f} s: make it faster, or mark it slow")
+        if self.time_limit is not None and report.when == "call" and "slow" not in report.keywords:
+            self.note_time(report, self.time_limit)
+
+    def note_time(self, report: pytest.TestReport, limit: float) -> None:
+        used = float(dict(report.user_properties).get(PROCESSOR, 0))
+        if min(used, report.duration) > limit or report.duration > 3 * limit:
+            took = f"{report.duration:.0f} s, {used:.0f} s of the processor"
+            self.slow.append(f"{report.nodeid} took {took}: make it faster, or mark it slow")
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         self.note_skip(report)
@@ -58,8 +121,11 @@ class RunRules:
         if (self.skipped or self.slow) and exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
-    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
-        if self.skipped or self.slow:
-            terminalreporter.section("rules of the run", red=True)
-            for line in [*self.skipped, *self.slow]:
-                terminalreporter.write_line(line)
+    def pytest_unconfigure(self, config: pytest.Config) -> None:
+        """Say it last: the one reason for a run that failed, although all tests passed, isn't to be searched for."""
+        broken = [*self.skipped, *self.slow]
+        reporter = config.pluginmanager.get_plugin("terminalreporter")
+        if broken and reporter is not None:
+            reporter.section(f"{len(broken)} broke a rule of this run", red=True)
+            for line in broken:
+                reporter.write_line(line)

@@ -14,7 +14,6 @@ import pandas as pd
 from conftest import ROOT, Quarter
 from threadpoolctl import threadpool_limits
 
-from mlops_course.data import flight_features
 from mlops_course.delivery.evidence import ChampionRows, Evidence
 from mlops_course.delivery.gate import GateDecision
 from mlops_course.delivery.sign_off import approve, write_gate_report
@@ -29,6 +28,7 @@ from mlops_course.experiments import (
     train_run,
 )
 from mlops_course.project import flight_delay
+from mlops_course.project.features import flight_features
 from mlops_course.registry import package, promote, register, score_month
 from mlops_course.serving import publish
 

@@ -12,12 +12,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
-from conftest import Quarter, settings_in
+from conftest import Quarter, made_once, settings_in
 
 from mlops_course.environment import Settings
 from mlops_course.experiments import TrainingConfig, train
@@ -30,7 +32,12 @@ FIRST, SECOND = "flight-delay@1", "flight-delay@2"
 @pytest.fixture(scope="session")
 def published(quarter: Quarter, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A workspace with two bundles, the first of them live, and February's features online; no test changes it."""
-    own = quarter.fresh(tmp_path_factory.mktemp("published") / "workspace")
+    return made_once(tmp_path_factory, "published", partial(publish_two, quarter))
+
+
+def publish_two(quarter: Quarter, home: Path) -> None:
+    """Train two models, publish the first, and put February's features online."""
+    own = quarter.fresh(home)
     rows = own.labelled("2013-01")
     origin = Origin(run_id="0f0f", data={"features": own.features}, first="2013-01", last="2013-01")
     for seed, reference in ((1, FIRST), (2, SECOND)):
@@ -38,7 +45,6 @@ def published(quarter: Quarter, tmp_path_factory: pytest.TempPathFactory) -> Pat
         write_bundle(own.settings, flight_delay, model, rows, reference, origin)
     publish(own.settings, FIRST)
     materialise(own.settings, flight_delay, own.features, ["2013-02"])
-    return own.settings.home
 
 
 @pytest.fixture
@@ -115,13 +121,22 @@ def read_answer(connection: socket.socket) -> tuple[int, bytes]:
     return (int(data.split()[1]) if data.startswith(b"HTTP/1.1 ") else 0), data
 
 
-def until(condition: Callable[[], bool], seconds: float = 20) -> None:
+def until(condition: Callable[[], bool], seconds: float = 60) -> None:
     """Wait for something to come true."""
     end = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > end:
             pytest.fail(f"this did not come true within {seconds} seconds: {condition}")
         time.sleep(0.05)
+
+
+def workers(running: Running) -> list[int]:
+    """The processes that answer, in the order of their birth."""
+    found = []
+    for each in psutil.Process(running.process.pid).children():
+        with suppress(psutil.Error):  # it has just died
+            found += [each.pid] if "resource_tracker" not in " ".join(each.cmdline()) else []
+    return found
 
 
 @contextmanager

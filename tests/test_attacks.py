@@ -110,9 +110,7 @@ def test_the_body_of_a_request_that_waits_for_its_turn_is_not_read() -> None:
 
 
 @pytest.mark.parametrize("asked", [LIVE, PROBLEM], ids=["answers", "refusals"])
-def test_ten_thousand_requests_in_one_go_are_all_answered_in_little_memory(
-    service: Running, asked: bytes
-) -> None:
+def test_ten_thousand_requests_in_one_go_are_all_answered_in_little_memory(service: Running, asked: bytes) -> None:
     before, count = memory(service), 10_000
     with socket.create_connection(("127.0.0.1", service.port), timeout=60) as connection:
         connection.setblocking(False)

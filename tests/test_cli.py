@@ -15,6 +15,7 @@ import nbformat
 import psutil
 import pytest
 import typer
+from kill_helpers import lives
 
 from mlops_course import __version__
 from mlops_course.cli import app, asked_for, describe_error
@@ -88,7 +89,6 @@ def test_help_imports_nothing_heavy() -> None:
     script = "import sys, mlops_course.cli; print(*sys.modules)"
     loaded = set(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout.split())
     assert not loaded & {"pandas", "numpy", "pydantic", "mlflow", "papermill", "yaml", "rich.table", "IPython"}
-
 
 
 def test_no_command_shows_the_help_and_a_wrong_one_is_wrong_usage() -> None:
@@ -254,18 +254,10 @@ def test_errors_for_people() -> None:
 # ---------------------------------------------------------------- stopped from outside
 
 
-def is_alive(process: psutil.Process) -> bool:
-    """Whether it is there and has not ended (a zombie has); another process with the same number doesn't count."""
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
 def descendants(number: int) -> list[psutil.Process]:
     """All living processes below one."""
     try:
-        return [child for child in psutil.Process(number).children(recursive=True) if is_alive(child)]
+        return [child for child in psutil.Process(number).children(recursive=True) if lives(child)]
     except psutil.NoSuchProcess:
         return []
 
@@ -311,7 +303,7 @@ def test_an_interrupted_run_leaves_no_process_and_says_so(tmp_path: Path, settin
     ours = [line for line in errors.splitlines() if not line.startswith("[")]  # the others are what cells print
     assert not [line for line in ours if "Traceback" in line]
     assert "Task" not in errors, "asyncio has nothing to complain about"
-    assert [process for process in started if is_alive(process)] == []
+    assert [process for process in started if lives(process)] == []
     (folder,) = settings.runs.iterdir()
     told = json.loads((folder / "run.json").read_text())
     assert (told["status"], told["error"]) == ("interrupted", "interrupted by SIGINT")
@@ -326,7 +318,7 @@ def test_a_run_can_be_stopped_before_its_worker_is_ready(tmp_path: Path, setting
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=20)
     assert process.returncode == 143
-    assert [process for process in started if is_alive(process)] == []
+    assert [process for process in started if lives(process)] == []
     (folder,) = settings.runs.iterdir()
     assert json.loads((folder / "run.json").read_text())["status"] == "interrupted"
 
@@ -338,7 +330,7 @@ def test_a_killed_run_leaves_no_process_and_says_so_later(tmp_path: Path, settin
     started = descendants(process.pid)
     process.kill()
     process.communicate(timeout=20)
-    wait_for(lambda: not any(map(is_alive, started)), 15)
+    wait_for(lambda: not any(map(lives, started)), 15)
     (folder,) = settings.runs.iterdir()
     assert json.loads((folder / "run.json").read_text())["stages"][0]["status"] == "running"
     assert json.loads(course("runs", "--json").stdout)[0]["status"] == "killed"

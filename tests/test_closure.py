@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mlops_course.pipelines import definition
 from mlops_course.pipelines.cache import (
     HashMemo,
     KeyInputError,
@@ -499,6 +500,35 @@ def test_a_module_run_by_its_name_is_followed(tmp_path: Path) -> None:
     notebook = write_notebook(tmp_path / "n.ipynb", "import runpy\nrunpy.run_module('helper')")
     found = source_closure(notebook, [tmp_path])
     assert ("helper" in found.modules, found.unfollowed) == (True, ())
+
+
+@pytest.mark.parametrize("where", ["a parameter", "the notebook", "a module"])
+def test_code_that_a_text_names_is_followed(tmp_path: Path, where: str) -> None:
+    """`module:attribute` is how a use case names its features, and a pipeline its use case."""
+    write(tmp_path / "bikes.py", 'features = "bike_features:make"')
+    write(tmp_path / "bike_features.py", "import wheels")
+    write(tmp_path / "wheels.py")
+    write(tmp_path / "cases.py", 'default = "bikes:case"')
+    cells = {"a parameter": "case = None", "the notebook": 'case = "bikes:case"', "a module": "import cases"}
+    notebook = write_notebook(tmp_path / "stage.ipynb", cells[where])
+    found = source_closure(notebook, [tmp_path], texts=["bikes:case"] if where == "a parameter" else [])
+    assert {"bikes", "bike_features", "wheels"} <= set(found.modules)
+
+
+@pytest.mark.parametrize("text", ["numpy:array", "os:path", "no_such_module:at_all", "note: bikes", "bikes", "a:b:c"])
+def test_a_text_that_only_looks_like_a_name_leads_nowhere(tmp_path: Path, text: str) -> None:
+    write(tmp_path / "bikes.py")
+    found = source_closure(write_notebook(tmp_path / "stage.ipynb", f"x = {text!r}"), [tmp_path], texts=[text])
+    assert (found.modules, found.packages) == ({}, ())
+
+
+def test_what_our_own_modules_name_in_texts_leads_to_nobody_elses_modules(tmp_path: Path) -> None:
+    """A text of ours gives `rates:newest` as an example: no stage depends on somebody's rates.py for that."""
+    source = Path(definition.__file__).read_text(encoding="utf-8")
+    assert '"rates:newest"' in source
+    write(tmp_path / "rates.py")
+    found = source_closure(write_notebook(tmp_path / "stage.ipynb", f"import {definition.__name__}"), [tmp_path])
+    assert definition.__name__ in found.modules and "rates" not in found.modules
 
 
 def test_a_cell_in_another_language_imports_nothing(tmp_path: Path) -> None:

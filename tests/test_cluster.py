@@ -14,7 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import free_port
-from pipeline_helpers import RECORD, process_is_there, statuses, write_chain, write_notebook
+from kill_helpers import lives
+from pipeline_helpers import RECORD, statuses, write_chain, write_notebook
 
 from mlops_course.environment import Settings
 from mlops_course.pipelines import Options, StageError, run
@@ -107,7 +108,7 @@ def test_a_killed_machines_stage_is_run_again_elsewhere(tmp_path: Path, settings
     assert record.status == "done"
     assert record.results["only"] == {"pid": second}
     assert first != second
-    assert not process_is_there(first), "what the dead machine was doing is ended"
+    assert not lives(first), "what the dead machine was doing is ended"
 
 
 def test_an_interrupted_run_ends_its_stages_on_the_cluster(tmp_path: Path, settings: Settings, scheduler: str) -> None:
@@ -125,9 +126,9 @@ def test_an_interrupted_run_ends_its_stages_on_the_cluster(tmp_path: Path, setti
     with pytest.raises(KeyboardInterrupt):
         run(pipeline, settings=settings, options=Options(scheduler=scheduler))
     until = time.monotonic() + 20
-    while process_is_there(int(pid.read_text())) and time.monotonic() < until:
+    while lives(int(pid.read_text())) and time.monotonic() < until:
         time.sleep(0.1)
-    assert not process_is_there(int(pid.read_text()))
+    assert not lives(int(pid.read_text()))
     assert time.monotonic() - begin < 110
 
 

@@ -39,6 +39,7 @@ from mlops_course.course.lessons import (
 )
 from mlops_course.course.notebook_api import Card, check_exercise, show_hint, show_solution
 from mlops_course.course.progress import read_progress
+from mlops_course.course.prove import Proof, prove_run, summary_lines
 from mlops_course.environment import CourseError
 
 LESSONS = Path(__file__).resolve().parent / "lessons"
@@ -196,6 +197,42 @@ def test_a_notebook_that_cannot_be_read_is_named(tmp_path: Path, content: str | 
         read_notebook(path)
 
 
+RIGHT = """**A loop**
+
+```python
+mean = 0
+for delay in delays:
+    mean += delay / 5
+```
+
+**Half**
+
+```python
+mean = 20
+```
+"""
+
+
+def test_the_solution_is_tried_in_each_style_that_a_lesson_names(lesson: Lesson, tmp_path: Path) -> None:
+    def add(cell: dict[str, Any]) -> list[dict[str, Any]]:
+        styles = {"cell_type": "markdown", "id": "styles", "metadata": {"tags": ["right-answers"]}, "source": RIGHT}
+        return [cell, styles] if 'wrong_answers("21.1"' in cell["source"] else [cell]
+
+    styled = changed(lesson, tmp_path, add)
+    assert list(styled.exercises["21.1"].right) == ["A loop", "Half"]
+    assert not any("right-answers" in tags(cell) for cell in make_copy(styled)["cells"])
+    proofs = {proof.what: proof.ok for proof in prove_run(styled, tmp_path / "workspace", "21.1")}
+    assert proofs["21.1 in another style: A loop"] is True
+    assert proofs["21.1 in another style: Half"] is False
+
+
+def test_what_is_proved_is_told_with_the_styles_and_the_kinds_of_slips() -> None:
+    found = [Proof("5.1 wrong answer 'boundary: > for >='", True, "No."), Proof("5.1 in another style: a loop", True)]
+    assert summary_lines(found) == [
+        "✓ 5.1  stub unattempted, 1 wrong answers refused (boundary), solution passes, in other styles, too (a loop)"
+    ]
+
+
 def test_reading_and_writing_changes_nothing(lesson: Lesson) -> None:
     assert notebook_text(lesson.notebook) == lesson.path.read_text(encoding="utf-8")
 
@@ -219,6 +256,18 @@ def test_a_copy_has_nothing_that_spoils(lesson: Lesson) -> None:
     assert not any(cell.get("outputs") for cell in copy["cells"])
     assert [cell["source"] for cell in copy["cells"] if belongs_to(cell, "check")] == ['check("21.1")', 'check("21.2")']
     assert "def sound" in text
+
+
+def test_a_copy_folds_what_has_to_run_but_not_to_be_read(lesson: Lesson, tmp_path: Path) -> None:
+    def mark(cell: dict[str, Any]) -> list[dict[str, Any]]:
+        exported = {**cell, "source": f"#| export\n{cell['source']}"}
+        return [exported if cell["source"].startswith("settings = load") else cell]
+
+    cells = make_copy(changed(lesson, tmp_path, mark))["cells"]
+    folded = [cell for cell in cells if cell["metadata"].get("jupyter", {}).get("source_hidden")]
+    wanted = [cell for cell in cells if {"lab-prepare", "lab-check"} & tags(cell) or "#| export" in cell["source"]]
+    assert folded == wanted and len(folded) > 2
+    assert not any(belongs_to(cell) or belongs_to(cell, "check") for cell in folded)
 
 
 def test_a_copy_is_a_valid_notebook_with_nbgraders_marks(lesson: Lesson, learner: Learner) -> None:

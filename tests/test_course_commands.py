@@ -98,6 +98,7 @@ def test_every_command_speaks_json(terminal: Terminal) -> None:
     assert (report["status"], report["lab"]["status"], report["problems"]) == (3, "unattempted", [])
     assert terminal.json("hint", "21.1")["hint"] == 1
     assert terminal.json("hint", "21.1")["hint"] == 2
+    assert [terminal.json("hint", "lab", "21")["hint"] for _ in range(3)] == [1, 2, 2]
     assert terminal.json("solution", "21.2", "--yes")["solution"] == "return delay > 15"
     assert Path(terminal.json("reset", "21.1")["kept"]).is_file()
     assert terminal.json("break", "21")["sound"] is False
@@ -119,6 +120,8 @@ def test_every_command_speaks_json(terminal: Terminal) -> None:
         (["fix", "21.1"], "21.1 is an exercise, not a section. Write 21"),
         (["quiz", "21.1"], "21.1 is an exercise, not a section. Write 21"),
         (["hint", "21.9"], "Section 21 has 21.1, 21.2"),
+        (["hint", "lab", "21.1"], "21.1 is an exercise, not a section. Write 21"),
+        (["hint", "lab"], "there is no section lab"),
         (["solution", "21.1"], "is not passed yet"),
         (["reset", "21.1"], "no notebook"),
         (["quiz", "21", "--answers", "b"], "1 answers were given to 2 questions"),

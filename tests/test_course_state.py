@@ -5,7 +5,6 @@ import json
 import subprocess
 import sys
 import textwrap
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -329,10 +328,8 @@ def test_the_first_lesson_names_the_stages_of_the_real_pipeline() -> None:
     assert ast.literal_eval(found.removeprefix("needs = ")) == {name: sorted(needs[name]) for name in sorted(needs)}
 
 
-def test_importing_the_course_is_quick() -> None:
+def test_importing_the_course_loads_nothing_heavy() -> None:
     program = "import sys, mlops_course.course, mlops_course.commands.learn; print(*sys.modules)"
-    begin = time.monotonic()
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     loaded = {name.split(".")[0] for name in done.stdout.split()}
     assert loaded.isdisjoint({"papermill", "IPython", "nbformat", "pydantic", "pandas", "numpy", "rich"})
-    assert time.monotonic() - begin < 10

@@ -314,9 +314,7 @@ def test_two_different_rows_with_one_key_in_a_delivery_are_both_put_aside(
     assert len(full_desk.read("flights", JANUARY)) == len(flights) - 1
 
 
-def test_the_list_of_the_newest_month_counts_whenever_it_comes(
-    full_desk: Desk, delivered: dict[str, Tables]
-) -> None:
+def test_the_list_of_the_newest_month_counts_whenever_it_comes(full_desk: Desk, delivered: dict[str, Tables]) -> None:
     before = full_desk.read("planes")
     shorter = delivered[JANUARY]["planes"].iloc[:100]
     full_desk.take(JANUARY, delivered[JANUARY] | {"planes": shorter})

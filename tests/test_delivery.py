@@ -24,15 +24,25 @@ from mlops_course.delivery import sign_off as sign_off_module
 from mlops_course.delivery.delivering import SmokeTestError, deliver, try_service, undo_delivery
 from mlops_course.delivery.gate import GateDecision
 from mlops_course.delivery.report import REPORT_MARK
-from mlops_course.delivery.sign_off import SignOffError, approve, gate_report_file, require_sign_off, write_gate_report
+from mlops_course.delivery.sign_off import (
+    SignOffError,
+    approve,
+    check_second_person,
+    gate_report_file,
+    require_sign_off,
+    write_gate_report,
+)
 from mlops_course.deployment import ReleaseError, promote_release, roll_back_release, start_release
-from mlops_course.deployment.rollout import RolloutPlan, roll_out
+from mlops_course.deployment.rollout import AT_ONCE, RolloutPlan, roll_out, take_back
 from mlops_course.environment import Settings
 from mlops_course.experiments import TrainingConfig, train_run
 from mlops_course.ledger import read_ledger
 from mlops_course.project import flight_delay
 from mlops_course.registry import PromotionConflict, RegistryError, register
+from mlops_course.security.vouching import check_vouched, voucher
 from mlops_course.serving import BundleError
+from mlops_course.serving.bundle import find_bundle
+from mlops_course.serving.publishing import for_case
 
 SHADOW = RolloutPlan("shadow")
 
@@ -96,9 +106,7 @@ def test_what_changes_after_the_approval_voids_it_and_is_named(
     assert production(settings) == (SECOND, SECOND)
 
 
-def test_one_byte_of_the_code_voids_it(
-    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_byte_of_the_code_voids_it(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = Path(str(sign_off_module.files("mlops_course")))
     copy = Path(shutil.copytree(code, tmp_path / "code", ignore=shutil.ignore_patterns("__pycache__", "nbs")))
     monkeypatch.setattr(sign_off_module, "files", lambda _: copy)
@@ -142,6 +150,27 @@ def test_a_delivery_is_done_once_however_often_it_is_asked_for(settings: Setting
     assert (promoted.by, promoted.approver) == ("ann", "eve")
 
 
+def test_what_is_delivered_is_signed_before_anything_changes(settings: Settings) -> None:
+    bundle = find_bundle(settings, SECOND)
+    attest = voucher(flight_delay, "ann")
+    done = roll_out(settings, flight_delay, SECOND, "better", SHADOW, "ann", attest=attest).done
+    assert done == [f"{SECOND} is signed", f"shadow of {SECOND} began"]
+    promote_release(for_case(settings, SECOND), "an hour without a complaint")
+    done = roll_out(settings, flight_delay, SECOND, "better", SHADOW, "ann", attest=attest).done
+    assert done == [f"{SECOND} is champion, after {FIRST}"] and check_vouched(settings, bundle)["by"] == "ann"
+    assert undo_delivery(settings, flight_delay, "complaints", bad=SECOND, attest=attest) == FIRST
+    assert check_vouched(settings, find_bundle(settings, FIRST))["signed"]
+
+
+def test_what_was_changed_after_it_was_signed_is_not_delivered(settings: Settings) -> None:
+    bundle, attest = find_bundle(settings, SECOND), voucher(flight_delay)
+    assert attest(settings, bundle)
+    (bundle / "sbom.cdx.json").write_bytes(b"{}")  # an approval is about model, data and code, so it still holds
+    with pytest.raises(BundleError, match=r"sbom\.cdx\.json isn't what was signed"):
+        deliver(settings, flight_delay, SECOND, "better", attest=attest)
+    assert production(settings) == (FIRST, FIRST)
+
+
 def test_a_comparison_with_another_champion_is_worth_nothing(settings: Settings) -> None:
     write_gate_report(settings, SECOND, PROMOTE, None)
     approve(settings, SECOND, "not read closely", by="eve")
@@ -164,8 +193,10 @@ def test_the_way_back_takes_the_approval_along(settings: Settings) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="fork is for Linux")
 @pytest.mark.parametrize(("way", "changes"), [("there", 12), ("back", 12), ("step by step", 6)])
-def test_whoever_is_killed_on_the_way_goes_on(two_versions: Path, tmp_path: Path, way: str, changes: int) -> None:
-    command = [sys.executable, delivery_helpers.__file__, way, str(two_versions), str(tmp_path)]
+def test_whoever_is_killed_on_the_way_goes_on(
+    two_versions: Path, tmp_path: Path, way: str, changes: int, stride: int
+) -> None:
+    command = [sys.executable, delivery_helpers.__file__, way, str(two_versions), str(tmp_path), str(stride)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     assert int(done.stdout) > changes, "lines of the ledger, MLflow's transactions, and what names the live model"
@@ -295,18 +326,35 @@ def test_an_approval_may_name_the_report_that_was_read(settings: Settings) -> No
 def test_the_guard_of_a_running_service_lets_a_delivery_go_on(settings: Settings) -> None:
     limits = ["shift=1", "decision_flip_rate=1", "slice_shift=1", "slice_decision_flip_rate=1", "latency=100", "slow=1"]
     limits += ["hold_seconds=1", "min_requests=20", "min_samples=10", "slices=carrier"]
+    limits += ["caller_share=1", "rank_disagreement=1"]  # one caller asks, for the same row again and again
     words = ["release", SECOND, "--reason", "better", "--strategy", "blue-green"]
     words += [word for limit in limits for word in ("--limit", limit)]
     command = Terminal(settings)
     with serving(settings.home, "--app", "mlops_course.deployment:release_app") as running:
         status, said = command(*words, "--url", running.url)
         assert (status, production(settings)) == (4, (FIRST, FIRST)), said
+        assert "wait: 0 of 20 requests in this step" in said, "who stops waiting is told what is missing"
         asking = threading.Thread(target=ask_until_live, args=(running, settings))
         asking.start()
         status, said = command(*words, "--url", running.url, "--wait", "60")
         asking.join()
         assert (status, production(settings)) == (0, (SECOND, SECOND)), said
         assert f"{running.url} scores 5 golden rows as it should" in said
+
+
+@pytest.mark.slow
+@pytest.mark.system
+def test_pods_that_share_no_folder_are_asked_after_they_were_told(
+    settings: Settings, tmp_path: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pod = Path(shutil.copytree(settings.home, tmp_path / "pod"))
+    own, plan = settings.model_copy(update={"guard_url": redis_url}), RolloutPlan(AT_ONCE)
+    monkeypatch.setenv("MLOPS_COURSE_GUARD_URL", redis_url)
+    with serving(pod, "--app", "mlops_course.deployment:release_app") as running:
+        done = roll_out(own, flight_delay, SECOND, "better", plan, url=running.url).done
+        assert done[-1] == f"{running.url} scores 5 golden rows as it should"
+        assert take_back(own, flight_delay, "complaints", url=running.url) == FIRST
+        assert running.client.get("/model").json()["model"] == FIRST
 
 
 def ask_until_live(running: Running, settings: Settings) -> None:
@@ -342,3 +390,26 @@ def test_from_real_flights_to_production_by_commands_alone(own_quarter: Quarter)
     assert "| log loss against flight-delay@1 | -0.0" in said and "Slices: " in said
     with pytest.raises(SignOffError, match=f"the gate has rejected {FIRST}"):
         approve(settings, FIRST, "it is Friday")
+
+
+# ---------------------------------------------------------------- four eyes
+
+
+def test_where_two_persons_are_needed_nobody_approves_their_own(settings: Settings) -> None:
+    strict = settings.model_copy(update={"four_eyes": True})
+    with pytest.raises(SignOffError, match="ann has made"):
+        approve(strict, SECOND, "mine is fine", by="ann")
+    approve(settings, SECOND, "mine is fine", by="ann")
+    assert require_sign_off(settings, SECOND).by == "ann", "without that policy it is allowed"
+    with pytest.raises(SignOffError, match="ann has made"):
+        deliver(strict, flight_delay, SECOND, "better", by="bob")
+    approve(strict, SECOND, "I have looked at it", by="bob")
+    with pytest.raises(SignOffError, match="or asks for it"):
+        deliver(strict, flight_delay, SECOND, "better", by="bob")
+    assert deliver(strict, flight_delay, SECOND, "better", by="ann")
+
+
+def test_where_two_persons_are_needed_it_must_be_known_who_made_it(settings: Settings) -> None:
+    strict = settings.model_copy(update={"four_eyes": True})
+    with pytest.raises(SignOffError, match="nobody knows who made"):
+        check_second_person(strict, "flight-delay@7", "eve")

@@ -94,6 +94,8 @@ CELLS: dict[str, str] = {
     "in another thread": "import threading\nthread = threading.Thread(target=print, args=['from a thread'])\n"
     "thread.start(); thread.join()",
 }
+
+
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Any]]:
     notebook = write_notebook(tmp_path_factory.mktemp("source") / "touches.ipynb", CELLS, ("raises-exception",))

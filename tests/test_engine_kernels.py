@@ -201,3 +201,11 @@ def test_the_missing_kernel_is_papermills_own_error(tmp_path: Path) -> None:
         find_kernel("nowhere")
     assert caught.value.name == "nowhere"
     assert "Known are: " in caught.value.__notes__[0]
+
+
+def test_the_packages_of_another_environment_belong_to_no_project() -> None:
+    """As in an environment with --system-site-packages: thousands of files would be too many for one message."""
+    from mlops_course.pipelines.engine import kernel
+
+    assert kernel._project_file("/elsewhere/lib/python3.11/site-packages/pandas/__init__.py") is None
+    assert kernel._project_file("/elsewhere/project/rules.py") == "/elsewhere/project/rules.py"

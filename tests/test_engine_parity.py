@@ -15,6 +15,7 @@ import nbformat
 import papermill
 import pytest
 from engine_helpers import comparable, normal
+from run_rules import each_fourth
 
 from mlops_course.pipelines import engine
 from mlops_course.pipelines.engine.recording import KernelDied
@@ -74,7 +75,7 @@ def close_engine() -> Iterator[None]:
     engine.close_kept()
 
 
-@pytest.mark.parametrize("name", list(CASES))
+@pytest.mark.parametrize("name", each_fourth(CASES))
 def test_a_notebook_ends_as_with_the_stock_kernel(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MINE_FOR_THIS_TEST", "yes")
     monkeypatch.delenv("PYTEST_CURRENT_TEST")  # with it, the stock kernel doesn't look at file descriptors

@@ -26,6 +26,7 @@ STAGE = SimpleNamespace(name="train", notebook=Path("train.ipynb"))
 # How those are made that take something of their own.
 MADE: dict[str, tuple[Any, ...]] = {
     "Problem": (422, "the temperature is text", "Give a number", "record.temp", 3, (("Retry-After", "1"),)),
+    "AccessRefusal": (403, "not allowed", "Use another key", "role", "id", "predict"),
     "InputError": ("temp", "is text", "Give a number"),
     "LackingRowError": ("JFK", "temp"),
     "StageError": (

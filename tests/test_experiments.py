@@ -63,7 +63,7 @@ from mlops_course.experiments import (
     train_run,
     training_rows,
 )
-from mlops_course.experiments.evaluation import _areas, _ranking, draw_means, row_losses
+from mlops_course.experiments.evaluation import draw_means, rank_scores, ranking_areas, row_losses
 from mlops_course.experiments.model import rank_categories
 from mlops_course.project import Costs, flight_delay
 from mlops_course.registry import register
@@ -99,8 +99,8 @@ def columns(rows: list[tuple[int, float, int]]) -> tuple[np.ndarray, np.ndarray,
 @example([(1, 1.0, 0), (1, 0.5, 2), (0, 0.25, 3), (0, 0.0, 0)])
 def test_areas_of_weighted_rows_are_those_of_scikit_learn(rows: list[tuple[int, float, int]]) -> None:
     label, score, weight = columns(rows)
-    order, positive, ends = _ranking(label, score)
-    pr_auc, roc_auc = _areas(positive, weight[order], ends)
+    order, positive, ends = rank_scores(label, score)
+    pr_auc, roc_auc = ranking_areas(positive, weight[order], ends)
     drawn = weight > 0  # scikit-learn keeps thresholds of rows without weight, which changes rounding only
     wanted = average_precision_score(label[drawn], score[drawn], sample_weight=weight[drawn])
     assert pr_auc == pytest.approx(wanted, abs=1e-12)

@@ -621,6 +621,7 @@ print(json.dumps({"state": str(run.state), "edges": edges}))
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.system
 @needs_airflow
 def test_airflow_loads_and_runs_it(demo: Pipeline, tmp_path: Path) -> None:
@@ -871,6 +872,7 @@ def _clean(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.system
 @pytest.mark.skipif(shutil.which("bash") is None or shutil.which("tar") is None, reason="needs bash and tar")
 def test_a_strangers_workflow_runs_as_it_is(tmp_path: Path, clean: dict[str, str]) -> None:
@@ -902,6 +904,7 @@ print(json.dumps({"state": str(run.state)}))
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.system
 @needs_airflow
 def test_a_strangers_dag_finds_its_repository(tmp_path: Path) -> None:

@@ -13,20 +13,25 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mlops_course import data
 from mlops_course.data import (
-    DataError,
     build_features,
     conform,
-    flight_features,
     months,
     read_table,
     replace_months,
+)
+from mlops_course.environment import Settings
+from mlops_course.project import (
+    DeliveryError,
+    calendar_month,
+    find_file,
+    flight_delay,
+    read_file,
+    supplier_folder,
     windows,
 )
-from mlops_course.data import features as features_module
-from mlops_course.environment import Settings
-from mlops_course.project import calendar_month, find_file, flight_delay, read_file, supplier_folder
+from mlops_course.project import features as features_module
+from mlops_course.project.features import flight_features
 
 Tables = dict[str, pd.DataFrame]
 Random = np.random.Generator
@@ -526,6 +531,7 @@ def year_tables(year: Tables, tmp_path_factory: pytest.TempPathFactory) -> tuple
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_a_year_month_by_month_is_the_year_at_once(
     year_tables: tuple[Settings, dict[str, str]], year_features: pd.DataFrame
 ) -> None:
@@ -551,7 +557,7 @@ def test_only_a_bounded_history_is_read(
         held.append(sorted(set(tables["flights"]["period"])))
         return flight_features(tables)
 
-    monkeypatch.setattr(data, "flight_features", features)
+    monkeypatch.setattr(features_module, "flight_features", features)
     build_features(settings, flight_delay, references, "2013-04", "2013-09", at_once=3)
     assert held == [months("2013-03", "2013-06"), months("2013-05", "2013-09")], "31 days before July begins May's last"
 
@@ -570,7 +576,7 @@ def test_a_single_flight_has_features(weeks: Tables) -> None:
 
 
 def test_without_flights_the_error_says_what_to_do(weeks: Tables) -> None:
-    with pytest.raises(DataError, match=r"no flight to compute features for.*Ingest"):
+    with pytest.raises(DeliveryError, match=r"no flight to compute features for.*Ingest"):
         flight_features(weeks | {"flights": weeks["flights"].head(0)})
 
 

@@ -80,9 +80,7 @@ def _swept(wide: Pipeline) -> Pipeline:
     """One stage more, before all others though nothing flows; and the last one after one that it takes from, too."""
     first = Stage("sweep", wide.notebook(wide.stages[0]))
     late = {"fetch_flights": ("sweep",), "report": ("compare", "train_trees")}
-    return replace(
-        wide, stages=(first, *[replace(stage, after=late.get(stage.name, ())) for stage in wide.stages])
-    )
+    return replace(wide, stages=(first, *[replace(stage, after=late.get(stage.name, ())) for stage in wide.stages]))
 
 
 def test_order_without_data_is_a_dashed_line(swept: Pipeline, wide: Pipeline) -> None:

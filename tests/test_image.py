@@ -30,6 +30,7 @@ NEEDED = ("podman", "buildah", "runc", "debootstrap")
 MISSING = [name for name in NEEDED if shutil.which(name) is None]
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.thorough,  # an image from nothing takes minutes; the service in it is that of all other tests
     pytest.mark.system,
     pytest.mark.skipif(
         bool(MISSING), reason=f"not installed: {', '.join(MISSING)} (Debian: apt install {' '.join(NEEDED)})"

@@ -286,18 +286,14 @@ def test_the_type_of_a_record_wants_every_feature(predictor: Predictor, record: 
         msgspec.json.decode(msgspec.json.encode(without(record, NUMBER)), type=predictor.encoder.record_type)
 
 
-def test_a_number_too_large_for_float32_is_refused_after_decoding(
-    predictor: Predictor, record: dict[str, Any]
-) -> None:
+def test_a_number_too_large_for_float32_is_refused_after_decoding(predictor: Predictor, record: dict[str, Any]) -> None:
     decoded = msgspec.json.decode(msgspec.json.encode(record | {NUMBER: 1e39}), type=predictor.encoder.record_type)
     with pytest.raises(InputError) as caught:
         predictor.encode_structs([decoded])
     assert (caught.value.field, caught.value.row) == (NUMBER, 0)
 
 
-def test_names_that_python_would_not_take_are_features_all_the_same(
-    quarter: Quarter, tmp_path: Path
-) -> None:
+def test_names_that_python_would_not_take_are_features_all_the_same(quarter: Quarter, tmp_path: Path) -> None:
     odd = {NUMBER: "how far (miles)", "humidity": "class"}
     january = quarter.labelled("2013-01").rename(columns=odd)
     fitted = train(january, flight_delay, TrainingConfig(5))

@@ -17,13 +17,13 @@ from mlops_course.delivery.model_tests import (
     ModelTestResult,
     as_scorer,
     check_calibration,
+    check_claims,
     check_direction,
     check_invariance,
     check_latency,
     check_minimum,
     check_skew,
     check_slices,
-    flight_tests,
     results_html,
     results_junit,
     results_table,
@@ -31,6 +31,7 @@ from mlops_course.delivery.model_tests import (
 )
 from mlops_course.experiments import TrainingConfig, scores, train
 from mlops_course.project import flight_delay
+from mlops_course.project.claims import LATE_CLAIMS
 from mlops_course.serving import Predictor, load_predictor
 from mlops_course.serving.packaging import Origin, write_bundle
 
@@ -175,14 +176,14 @@ def test_a_model_and_its_bundle_are_tested_alike(trained: Trained) -> None:
 
 @pytest.mark.parametrize("kind", ["model", "bundle"])
 def test_the_flights_claims_hold_for_a_trained_model(trained: Trained, kind: str) -> None:
-    results = flight_tests(getattr(trained, kind), trained.march)
+    results = check_claims(getattr(trained, kind), trained.march, LATE_CLAIMS)
     failed = {each.claim: (each.value, each.example) for each in results if not each.passed}
     assert {"calibration", "slices"} >= {each.kind for each in results if not each.passed}, failed
     assert min(each.rows for each in results) > 2
 
 
 def test_they_fail_for_a_model_that_is_turned_round(trained: Trained) -> None:
-    results = flight_tests(lambda frame: 1 - scores(trained.model, frame), trained.march)
+    results = check_claims(lambda frame: 1 - scores(trained.model, frame), trained.march, LATE_CLAIMS)
     failed = {each.kind for each in results if not each.passed}
     assert failed == {"direction", "slices", "calibration"}
 
@@ -191,7 +192,8 @@ def test_they_fail_for_a_model_that_knows_the_flights_number(trained: Trained) -
     def knows(frame: pd.DataFrame) -> np.ndarray:
         return np.clip(scores(trained.model, frame) + (frame["flight"] % 10) / 100, 0, 1)
 
-    failed = [each for each in flight_tests(knows, trained.march) if not each.passed and each.kind == "invariance"]
+    found = check_claims(knows, trained.march, LATE_CLAIMS)
+    failed = [each for each in found if not each.passed and each.kind == "invariance"]
     assert [each.example.split()[0] for each in failed] == ["flight"]
 
 

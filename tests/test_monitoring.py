@@ -1,10 +1,13 @@
 """Drift is seen where it is and not where it is normal, days are New York's, and the report is one file of its own."""
 
+import json
 import math
 import threading
 from dataclasses import replace
+from datetime import UTC, datetime
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -13,8 +16,10 @@ import pytest
 from conftest import Quarter
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
-from mlops_course.data import feature_names, read_table
+from mlops_course.commands.monitor import monitor_commands
+from mlops_course.data import feature_names, read_table, replace_months
 from mlops_course.environment import WorkspaceError
 from mlops_course.experiments import TrainingConfig, evaluate_run, measure, train_run
 from mlops_course.monitoring import (
@@ -207,7 +212,7 @@ def test_rows_of_the_past_must_say_their_month() -> None:
     with pytest.raises(MonitoringError, match="1 of the 800 rows of the training say no month"):
         drift(then.assign(period=then["period"].mask(then.index == 5)), then, ["steady"])
     with pytest.raises(MonitoringError, match="the rows of the training say no month"):
-        drift(then[["steady"]], then, ["steady"])
+        drift(then[["steady"]], then, ["steady"], period="period")
 
 
 def test_one_bad_month_does_not_make_everything_normal() -> None:
@@ -409,7 +414,8 @@ def test_a_month_is_compared_with_the_training_of_the_model_that_scored_it(
     assert {name: report.performance.loc["all", name] for name in wanted} == pytest.approx(wanted, rel=1e-12)
     assert report.performance["rows"].drop("all").sum() == known.sum()
     assert len(report.performance) == 31 + 1
-    assert set(report.figures) == {"alarms", "score_psi", "pr_auc", "log_loss", "base_rate", "mean_score"}
+    measured = {"pr_auc", "log_loss", "base_rate", "mean_score"}
+    assert set(report.figures) == {"alarms", "score_psi", "estimated_log_loss"} | measured
 
 
 def test_scores_are_compared_with_those_of_the_models_test(
@@ -420,11 +426,29 @@ def test_scores_are_compared_with_those_of_the_models_test(
     assert same.score_drift < 0.005, "February is what it was tested on; only flights that never arrived are more"
     assert report.score_drift > same.score_drift
     assert same.performance.empty
-    assert set(same.figures) == {"alarms", "score_psi"}
+    assert set(same.figures) == {"alarms", "score_psi", "estimated_log_loss"}
     untested = monitor_month(own.settings, flight_delay, tables["untested"], own.features, MARCH)
     assert untested.model == "flight-delay@2"
     assert math.isnan(untested.score_drift)
-    assert set(untested.figures) == {"alarms"}
+    assert set(untested.figures) == {"alarms", "estimated_log_loss"}
+
+
+def test_a_month_is_seen_as_it_was_at_a_moment(
+    monitored: tuple[Quarter, str, dict[str, str]], report: MonthReport
+) -> None:
+    """A year that is replayed has all its outcomes from the beginning; what came later must not be known."""
+    own, _, tables = monitored
+    given = (own.settings, flight_delay, tables["march"], own.features, MARCH, own.rows)
+    begin, middle, end = (datetime(2013, month, day, tzinfo=UTC) for month, day in ((3, 1), (3, 16), (4, 3)))
+    early, half, late = (monitor_month(*given, moment=moment) for moment in (begin, middle, end))
+    assert (early.coverage["labelled"], early.coverage["waiting"]) == (0, report.coverage["predicted"])
+    assert "log_loss" not in early.figures
+    times = read_table(own.settings, tables["march"], [MARCH])[flight_delay.time]
+    due = int((times + flight_delay.label_delay <= pd.Timestamp(middle)).sum())
+    assert half.coverage["waiting"] == report.coverage["predicted"] - due
+    assert 0 < half.coverage["labelled"] <= due
+    assert (late.coverage, late.figures) == (report.coverage, report.figures)
+    pd.testing.assert_frame_equal(late.estimated, report.estimated)
 
 
 def test_a_month_that_was_not_scored_is_named(monitored: tuple[Quarter, str, dict[str, str]]) -> None:
@@ -519,3 +543,43 @@ def test_a_report_that_cannot_be_written_leaves_the_old_ones_alone(report: Month
         write_report(report, tmp_path / "reports" / "march.html")
     assert [path.name for path in tmp_path.iterdir() if path.name != "workspace"] == ["reports"]
     assert (tmp_path / "reports").read_text() == "a file"
+
+
+# ---------------------------------------------------------------- the monthly round
+
+
+def told(own: Quarter, month: str = MARCH) -> tuple[int, dict[str, Any]]:
+    """What `mlops-course monitor` ends with, and its document."""
+    done = CliRunner().invoke(monitor_commands, [month, "--json", "--home", str(own.settings.home)])
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+    return done.exit_code, json.loads(done.stdout, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+@pytest.mark.slow
+def test_a_month_is_reviewed_by_one_command_that_a_timer_understands(
+    monitored: tuple[Quarter, str, dict[str, str]],
+) -> None:
+    own, _, _ = monitored
+    status, quiet = told(own)
+    assert (status, quiet["alarms"]) == (0, [])
+    assert quiet["verdict"] in ("quiet", "look")
+    assert quiet["coverage"]["labelled"] == quiet["coverage"]["predicted"] - quiet["coverage"]["overdue"]
+    assert quiet["estimates"]["log_loss"]["low"] is None or quiet["estimates"]["log_loss"]["low"] > 0
+    shown = (own.settings.home / "monitoring" / "flight-delay.prom").read_text()
+    assert 'monitoring_broken_columns{use_case="flight-delay"} 0' in shown
+    assert not quiet["seasonal"], "nothing but the training is known"
+    told(own, FEBRUARY)
+    verdict = own.settings.home / "reports" / f"flight-delay-{FEBRUARY}.json"
+    assert set(json.loads(verdict.read_text())) == {"month", "model", "verdict", "alarms"}
+    verdict.write_text('{"verdict": "alarm"}')
+    assert told(own)[1]["drifted"] == quiet["drifted"], "a month with an alarm is no season"
+    verdict.write_text('{"verdict": "look"}')
+    known = told(own)[1]
+    assert known["seasonal"] and sorted(known["drifted"] + known["seasonal"]) == sorted(quiet["drifted"])
+    silent = read_table(own.settings, own.features, [MARCH]).assign(visibility=np.float32("nan"))
+    replace_months(own.settings, "flight-delay/features", silent)
+    status, broken = told(own)
+    assert (status, broken["verdict"]) == (3, "alarm")
+    assert broken["alarms"][0].startswith("visibility: ")
+    assert Path(broken["report"]).read_text().count("visibility") > 1
+    assert "monitoring_broken_columns{" in (own.settings.home / "monitoring" / "flight-delay.prom").read_text()

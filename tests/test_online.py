@@ -2,14 +2,11 @@
 
 import asyncio
 import json
-import shutil
 import socket
 import sqlite3
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Iterator
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -20,7 +17,7 @@ import msgspec
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import Quarter, free_port, settings_in
+from conftest import Quarter, settings_in
 
 from mlops_course.data import feature_names, read_table, replace_months
 from mlops_course.environment import CourseError, Settings, SettingsError, load_settings
@@ -65,30 +62,6 @@ def made(quarter: Quarter, tmp_path_factory: pytest.TempPathFactory) -> Quarter:
 @pytest.fixture(scope="module")
 def february(made: Quarter) -> pd.DataFrame:
     return read_table(made.settings, made.features, [FEBRUARY])
-
-
-@pytest.fixture(scope="session")
-def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A Redis server of our own."""
-    program = shutil.which("redis-server")
-    if program is None:
-        pytest.skip("redis-server is not installed (apt-get install redis-server)")
-    port = free_port()
-    command = [program, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--requirepass", "s3cret"]
-    server = subprocess.Popen(command, cwd=tmp_path_factory.mktemp("redis"), stdout=subprocess.DEVNULL)
-    wait_for(port)
-    yield f"redis://:s3cret@127.0.0.1:{port}/0"
-    server.terminate()
-    server.wait(10)
-
-
-def wait_for(port: int) -> None:
-    for _ in range(200):
-        with socket.socket() as attempt:
-            if attempt.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.05)
-    pytest.fail("the server did not start")
 
 
 @pytest.fixture(params=["file", pytest.param("redis", marks=pytest.mark.system)])
@@ -480,7 +453,9 @@ def test_reading_changes_nothing(made: Quarter, february: pd.DataFrame) -> None:
 
 
 @pytest.mark.system
-@pytest.mark.parametrize("spoil", [lambda url: url.replace("s3cret", "wr0ng"), lambda _: "redis://:s3cret@127.0.0.1:1/0"])
+@pytest.mark.parametrize(
+    "spoil", [lambda url: url.replace("s3cret", "wr0ng"), lambda _: "redis://:s3cret@127.0.0.1:1/0"]
+)
 def test_a_server_that_refuses_is_named_without_the_password(redis_url: str, spoil: Any, quarter: Quarter) -> None:
     url = spoil(redis_url)
     settings = quarter.settings.model_copy(update={"features_url": url})

@@ -1,6 +1,5 @@
 """The page at `/` in a real browser: a flight is chosen and changed, the score follows, nothing is from elsewhere."""
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,18 +13,6 @@ pytestmark = [
     pytest.mark.system,
     pytest.mark.filterwarnings("ignore:Series.values returning:DeprecationWarning"),  # inside pyarrow
 ]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if program is None:
-        pytest.skip("there is no chromium here (make system)")
-    with playwright.sync_playwright() as started:
-        opened = started.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        yield opened
-        opened.close()
 
 
 @pytest.fixture

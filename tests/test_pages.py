@@ -1,21 +1,24 @@
 """The web pages, made as `make docs` makes them without Quarto, in a real browser that has no network."""
 
+import html
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from browser_helpers import CHROMIUM
+from run_rules import each_fourth
 
 ROOT = Path(__file__).resolve().parent.parent
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 LESSONS = sorted(path.stem for path in (ROOT / "nbs").glob("[0-9][0-9]_*.ipynb"))
-PAGES = ["index", *LESSONS]
+PAGES = ["index", "benchmarks", *LESSONS]
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.system,
@@ -30,6 +33,15 @@ TOO_WIDE = """() => {
     const found = [...document.querySelectorAll('main *')].filter(each => each.getBoundingClientRect().right > edge)
     return found.filter(each => !scrolls(each.parentElement)).map(each => each.outerHTML.slice(0, 80))
 }"""
+UNSAID = """() => {  // what moves under the finger, and nothing says so
+    const wide = [...document.querySelectorAll('pre.mermaid, .table, .output_area')]
+    return wide.filter(each => each.scrollWidth > each.clientWidth + 1 && !each.classList.contains('wide'))
+        .map(each => each.outerHTML.slice(0, 80))
+}"""
+TOO_SMALL = """() => [...document.images]  // plots whose letters are less than half as large as they were drawn
+    .filter(each => each.width && each.width < Math.min(each.naturalWidth, 1100) / 2)
+    .map(each => `${each.width} of ${each.naturalWidth}`)
+"""
 CONTRAST = """() => {
     const parts = colour => colour.match(/[\\d.]+/g).slice(0, 3).map(Number)
     const light = colour => parts(colour).reduce((sum, part, place) => sum + part / 255 * [.21, .72, .07][place], 0)
@@ -66,16 +78,6 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "_docs"
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield opened
-        opened.close()
-
-
 def open_page(browser: Any, path: Path, width: int, scheme: str = "light") -> tuple[Any, list[str]]:
     """A page, drawn to its end, and what the browser complained about."""
     context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme, offline=True)
@@ -101,10 +103,24 @@ def is_whole(page: Any, complaints: list[str], width: int) -> None:
     assert all(size > 50 for size in page.evaluate("[...document.images].map(each => each.naturalWidth)"))
 
 
+WIDTHS = {"telephone": 390, "tablet": 768, "screen": 1280}
+
+
+@pytest.mark.parametrize(("name", "scheme", "device"), each_fourth(product(PAGES, ("light", "dark"), WIDTHS)))
+def test_a_page_is_whole_and_can_be_read(site: Path, browser: Any, name: str, scheme: str, device: str) -> None:
+    width = WIDTHS[device]
+    page, complaints = open_page(browser, site / f"{name}.html", width, scheme)
+    is_whole(page, complaints, width)
+    page.evaluate("document.querySelectorAll('details').forEach(each => each.open = true)")
+    assert page.evaluate(CONTRAST) == []
+    backgrounds = page.evaluate("[...document.images].map(each => getComputedStyle(each).backgroundColor)")
+    assert "rgba(0, 0, 0, 0)" not in backgrounds, "a plot without background would lose its black text in the dark"
+    page.context.close()
+
+
 @pytest.mark.parametrize("name", PAGES)
-def test_a_page_is_whole_and_keeps_answers_folded(site: Path, browser: Any, name: str) -> None:
-    page, complaints = open_page(browser, site / f"{name}.html", 1280)
-    is_whole(page, complaints, 1280)
+def test_a_page_keeps_answers_folded(site: Path, browser: Any, name: str) -> None:
+    page, _ = open_page(browser, site / f"{name}.html", 1280)
     written = (ROOT / "nbs" / f"{name}.ipynb").read_text(encoding="utf-8").count('"```mermaid')
     assert page.locator("pre.mermaid svg").count() == written
     assert page.locator("main details[open]").count() == 0
@@ -114,22 +130,45 @@ def test_a_page_is_whole_and_keeps_answers_folded(site: Path, browser: Any, name
     page.context.close()
 
 
-@pytest.mark.parametrize("name", PAGES)
-def test_a_page_fits_a_telephone(site: Path, browser: Any, name: str) -> None:
-    page, complaints = open_page(browser, site / f"{name}.html", 400)
-    is_whole(page, complaints, 400)
+@pytest.mark.parametrize("name", each_fourth(PAGES))
+def test_a_telephone_shows_the_title_first_and_says_what_can_be_moved(site: Path, browser: Any, name: str) -> None:
+    page, _ = open_page(browser, site / f"{name}.html", 390)
+    assert page.locator("h1").first.bounding_box()["y"] < 200, "the title isn't on the first screen"
+    assert page.locator("nav").bounding_box()["y"] > page.locator("main").bounding_box()["y"]
+    assert page.locator("a.to-menu").is_visible()
+    assert page.evaluate(UNSAID) == []
+    assert page.evaluate(TOO_SMALL) == []
     page.context.close()
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("name", ["index", *LESSONS[:6]])
-def test_text_stands_out_from_its_background(site: Path, browser: Any, name: str, scheme: str) -> None:
-    page, _ = open_page(browser, site / f"{name}.html", 1280, scheme)
-    page.evaluate("document.querySelectorAll('details').forEach(each => each.open = true)")
-    assert page.evaluate(CONTRAST) == []
-    backgrounds = page.evaluate("[...document.images].map(each => getComputedStyle(each).backgroundColor)")
-    assert "rgba(0, 0, 0, 0)" not in backgrounds, "a plot without background would lose its black text in the dark"
-    page.context.close()
+def test_every_paragraph_of_a_notebook_is_on_its_page(site: Path) -> None:
+    lost = {}
+    for path in sorted((ROOT / "nbs").rglob("*.ipynb")):
+        page = site / path.relative_to(ROOT / "nbs").with_suffix(".html")
+        if page.is_file():
+            text = letters(html.unescape(re.sub(r"<[^>]*>", "", page.read_text(encoding="utf-8"))))
+            lost[path.name] = [each[:60] for each in paragraphs(path) if letters(each) not in text]
+    assert len(lost) > 100
+    assert {name: each for name, each in lost.items() if each} == {}
+
+
+# a table's row, an option of a question, a formula, a numbered list, code with a sign that HTML takes for a tag
+NO_SENTENCE = re.compile(r"^\s*[|]|^\s*[-*] \[[xX ]\]|\$|^\s*\d+\.|`[^`]*<|_[0-9]", re.MULTILINE)
+
+
+def paragraphs(path: Path) -> list[str]:
+    """The paragraphs of a notebook's Markdown, as they are read; what isn't a sentence is left out."""
+    found = []
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        text = re.sub(r"^(```|~~~).*?^\1", "\n\n", "".join(cell["source"]), flags=re.DOTALL | re.MULTILINE)
+        every = re.split(r"\n\s*\n", text) if cell["cell_type"] == "markdown" else []
+        found += [each for each in every if each.strip() and not NO_SENTENCE.search(each)]
+    return [re.sub(r"\]\([^)]*\)(\{[^}]*\})?|<[^>]*>", "", each) for each in found]
+
+
+def letters(text: str) -> str:
+    """A text without all that its layout may change."""
+    return re.sub(r"[\W_]+", "", text)
 
 
 def test_a_reader_can_unfold_a_hint_and_an_answer(site: Path, browser: Any) -> None:

@@ -1,5 +1,6 @@
 """The runner: what it refuses before anything runs, what flows between stages, and what a failure leaves behind."""
 
+import contextlib
 import json
 import os
 import signal
@@ -17,7 +18,8 @@ import nbformat
 import numpy as np
 import psutil
 import pytest
-from pipeline_helpers import RECORD, process_is_there, write_notebook, write_pipeline
+from kill_helpers import lives
+from pipeline_helpers import RECORD, write_notebook, write_pipeline
 
 from mlops_course import pipelines
 from mlops_course.environment import Settings, WorkspaceError, cores, load_settings
@@ -47,6 +49,8 @@ from mlops_course.pipelines.runs import repository
 from mlops_course.pipelines.secrets import stage_environment
 
 posix_only = pytest.mark.skipif(os.name == "nt", reason="uses POSIX signals")
+
+
 def one_stage(folder: Path, *cells: str, parameters: str = "") -> Pipeline:
     """A pipeline of a single notebook that takes no parameters unless told."""
     write_notebook(folder / "only.ipynb", parameters, *cells)
@@ -569,6 +573,31 @@ def test_what_a_backfill_cannot_run_over(
         pipelines.values_over(Pipeline.read(write_varied(tmp_path)), over)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux only")
+def test_workers_that_are_given_serve_run_after_run_of_one_pipeline(tmp_path: Path, settings: Settings) -> None:
+    who = "import os\n" + RECORD + "record_result(parent=os.getppid(), own=os.getpid(), doubled=2 * number)"
+    write_notebook(tmp_path / "who.ipynb", "number: int = 1", who)
+    text = """
+        name: {0}
+        parameters:
+          number: {{type: integer, default: 1}}
+        stages:
+          - {{name: who, notebook: who.ipynb, parameters: {{number: "${{number}}"}}}}
+        """
+    file, other = (write_pipeline(tmp_path, text.format(name), name) for name in ("one", "other"))
+    with contextlib.closing(pipelines.LazyExecutor()) as workers:
+        first, second = (
+            pipelines.run(file, {"number": number}, settings, workers=workers).results["who"] for number in (1, 2)
+        )
+        with pytest.raises(PipelineError, match=r"these workers are those of one\.yaml"):
+            pipelines.run(other, {}, settings, workers=workers)
+        third = pipelines.run(file, {"number": 3}, settings, workers=workers).results["who"]
+    assert [each["doubled"] for each in (first, second, third)] == [2, 4, 6]
+    assert first["parent"] == second["parent"] == third["parent"], "forked from one process"
+    assert len({each["own"] for each in (first, second, third)}) == 3, "each in a copy of its own"
+    assert not lives(first["parent"]), "whoever made them has closed them"
+
+
 def test_a_backfill_takes_values_of_the_parameters_type(tmp_path: Path, settings: Settings) -> None:
     path = write_varied(tmp_path)
     filled = pipelines.backfill(path, "n", [1, "2", 3], settings=settings)
@@ -881,7 +910,7 @@ def test_an_interrupt_ends_the_kernel_and_is_written_down(tmp_path: Path, settin
     with pytest.raises(KeyboardInterrupt, match="SIGINT"):
         run(pipeline, settings=settings, on_event=interrupt)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
-    assert not [number for number in pid.read_text().split() if process_is_there(int(number))]
+    assert not [number for number in pid.read_text().split() if lives(int(number))]
     (told,) = list_runs(settings)
     assert (told["status"], told["error"]) == ("interrupted", "interrupted by SIGINT")
     assert [stage["status"] for stage in told["stages"]] == ["interrupted"]

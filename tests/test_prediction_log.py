@@ -1,5 +1,6 @@
 """The log of predictions: what was answered is on the disk, whatever happens to the process, and counted once."""
 
+import asyncio
 import errno
 import json
 import os
@@ -21,6 +22,11 @@ from mlops_course.data import read_table
 from mlops_course.environment import Settings
 from mlops_course.project import flight_delay
 from mlops_course.serving import load_predictor, predictions
+from mlops_course.serving.app import housekeep
+from mlops_course.serving.limits import Limits
+from mlops_course.serving.lookup import OnlineTable
+from mlops_course.serving.models import LiveModels
+from mlops_course.serving.predict import Service
 from mlops_course.serving.predictions import (
     LoggedPrediction,
     LogLimits,
@@ -122,6 +128,24 @@ def test_more_than_the_total_refuses_until_somebody_collects(settings: Settings)
     maintain(writer)
     writer.append([entry()])
     writer.close()
+
+
+def test_a_disk_that_fails_is_told_until_it_works_again(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(segment: Any) -> None:
+        raise OSError(5, "Input/output error")
+
+    log = PredictionLog(log_folder(settings, "flight-delay"))
+    service = Service(LiveModels(settings), Limits(), OnlineTable(settings), log)
+    asyncio.run(housekeep(service))  # makes the folder
+    assert log.problem == "" and log.folder.is_dir()
+    with monkeypatch.context() as broken:
+        broken.setattr(predictions.Segment, "sync", fails)
+        asyncio.run(housekeep(service))
+        with pytest.raises(HTTPProblem, match="can't be brought to the disk"):
+            log.append([entry()])
+    asyncio.run(housekeep(service))
+    log.append([entry()])
+    log.close()
 
 
 def test_a_folder_that_is_taken_away_is_noticed(settings: Settings) -> None:
@@ -296,11 +320,10 @@ def test_a_killed_service_has_left_what_it_answered_and_labels_can_be_joined(
     first = joined[joined["id"] == answers[0]["request_id"]].iloc[0]
     assert (first["score"], first["model"]) == (answers[0]["score"], FIRST)
     predictor = load_predictor(live_bundle(running.settings) or "")
-    np.testing.assert_array_equal(
-        np.frombuffer(first["features"], "<f4"), predictor.encode([examples[0]["record"]])[0]
-    )
+    np.testing.assert_array_equal(np.frombuffer(first["features"], "<f4"), predictor.encode([examples[0]["record"]])[0])
 
 
+@pytest.mark.slow
 def test_a_service_that_cannot_write_refuses_and_recovers(home: Path) -> None:
     folder = home / "serving" / "flight-delay" / "predictions"
     folder.write_text("a file stands where the log should be")

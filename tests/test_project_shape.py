@@ -15,6 +15,7 @@ from types import ModuleType
 
 import pytest
 import yaml
+from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted(path for path in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
@@ -124,8 +125,8 @@ ORDER = {  # of the sections, from pyproject.toml, where import-linter reads it;
     for position, line in enumerate(reversed(IMPORT_RULES["contracts"][0]["layers"]))
     for section in line.split(" | ")
 }
-ON_PURPOSE = {  # a name of a later section in a string: nothing is imported until the string is used
-    ("project", "data"): "a use case names what makes its features by where that is, as a project of others does",
+ON_PURPOSE = {  # a later section's name in a string, and why: the string is used later
+    ("capstone", "cli"): "a process of its own that is the command line",
 }
 
 
@@ -201,6 +202,17 @@ def test_sources_are_kept_line_by_line(notebook: Path) -> None:
 def test_no_cell_is_a_cathedral(notebook: Path) -> None:
     long = [source[:60] for source in code_cells(notebook) if length(source) > longest(source)]
     assert long == []
+
+
+@by_notebook
+def test_a_cell_of_wrong_answers_has_two_at_least(notebook: Path) -> None:
+    """With one, `wrong_answers` stops the lesson when it is run as a whole, which the proof of one exercise doesn't."""
+    alone = []
+    for source in code_cells(notebook):
+        if source.startswith("wrong_answers("):
+            given = next(node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Dict))
+            alone += [source[:60]] if len(given.keys) < 2 else []
+    assert alone == []
 
 
 @by_notebook
@@ -307,7 +319,8 @@ def locked_names() -> set[str]:
 
 def test_the_lock_has_every_requirement_with_hashes_and_no_address() -> None:
     settings = project_settings()
-    groups = ("requirements", "course_requirements", "cluster_requirements", "s3_requirements", "dev_requirements")
+    extras = ("course", "cluster", "s3", "tracing", "scaffold", "dev")
+    groups = ("requirements", *(f"{name}_requirements" for name in extras))
     wishes = " ".join(settings[group] for group in groups).split()
     missing = {re.split(r"[\[<>=!~;]", wish)[0] for wish in wishes} - locked_names()
     lock = (ROOT / "requirements.lock").read_text(encoding="utf-8")
@@ -316,10 +329,19 @@ def test_the_lock_has_every_requirement_with_hashes_and_no_address() -> None:
     assert all("--hash=sha256:" in part for part in re.split(r"^(?=[\w.-]+==)", lock, flags=re.MULTILINE)[1:])
 
 
-def test_the_version_is_said_once() -> None:
+def test_the_version_is_said_once_and_all_else_follows_it() -> None:
     import mlops_course
 
-    assert mlops_course.__version__ == project_settings()["version"]
+    version = project_settings()["version"]
+    overlays = ROOT.glob("deploy/kubernetes/overlays/*/kustomization.yaml")
+    tags = {
+        path.parent.name: set(re.findall(r"newTag: ([\d.]+)", path.read_text(encoding="utf-8"))) for path in overlays
+    }
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert mlops_course.__version__ == version
+    assert min(map(Version, tags.pop("canary"))) > Version(version), "a candidate is newer than what is live"
+    assert set().union(*tags.values()) == {version}
+    assert re.findall(r"^## \[(\d.*?)\]", changes, flags=re.MULTILINE)[0] == version
     assert "[project]" not in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 
 
@@ -459,5 +481,23 @@ def test_a_build_says_which_code_it_is(tmp_path: Path) -> None:
     assert written["lock"] == lock
     for name in ("training.yaml", "pipeline.schema.json"):
         assert (tmp_path / "lib" / "mlops_course" / "_notebooks" / "pipelines" / name).is_file()
+    for name in ("copier.yml", "project/Makefile.jinja", "project/.github/workflows/ci.yml.jinja"):
+        assert (tmp_path / "lib" / "mlops_course" / "_template" / name).is_file()
     assert (tmp_path / "lib" / "mlops_course" / "deploy" / "kubernetes" / "base" / "service.yaml").is_file()
     assert not (ROOT / "mlops_course" / "_build.json").exists(), "never in the clone itself"
+
+
+def test_what_lessons_and_the_package_read_beside_the_notebooks_is_in_the_wheel() -> None:
+    """What stands in `notebooks_folder().parent` is the clone's, and in an installed package what setup.py copies."""
+    setup = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))
+    values = {ast.unparse(each.targets[0]): each.value for each in setup.body if isinstance(each, ast.Assign)}
+    carried = {path for pattern in ast.literal_eval(values["READ"]) for path in (ROOT / "deploy").glob(pattern)}
+    carried |= {parent for path in carried for parent in path.parents}
+    read = set()
+    for notebook in NOTEBOOKS:
+        code = "\n".join(code_cells(notebook))
+        begin = re.search(r'notebooks_folder\(\)\.parent((?: / "[^"]+")+)', code)
+        for found in re.findall(r'\b(?:deploy|folder)((?: / "[^"]+")+)', code) if begin else []:
+            read.add(ROOT.joinpath(*re.findall(r'"([^"]+)"', begin[1] + found)))
+    assert len(read) >= 4
+    assert {path for path in read if path.exists()} <= carried

@@ -4,6 +4,7 @@ import ast
 import io
 import json
 import re
+import sys
 import tokenize
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
@@ -16,6 +17,7 @@ import typer
 from spellchecker import SpellChecker
 
 from mlops_course.cli import app
+from mlops_course.course.lessons import read_notebook, read_question, tags
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted(path for path in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
@@ -314,3 +316,158 @@ def test_commands_that_are_named_exist() -> None:
         return sorted(wrong | set(re.findall(r"tasks\.py ([a-z-]+)`", text)) - tasks)
 
     assert found_in(READ, look) == {}
+
+
+# ---------------------------------------------------------------- what every section opens with
+
+
+def test_a_section_opens_with_its_time_what_it_needs_and_a_picture() -> None:
+    lacking = {}
+    for path in sorted((ROOT / "nbs").glob("[0-9][0-9]_*.ipynb")):
+        if "### Exercise" not in page_text(path):
+            continue  # it isn't written as a lesson yet
+        opening = page_text(path).partition("\n## ")[0]
+        wanted = {"time": r"\bhours?\b", "needs": r"\bneed\b|nothing but", "picture": r"^```mermaid"}
+        lacking[path.name] = [name for name, words in wanted.items() if not re.search(words, opening, re.MULTILINE)]
+    assert {name: what for name, what in lacking.items() if what} == {}
+
+
+def test_a_lab_folds_how_its_author_looks_for_the_fault() -> None:
+    for path in sorted((ROOT / "nbs").glob("[0-9][0-9]_*.ipynb")):
+        text = page_text(path)
+        if "lab-hint" in path.read_text(encoding="utf-8"):
+            assert "<summary>How I look for it</summary>" in text, path.name
+            assert "### How I look for it" not in text, path.name
+
+
+def test_the_readme_has_a_clone_line_that_can_be_pasted() -> None:
+    lines = (ROOT / "settings.ini").read_text(encoding="utf-8").splitlines()
+    said = dict(line.replace(" ", "").split("=", 1) for line in lines if re.match(r"(user|repo|lib_name) ?=", line))
+    repo = said["repo"].replace("%(lib_name)s", said["lib_name"])
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"git clone https://github.com/{said['user']}/{repo}\ncd {repo}\n" in readme
+    assert readme.index("make run") < readme.index("start 1") < readme.index("PR-AUC")
+
+
+# ---------------------------------------------------------------- the glossary
+
+GLOSSARY = ROOT / "nbs" / "glossary.ipynb"
+MUST_BE_THERE = {"ASGI", "kubelet", "mesh", "principal", "canary", "idempotent", "ONNX", "SLO", "SBOM", "calibration"}
+
+
+def glossary() -> dict[str, tuple[str, str]]:
+    """Each term with its sentence and the lesson that introduces it."""
+    entries = re.split(r"^### ", page_text(GLOSSARY), flags=re.MULTILINE)[1:]
+    found = {}
+    for entry in entries:
+        term, sentence = entry.strip().split("\n\n")
+        lesson = re.fullmatch(r"(.+) \(\[section \d+\]\((\d\d_\w+\.ipynb)\)\)", sentence)
+        assert lesson is not None, f"{term}: a sentence and the section that introduces it"
+        found[term] = (lesson[1], lesson[2])
+    return found
+
+
+def test_the_glossary_has_each_term_once_in_a_plain_sentence() -> None:
+    found = glossary()
+    assert found.keys() >= MUST_BE_THERE
+    assert len(found) == page_text(GLOSSARY).count("### ")
+    assert [term for term, (sentence, _) in found.items() if not sentence.endswith(".") or len(sentence) > 200] == []
+    assert list(found) == sorted(found, key=str.lower)
+
+
+def test_a_term_of_the_glossary_is_linked_from_the_lesson_that_introduces_it() -> None:
+    texts = {path.name: page_text(path) for path in NOTEBOOKS if path.parent == GLOSSARY.parent}
+    unlinked = {
+        term: name
+        for term, (_, name) in glossary().items()
+        if "glossary.ipynb" in texts[name] and texts[name].count(f"(glossary.ipynb#{term})") != 1
+    }
+    assert unlinked == {}
+
+
+# ---------------------------------------------------------------- what a lesson uses is introduced in it, or before
+
+LESSONS = [path for path in NOTEBOOKS if path.parent == GLOSSARY.parent and path.name[:2].isdigit()]
+NOT_READ = {"wrong-answers", "lab-prepare", "lab-check", "lab-break", "lab-fix", "helper"}  # folded, or never shown
+CALLED = {  # libraries that a text calls otherwise than a program does
+    "sklearn": "scikit-learn", "yaml": "YAML", "deltalake": "Delta Lake", "distributed": "Dask", "scipy": "SciPy",
+}  # fmt: skip
+LENT = {("01_welcome", "environment"): "a loan from section 2"}  # a later section's, and where the text says so
+EVERYDAY = {"run", "window", "signature", "contract", "role", "gate", "bundle"}  # they mean something without us, too
+
+
+@cache
+def program(path: Path) -> ast.Module:
+    """The code of a lesson that its readers see."""
+    body = []
+    for cell in read_notebook(path)["cells"]:
+        source = re.sub(r"^\s*[!%].*$", "", cell["source"], flags=re.MULTILINE)
+        seen = not (NOT_READ & tags(cell)) and "### BEGIN HIDDEN TESTS" not in source and "#| hide" not in source
+        if cell["cell_type"] == "code" and seen:
+            body += ast.parse(source).body
+    return ast.Module(body, [])
+
+
+def imported(path: Path) -> set[str]:
+    """All modules that a lesson imports from."""
+    found = set()
+    for node in ast.walk(program(path)):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        found |= {*names, node.module or ""} if isinstance(node, ast.ImportFrom) else set(names)
+    return found
+
+
+def paragraphs(path: Path) -> list[str]:
+    """The text of a lesson in its parts, without its quiz."""
+    cells = [cell["source"] for cell in read_notebook(path)["cells"] if cell["cell_type"] == "markdown"]
+    text = "\n\n".join(source for source in cells if read_question(source) is None)
+    return re.split(r"\n\s*\n|\n(?=[|-])", text)
+
+
+def test_a_library_is_named_in_the_text_of_the_lesson_that_uses_it_first_or_before() -> None:
+    unnamed, said = {}, ""
+    for path in LESSONS:
+        said += page_text(path)
+        libraries = {module.partition(".")[0] for module in imported(path)} - {"mlops_course", ""}
+        for name in libraries - sys.stdlib_module_names:
+            words = rf"(?<!\w){re.escape(CALLED.get(name, name)).replace('_', '[-_ ]')}(?!\w)"
+            if not re.search(words, said, re.IGNORECASE):
+                unnamed.setdefault(name, path.name)
+    assert unnamed == {}
+
+
+def section(module: str) -> int:
+    """Which section's notebook a module comes from; 0: that of the command line, which is of no section."""
+    place = ROOT / module.replace(".", "/")
+    file = place.with_suffix(".py") if place.with_suffix(".py").is_file() else place / "__init__.py"
+    source = re.search(r"File to edit: \S*?(?:(\d\d)_)?\w+\.ipynb", file.read_text(encoding="utf-8"))
+    return int(source[1] or 0) if source else 0
+
+
+def test_a_function_comes_from_the_lessons_own_section_or_an_earlier_one() -> None:
+    ahead = {}
+    for path in LESSONS:
+        ours = [module for module in imported(path) if module.startswith("mlops_course.")]
+        later = {module.partition(".")[2] for module in ours if section(module) > int(path.name[:2])}
+        text = path.read_text(encoding="utf-8")
+        borrowed = {module for module in later if LENT.get((path.stem, module), "\0") in text}
+        if later - borrowed:
+            ahead[path.name] = later - borrowed
+    assert len({section(module) for path in LESSONS for module in imported(path) if "mlops_course." in module}) > 12
+    assert ahead == {}
+
+
+def test_a_word_of_the_glossary_that_is_used_early_is_linked_or_its_section_is_named() -> None:
+    unexplained = {}
+    for term, (_, introduced) in glossary().items():
+        words = re.escape(term).replace(r"\-", "[-/ ]")
+        used = re.compile(rf"(?<![\w-]){words}s?(?![\w-])", 0 if term.isupper() else re.IGNORECASE)
+        for path in [path for path in LESSONS if path.name < introduced and term not in EVERYDAY]:
+            first = next((part for part in paragraphs(path) if used.search(plain_text(part))), "")
+            explained = "Section" in first or "section" in first or re.match(r"\| .*\d+ ", first)
+            if first and not explained and f"(glossary.ipynb#{term})" not in page_text(path):
+                unexplained[term] = path.name
+                break
+            if first:
+                break
+    assert unexplained == {}

@@ -248,6 +248,8 @@ def test_a_model_that_is_not_there_is_named_beside_those_that_are(
 def test_without_a_champion_nothing_is_scored(home: Settings) -> None:
     with pytest.raises(RegistryError, match=r"no model of flight-delay is in production.*promote a version by hand"):
         load_scorer(home, flight_delay, None)
+    with pytest.raises(RegistryError, match=r"no model of flight-delay is in production.*promote a version by hand"):
+        package(home, flight_delay, None)
 
 
 def test_a_version_is_packaged_once_from_what_its_run_wrote_down(home: Settings, runs: Runs, quarter: Quarter) -> None:

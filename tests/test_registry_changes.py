@@ -102,32 +102,35 @@ def test_from_registration_to_the_way_back(settings: Settings) -> None:
 
 
 @pytest.mark.slow
-def test_a_crowd_that_registers_and_promotes_loses_nothing(settings: Settings) -> None:
+def test_a_crowd_that_registers_and_promotes_loses_nothing(settings: Settings, thorough: bool) -> None:
     open_registry(settings, flight_delay)
-    run_crowd(settings, "crowd", 25)
+    times = 25 if thorough else 5
+    run_crowd(settings, "crowd", times)
     entries = read_ledger(settings)
     assert verify_ledger(settings) == check_registry(settings) == []
     registered = [entry.after["model_digest"] for entry in entries if entry.event == "register"]
-    assert sorted(map(str, registered)) == sorted(f"w{each}-{number}" for each in range(8) for number in range(25))
+    assert sorted(map(str, registered)) == sorted(f"w{each}-{number}" for each in range(8) for number in range(times))
     assert {version.tags["model_digest"] for version in versions(settings, flight_delay)} == set(registered)
     promoted = [entry for entry in entries if entry.event == "promote"]
-    assert len(promoted) == len(entries) - 200 == 200
+    assert len(promoted) == len(entries) - 8 * times == 8 * times
     assert [entry.before["champion"] for entry in promoted] == [None, *(entry.subject for entry in promoted[:-1])]
     assert all_aliases(settings)["champion"] == champion_reference(settings, flight_delay) == promoted[-1].subject
 
 
 @pytest.mark.slow
-def test_of_a_crowd_that_promotes_each_wins_or_is_told_who_won(local: Settings) -> None:
+def test_of_a_crowd_that_promotes_each_wins_or_is_told_who_won(local: Settings, thorough: bool) -> None:
     open_registry(local, flight_delay)
     settings, earlier = local, len(read_ledger(local))
-    found = run_crowd(settings, "race", 10)
+    times = 10 if thorough else 4
+    found = run_crowd(settings, "race", times)
     entries = read_ledger(settings)[earlier:]
     assert verify_ledger(settings) == check_registry(settings) == []
     outcomes = [outcome for outcomes in found for outcome in outcomes]
-    assert len(outcomes) == 8 * 10
+    assert len(outcomes) == 8 * times
     won, lost = ([said for kind, said in outcomes if kind == wanted] for wanted in ("won", "lost"))
     assert sorted(won) == sorted(entry.reason for entry in entries), "who was told that they won did win"
-    assert len(lost) > 20, "they were in each other's way"
+    least = 2 * times if thorough else 0  # a small crowd may be through before it has met so often
+    assert len(lost) > least, "they were in each other's way"
     assert [entry.before["champion"] for entry in entries] == [named(3), *(entry.subject for entry in entries[:-1])]
     winners = {f"{entry.by} promoted it at {entry.time} ({entry.reason})": entry.subject for entry in entries}
     for message in lost:
@@ -140,23 +143,26 @@ def test_of_a_crowd_that_promotes_each_wins_or_is_told_who_won(local: Settings) 
 @pytest.mark.skipif(sys.platform != "linux", reason="fork is for Linux")
 @pytest.mark.parametrize("operation", list(OPERATIONS))
 def test_whoever_is_killed_after_any_change_leaves_it_before_or_after(
-    operation: str, template: Settings, tmp_path: Path
+    operation: str, template: Settings, tmp_path: Path, stride: int
 ) -> None:
-    killed, unfinished = run_killing("changes", operation, template, tmp_path)
-    assert killed >= 12, "its line, the folders and locks around it, and MLflow's transactions"
-    assert unfinished >= 4, "the line was written, and MLflow hadn't followed"
+    killed, unfinished = run_killing("changes", operation, template, tmp_path, stride)
+    assert killed >= 12 // stride, "its line, the folders and locks around it, and MLflow's transactions"
+    assert unfinished >= 4 // stride, "the line was written, and MLflow hadn't followed"
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="fork is for Linux")
-def test_whoever_is_killed_at_any_moment_leaves_it_before_or_after(template: Settings, tmp_path: Path) -> None:
-    killed, _ = run_killing("moments", "promote", template, tmp_path)
-    assert killed > 15, "so many moments came in time"
+def test_whoever_is_killed_at_any_moment_leaves_it_before_or_after(
+    template: Settings, tmp_path: Path, thorough: bool
+) -> None:
+    rounds = 30 if thorough else 8
+    killed, _ = run_killing("moments", "promote", template, tmp_path, rounds)
+    assert killed > rounds // 2, "so many moments came in time"
 
 
-def run_killing(how: str, operation: str, template: Settings, folder: Path) -> tuple[int, int]:
-    """How many processes were killed, and how many of those left something to be finished."""
-    command = [sys.executable, registry_helpers.__file__, how, operation, str(template.home), str(folder)]
+def run_killing(how: str, operation: str, template: Settings, folder: Path, number: int) -> tuple[int, int]:
+    """How many processes were killed, of which the number says more, and how many left something to be finished."""
+    command = [sys.executable, registry_helpers.__file__, how, operation, str(template.home), str(folder), str(number)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1700)
     assert done.returncode == 0, done.stderr[-3000:]
     killed, unfinished = map(int, done.stdout.split())

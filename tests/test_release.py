@@ -6,8 +6,11 @@ import json
 import math
 import multiprocessing
 import os
+import subprocess
+import sys
 import threading
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,11 +34,12 @@ from mlops_course.deployment import (
     roll_back_release,
     update_release,
 )  # fmt: skip
+from mlops_course.deployment.callers import GROUPS, caller_group
 from mlops_course.deployment.counting import (
     Counts,
     PairCounts,
+    RankCounts,
     RequestCounts,
-    counts_folder,
     read_counts,
     since,
     write_counts,
@@ -43,8 +47,10 @@ from mlops_course.deployment.counting import (
 from mlops_course.deployment.judging import decide_release, judge_counts
 from mlops_course.deployment.leader import review_release
 from mlops_course.deployment.pairing import (
+    Answered,
     Sample,
     compare_sample,
+    count_outcome,
     default_slice_columns,
     slice_values,
     tally,
@@ -64,7 +70,7 @@ from mlops_course.deployment.statistics import (
 from mlops_course.deployment.workers import Counter, Route, can_replace
 from mlops_course.environment import Settings, write_atomic
 from mlops_course.serving.bundle import Feature
-from mlops_course.serving.models import Choice
+from mlops_course.serving.models import Asked, Choice
 
 STABLE, CANDIDATE = "flight-delay@3", "flight-delay@4"
 shares = st.floats(0, 1)
@@ -201,14 +207,14 @@ def test_counts_are_the_same_in_whatever_order_workers_are_added(counted: list[C
 def test_a_damaged_file_of_counts_hides_nothing_and_nobody_goes_on_half_blind(settings: Settings) -> None:
     for worker in ("one", "two"):
         write_counts(settings, "r", worker, counted(700))
-    (counts_folder(settings, "r") / "two.json").write_bytes(b'{"candidate": {"answered": null')
+    (settings.serving / "release-counts" / "r" / "two.json").write_bytes(b'{"candidate": {"answered": null')
     counts = read_counts(settings, "r")
     assert (counts.candidate.answered, counts.unread) == (700, ["two"])
     decision = decide_release(release_of(), counts, 0)
     assert (decision.action, decision.reason) == ("wait", "can't read the counts of two")
     older = msgspec.to_builtins(counted(700))
     older["silent_stable"]["buckets"].pop()
-    (counts_folder(settings, "r") / "two.json").write_bytes(msgspec.json.encode(older))
+    (settings.serving / "release-counts" / "r" / "two.json").write_bytes(msgspec.json.encode(older))
     assert read_counts(settings, "r").unread == ["two"], "an earlier version's buckets are not ours"
     write_counts(settings, "r", "three", counted(700, failed=300))
     assert decide_release(release_of(), read_counts(settings, "r"), 0).action == "roll back"
@@ -251,9 +257,12 @@ def counted(
         for seconds in generator.gamma(16, 0.00025 * factor, rows):
             role.add_time(seconds)
     counts.candidate.failed = failed
+    last = (0.0, 0.0)
     for carrier in generator.choice(len(carriers), rows, p=carriers):
         difference = generator.normal(differences + (wrong or {}).get(int(carrier), 0.0), spread)
-        counts.add_pair(["", f"carrier={carrier}"], difference, flipped=abs(difference) > 0.1)
+        score, flipped = generator.random(), abs(difference) > 0.1
+        counts.add_pair(["", f"carrier={carrier}"], difference, flipped, (score > 0.5) != flipped)
+        counts.ranks.add_two(last, last := (score, score + difference))
     return counts
 
 
@@ -374,7 +383,7 @@ def test_whoever_is_asked_first_after_a_pause_is_not_taken_for_slow(rows: int, m
     monkeypatch.setattr("mlops_course.deployment.pairing.time", clocks)
     for _ in range(400):
         clock["cold"] = 0.001
-        time_rows(same, same, [({}, 0.5, [""])] * rows, counts)  # type: ignore[arg-type,list-item]
+        time_rows(same, same, [({}, 0.5, [""], "")] * rows, counts)  # type: ignore[arg-type,list-item]
     latency = next(check for check in judge_counts(counts, LIMITS) if check.name == "latency")
     assert latency.verdict == "pass", latency
 
@@ -517,6 +526,202 @@ def test_a_candidate_that_no_worker_can_load_is_rolled_back() -> None:
     assert (decision.action, decision.reason) == ("roll back", "flight-delay@4 can't be used: damaged")
 
 
+def failing_on(tried: int, failed: int, slice_: str = "carrier=9") -> Counts:
+    """A good candidate that can't score some rows of one slice."""
+    counts = counted(3000)
+    for _ in range(tried - failed):
+        counts.add_pair([slice_], 0.0, flipped=False)
+    for _ in range(failed):
+        counts.add_failure(["", slice_], of_candidate=True)
+    return counts
+
+
+@pytest.mark.parametrize("tried", [60, 400])
+def test_a_candidate_that_fails_on_one_small_slice_is_rolled_back_however_large_the_rest(tried: int) -> None:
+    decision = decide_release(release_of(), failing_on(tried, tried), 0)
+    assert decision.action == "roll back"
+    assert "errors of carrier=9 " in decision.reason
+
+
+@pytest.mark.parametrize(("tried", "failed"), [(1, 1), (7, 7), (40, 40), (40, 30)])
+def test_a_slice_with_too_few_rows_to_fail_holds_a_release_up_when_it_looks_bad(tried: int, failed: int) -> None:
+    decision = decide_release(release_of(), failing_on(tried, failed), 10**6)
+    assert decision.action == "wait"
+    assert "carrier=9" in decision.reason
+    assert ("no row of carrier=9 could be compared" in decision.reason) == (failed == tried)
+    assert decide_release(release_of(), failing_on(tried, 0), 10**6).action == "step"
+
+
+def test_rows_that_only_the_candidate_can_score_do_not_speak_against_it() -> None:
+    counts = counted(3000)
+    for _ in range(100):
+        counts.add_pair(["carrier=9"], 0.0, flipped=False)
+        counts.add_failure(["carrier=9"], of_candidate=False)
+    assert decide_release(release_of(), counts, 0).action == "step"
+
+
+def used(stable: np.ndarray, candidate: np.ndarray, threshold: float) -> Counts:
+    """Counts of two versions that have given these scores, without any slice."""
+    counts = counted(len(stable))
+    counts.pairs, counts.ranks = {"": PairCounts()}, RankCounts()
+    for one, other in zip(stable, candidate, strict=True):
+        counts.add_pair([""], other - one, (one >= threshold) != (other >= threshold), other >= threshold)
+    both = list(zip(stable, candidate, strict=True))
+    for one, other in zip(both[::2], both[1::2], strict=True):
+        counts.ranks.add_two(one, other)
+    return counts
+
+
+SCORES = np.random.default_rng(5).beta(2, 8, 4000)
+
+
+@pytest.mark.parametrize(
+    ("candidate", "named"),
+    [
+        (np.minimum(SCORES, 0.34), "warned_ratio"),
+        (np.random.default_rng(6).permutation(SCORES), "rank_disagreement"),
+        (SCORES.max() - SCORES, "rank_disagreement"),
+        (np.full(4000, SCORES.mean()), "rank_disagreement"),
+        (0.2 + (SCORES - 0.2) * 0.2, "spread_ratio"),
+        (np.clip(0.2 + (SCORES - 0.2) * 4, 0, 1), "spread_ratio"),
+    ],
+)
+@pytest.mark.parametrize("slices", [(), None])
+def test_a_candidate_of_no_use_is_found_whatever_the_slices(
+    candidate: np.ndarray, named: str, slices: tuple[str, ...] | None
+) -> None:
+    """The other limits are so wide that nothing else can find it."""
+    limits = ReleaseLimits(min_requests=500, hold_seconds=0, shift=1, decision_flip_rate=1, slices=slices)
+    decision = decide_release(release_of(limits=limits), used(SCORES, candidate, 0.35), 0)
+    assert decision.action == "roll back"
+    assert f"{named} " in decision.reason
+
+
+def test_a_candidate_that_never_warns_is_found_though_the_stable_version_warns_of_few_rows() -> None:
+    limits = ReleaseLimits(min_requests=500, hold_seconds=0)
+    assert 0.02 < (SCORES >= 0.4).mean() < 0.1
+    decision = decide_release(release_of(limits=limits), used(SCORES, np.minimum(SCORES, 0.39), 0.4), 0)
+    assert (decision.action, decision.reason[:13]) == ("roll back", "warned_ratio ")
+
+
+def test_a_retrained_model_that_warns_ranks_and_spreads_a_little_otherwise_goes_on() -> None:
+    retrained = np.clip(SCORES * 1.15 + np.random.default_rng(7).normal(0, 0.02, 4000), 0, 1)
+    assert decide_release(release_of(), used(SCORES, retrained, 0.3), 0).action == "step"
+
+
+def test_a_small_slice_passes_with_the_risk_of_being_wrong_once_not_with_a_part_of_it() -> None:
+    """60 rows of which 4 are decided otherwise: enough to pass, though not among 192 checks that share the risk."""
+    counts = counted(3000)
+    for number in range(60):
+        counts.add_pair(["carrier=9"], 0.0, flipped=number < 4)
+    checks = {(each.name, each.slice): each for each in judge_counts(counts, LIMITS)}
+    assert checks["decision_flip_rate", "carrier=9"].verdict == "pass"
+    assert share_interval(4, 60, LIMITS.alpha / 2 / 2 / 192)[1] > LIMITS.slice_decision_flip_rate
+
+
+def test_the_benchmark_of_the_guard_shows_honest_candidates_promoted_and_faults_found() -> None:
+    command = [sys.executable, str(Path(__file__).parents[1] / "benchmarks" / "bench_guard.py"), "--quick"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    tables = [part.splitlines()[2:] for part in said.split("\n\n")[1:]]
+    ended = [[line[42:64].split() for line in table] for table in tables]
+    assert all(counts == ["2", "0", "0"] for counts in ended[0]), said
+    assert all(counts == ["0", "2", "0"] for counts in ended[1]), said
+    assert all(float(line[64:].split()[2].removesuffix("min")) <= 15 for line in tables[0]), said
+    within, beyond = ended[2]
+    assert (within[1], beyond[0]) == ("0", "0"), said
+
+
+# ---------------------------------------------------------------- callers
+
+
+def asked_by(rows: dict[str, int], wrong: dict[str, float] | None = None, fails: tuple[str, ...] = ()) -> Counts:
+    """Counts of callers with so many rows each; what the candidate says of some is wrong, or it fails on them."""
+    counts, generator = counted(2000), np.random.default_rng(2)
+    counts.pairs, counts.ranks = {"": PairCounts()}, RankCounts()
+    counts.candidate.answered = counts.stable.answered = 0
+    for caller, many in rows.items():
+        group, last = caller_group(caller, "r"), (0.0, 0.0)
+        for _ in range(many):
+            counts.candidate.answered += 1
+            counts.stable.answered += 1
+            count_outcome(counts, group, True, caller not in fails)
+            count_outcome(counts, group, False, True)
+            if caller in fails:
+                counts.candidate.failed += 1
+                counts.add_failure([""], True, group)
+                continue
+            score = generator.random()
+            other = score + generator.normal((wrong or {}).get(caller, 0.0), 0.02)
+            counts.add_pair([""], other - score, (score > 0.5) != (other > 0.5), other > 0.5, group)
+            for each in counts.of(group):
+                each.ranks.add_two(last, last := (score, other))
+    return counts
+
+
+DESKS = {f"10.0.0.{number}": 30 for number in range(60)}
+ATTACKER = "192.0.2.7"
+
+
+@pytest.mark.parametrize("rows", [200, 1850, 50_000])
+@pytest.mark.parametrize("how", ["wrong", "fails"])
+def test_no_caller_alone_rolls_a_candidate_back_or_holds_it_up(rows: int, how: str) -> None:
+    attack = {"wrong": {"wrong": {ATTACKER: 0.5}}, "fails": {"fails": (ATTACKER,)}}[how]
+    counts = asked_by({**DESKS, ATTACKER: rows}, **attack)  # type: ignore[arg-type]
+    assert decide_release(release_of(), counts, 0).action == "step"
+    believing = release_of(limits=msgspec.structs.replace(LIMITS, caller_share=1))
+    assert decide_release(believing, counts, 0).action != "step", "if all rows counted"
+
+
+@pytest.mark.parametrize("rows", [500, 1850])
+def test_before_others_have_asked_a_caller_decides_nothing_and_the_reason_says_so(rows: int) -> None:
+    for wrong in (0.0, 0.5):
+        decision = decide_release(release_of(), asked_by({ATTACKER: rows}, {ATTACKER: wrong}), 10**6)
+        assert decision.action == "wait"
+    assert f"0 of {rows} rows count: no caller for more than 50%" in decision.reason
+    assert "--trusted-proxy" in decision.reason
+
+
+def test_a_caller_who_sends_only_fine_rows_does_not_hide_what_is_bad_for_the_others() -> None:
+    wrong = dict.fromkeys(DESKS, 0.2)
+    decision = decide_release(release_of(), asked_by({**DESKS, ATTACKER: 50_000}, wrong), 0)
+    assert decision.action in ("roll back", "wait")
+    assert decide_release(release_of(), asked_by(DESKS, wrong), 0).action == "roll back"
+
+
+def test_whoever_has_a_network_of_addresses_is_one_caller_and_another_release_has_other_groups() -> None:
+    addresses = [f"2001:db8:0:7::{number:x}" for number in range(500)]
+    assert len({caller_group(each, "r") for each in addresses}) == 1
+    assert len({caller_group(f"2001:db8:0:{number:x}::1", "r") for number in range(500)}) == GROUPS
+    assert len({caller_group(ATTACKER, f"r{number}") for number in range(100)}) == GROUPS
+    assert caller_group("", "r") == ""
+
+
+def test_of_a_request_only_rows_that_prove_something_are_compared() -> None:
+    stable, candidate, counts, sample = Formula(0.0), Formula(0.1), Counts(), Sample(100)
+    stable.manifest.features = (stable.manifest.features[0], Feature("x", "number", 0.0, seen=(0.0, 1.0)))
+    rows = [{"carrier": "UA", "x": value} for value in (0.5, 1.9, -0.9, 2.1, -1.1, 1e9)]
+    for row in rows:
+        sample.offer(Answered(stable, np.array([0.5]), [row]))  # type: ignore[arg-type]
+    sample.offer(Answered(stable, np.array([0.5] * 2), rows[:2], "3", (False, True)))  # type: ignore[arg-type]
+    sample.offer(Answered(stable, np.array([0.5]), rows[:1], "3", (False,)))  # type: ignore[arg-type]
+    compare_sample(stable, candidate, sample, ReleaseLimits(), counts)  # type: ignore[arg-type]
+    assert counts.pairs[""].count == 4
+    assert counts.callers["3"].pairs[""].count == 1
+    assert counts.left_out["unlike the training"] == 3
+    assert counts.left_out["not looked up in the feature table"] >= 1
+    assert "rows don't count: unlike the training" in decide_release(release_of(), counts, 0).reason
+
+
+def test_where_there_is_a_feature_table_whole_records_count_only_if_somebody_says_so() -> None:
+    for trust, answered in ((False, 0), (True, 1)):
+        release = release_of(limits=ReleaseLimits(trust_records=trust))
+        choices = [Choice(Formula(0.0)), Choice(Formula(0.1))]  # type: ignore[arg-type]
+        route = Route(release, *choices, Counter(release))
+        route.observe(choices[1], np.array([0.5]), True, [{"carrier": "UA", "x": 0.5}], Asked("desk", (False,)))
+        counts = route.counter.counts
+        assert (counts.candidate.answered, sum(counts.left_out.values())) == (answered, 1 - answered)
+
+
 # ---------------------------------------------------------------- comparisons
 
 
@@ -578,6 +783,21 @@ def test_a_version_that_fails_silently_is_counted_as_failing_and_the_rest_is_com
     counts = compared(Formula(0.0), Formula(0.1, fails_on=0.2), rows)
     assert (counts.silent_candidate.answered, counts.silent_candidate.failed) == (3, 1)
     assert counts.pairs[""].count == 2
+    assert [counts.pairs[name].failed for name in ("", "carrier=UA")] == [1, 1], "by slice as well"
+    other = compared(Formula(0.0, fails_on=0.2), Formula(0.1), [(True, [{"carrier": "AA", "x": 0.2}])])
+    assert (other.pairs["carrier=AA"].failed, other.pairs["carrier=AA"].stable_failed) == (0, 1)
+
+
+def test_rows_are_ranked_two_by_two_and_one_that_is_left_over_waits() -> None:
+    counts, sample, stable, candidate = Counts(), Sample(100), Formula(0.0), Formula(0.1)
+    found = []
+    for value in (0.1, 0.3, 0.2, 0.5, 0.4):
+        sample.offer((stable, np.array([value]), [{"carrier": "UA", "x": value}]))  # type: ignore[arg-type]
+        compare_sample(stable, candidate, sample, ReleaseLimits(), counts)  # type: ignore[arg-type]
+        found.append(counts.ranks.count)
+    assert found == [0, 1, 1, 2, 2]
+    assert counts.ranks.disagreed == 0
+    assert counts.ranks.gap == pytest.approx(counts.ranks.stable_gap)
 
 
 def test_clients_invent_no_slices_and_a_second_compares_no_more_rows_than_allowed() -> None:
@@ -634,7 +854,7 @@ def test_of_many_requests_a_fair_sample_is_kept() -> None:
         sample = Sample(40)
         for number in range(400):
             sample.offer((None, number, []))  # type: ignore[arg-type]
-        for _, number, _ in sample.take():
+        for _, number, *_ in sample.take():
             places[number] += 1
     assert places.sum() == 40 * 300
     assert abs(places[:200].sum() / places.sum() - 0.5) < 0.03

@@ -8,6 +8,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -197,11 +198,15 @@ def test_a_folder_that_no_address_can_name_is_refused(tmp_path: Path, name: str,
 # ---------------------------------------------------------------- everything at once, as a user does it
 
 
+TRUST = tempfile.TemporaryDirectory(prefix="trust-")
+KEYS = {"MLOPS_COURSE_TRUST": TRUST.name}  # wherever a workspace goes, its keys stay where they are
+
+
 def course(home: Path, *arguments: str) -> Any:
     """A command of the course in some workspace; what it prints as JSON."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("MLOPS_COURSE_")}
     command = [sys.executable, "-c", "import mlops_course.cli as c; c.main()", *arguments, "--json"]
-    where = {"cwd": home.parent, "env": {**kept, "MLOPS_COURSE_HOME": str(home)}}
+    where = {"cwd": home.parent, "env": {**kept, "MLOPS_COURSE_HOME": str(home), **KEYS}}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, **where)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -228,6 +233,7 @@ def away(whole: Path) -> Iterator[Path]:
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.system
 def test_a_moved_workspace_runs_nothing_again_and_scores_with_its_champion(
     away: Path, quarter: Quarter, tmp_path: Path
@@ -244,6 +250,7 @@ def test_a_moved_workspace_runs_nothing_again_and_scores_with_its_champion(
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.system
 def test_a_copy_trains_packages_and_serves_without_a_byte_in_the_original(
     whole: Path, quarter: Quarter, tmp_path: Path

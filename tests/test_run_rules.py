@@ -1,4 +1,4 @@
-"""A run with `--no-skips` and `--time-limit` fails when something was left out, or is too slow."""
+"""A run with `--no-skips` or `--time-limit` fails when one is left out, or too slow; `--thorough` asks for more."""
 
 import os
 import subprocess
@@ -12,8 +12,8 @@ TESTS = Path(__file__).resolve().parent
 
 def outcome(folder: Path, test: str, *options: str) -> tuple[int, str]:
     """What a run of one small test file comes to."""
-    (folder / "test_it.py").write_text(f"import pytest, time\n\n{test}\n")
-    (folder / "pytest.ini").write_text("[pytest]\nmarkers = slow\n")
+    (folder / "test_it.py").write_text(f"import pytest, subprocess, sys, time\n\n{test}\n")
+    (folder / "pytest.ini").write_text("[pytest]\nmarkers =\n  slow\n  thorough\n")
     program = f"import sys; sys.path.insert(0, {str(TESTS)!r}); import pytest; sys.exit(pytest.main(sys.argv[1:]))"
     command = [sys.executable, "-c", program, "-p", "xdist", "-p", "run_rules", *options, str(folder)]
     alone = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
@@ -22,7 +22,14 @@ def outcome(folder: Path, test: str, *options: str) -> tuple[int, str]:
 
 
 SKIPPED = '@pytest.mark.skip(reason="{}")\ndef test_one():\n    pass'
-SLOW = "{}\ndef test_one():\n    time.sleep(0.2)"
+WAITS = "{}\ndef test_one():\n    time.sleep(0.4)"
+WORK = "import time\nend = time.process_time() + 0.4\nwhile time.process_time() < end: pass"
+WORKS = f"def test_one():\n    exec({WORK!r})"
+REAPS = (
+    "def test_one():\n    started.wait()\n\n"
+    f"started = subprocess.Popen([sys.executable, '-c', {WORK!r}])\ntime.sleep(1)"
+)
+STARTS = f"def test_one():\n    subprocess.run([sys.executable, '-c', {WORK!r}])"
 
 
 @pytest.mark.parametrize(
@@ -33,9 +40,13 @@ SLOW = "{}\ndef test_one():\n    time.sleep(0.2)"
         ('pytest.skip("redis is not there", allow_module_level=True)', ["--no-skips"], 1),
         (SKIPPED.format("uses POSIX signals"), ["--no-skips"], 0),
         ("@pytest.mark.xfail\ndef test_one():\n    assert False", ["--no-skips"], 0),
-        (SLOW.format(""), ["--time-limit=0.1"], 1),
-        (SLOW.format(""), ["--time-limit=9"], 0),
-        (SLOW.format("@pytest.mark.slow"), ["--time-limit=0.1"], 0),
+        (WAITS.format(""), ["--time-limit=0.1"], 1),
+        (WAITS.format("@pytest.mark.slow"), ["--time-limit=0.1"], 0),
+        (WAITS.format(""), ["--time-limit=0.3", "-n1"], 0),
+        (WORKS, ["--time-limit=0.3", "-n1"], 1),
+        (STARTS, ["--time-limit=0.3"], 1),
+        (WORKS, ["--time-limit=9"], 0),
+        (REAPS, ["--time-limit=0.3"], 0),
     ],
 )
 def test_what_breaks_a_rule_fails_the_run(tmp_path: Path, test: str, options: list[str], status: int) -> None:
@@ -43,5 +54,31 @@ def test_what_breaks_a_rule_fails_the_run(tmp_path: Path, test: str, options: li
     assert bool(found) == bool(status), said
     if status and "skip" in test:
         assert "was skipped: redis is not there" in said
-    if status and "sleep" in test:
-        assert "make it faster, or mark it slow" in said
+    elif status:
+        assert "make it faster, or mark it slow" in said.splitlines()[-1], "it is said last"
+
+
+KILLED = """
+@pytest.mark.thorough
+def test_each():
+    pass
+
+def test_some(thorough, stride):
+    print("asked:", thorough, stride)
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ([], ["asked: False 4", "1 passed, 1 deselected"]),
+        (["-m", "not slow"], ["asked: False 4", "1 passed, 1 deselected"]),
+        (["-n1"], ["1 passed"]),
+        (["--thorough"], ["asked: True 1", "2 passed"]),
+        (["--thorough", "-n1"], ["2 passed"]),
+    ],
+)
+def test_what_takes_an_hour_is_for_a_thorough_run(tmp_path: Path, options: list[str], said: list[str]) -> None:
+    status, found = outcome(tmp_path, KILLED, "-s", *options)
+    assert status == 0
+    assert all(each in found for each in said), found

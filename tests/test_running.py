@@ -12,7 +12,8 @@ from typing import Any
 
 import psutil
 import pytest
-from pipeline_helpers import RECORD, process_is_there, statuses, write_chain, write_notebook, write_pipeline
+from kill_helpers import lives
+from pipeline_helpers import RECORD, statuses, write_chain, write_notebook, write_pipeline
 
 from mlops_course.environment import Settings
 from mlops_course.pipelines import (
@@ -32,6 +33,8 @@ from mlops_course.pipelines import (
 )
 
 posix_only = pytest.mark.skipif(os.name == "nt", reason="uses POSIX signals")
+
+
 @pytest.fixture
 def chain(tmp_path: Path) -> Path:
     return write_chain(tmp_path)
@@ -573,9 +576,9 @@ def test_a_runner_that_was_killed_leaves_no_process_and_can_be_resumed(chain: Pa
     runner.send_signal(signal.SIGKILL)
     runner.wait()
     until = time.monotonic() + 10
-    while any(map(process_is_there, family)) and time.monotonic() < until:
+    while any(map(lives, family)) and time.monotonic() < until:
         time.sleep(0.05)
-    assert [number for number in family if process_is_there(number)] == []
+    assert [number for number in family if lives(number)] == []
     assert [told["status"] for told in list_runs(settings)] == ["killed"]
     (chain.parent / "square.ipynb").write_text(whole)
     ran(chain.parent)

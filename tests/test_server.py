@@ -11,14 +11,14 @@ import sys
 import threading
 import time
 from collections import Counter
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
 import pytest
-from service_helpers import FIRST, SECOND, Running, serving, until
+from kill_helpers import lives
+from service_helpers import FIRST, SECOND, Running, serving, until, workers
 
 from mlops_course.commands.serve import about_service
 from mlops_course.environment import Settings
@@ -27,15 +27,6 @@ from mlops_course.serving.predictions import log_folder, read_segment
 from mlops_course.serving.publishing import live_file
 
 pytestmark = pytest.mark.filterwarnings("ignore:Series.values returning:DeprecationWarning")  # inside pyarrow
-
-
-def workers(running: Running) -> list[int]:
-    """The processes that answer, in the order of their birth."""
-    found = []
-    for each in psutil.Process(running.process.pid).children():
-        with suppress(psutil.Error):  # it has just died
-            found += [each.pid] if "resource_tracker" not in " ".join(each.cmdline()) else []
-    return found
 
 
 class Load:
@@ -206,7 +197,7 @@ def test_workers_that_are_replaced_in_turn_lose_none(home: Path) -> None:
         before, visitors = workers(running), Visitors(running)
         until(lambda: visitors.answered > 100)
         running.process.send_signal(signal.SIGHUP)
-        until(lambda: not {*before} & {*workers(running)}, 60)
+        until(lambda: not {*before} & {*workers(running)}, 180)
         seen = visitors.answered
         until(lambda: visitors.answered > seen + 100)
         assert running.stop() == 0
@@ -239,7 +230,7 @@ def test_asked_to_end_it_ends_with_status_0_and_leaves_nobody(home: Path, count:
     with serving(home, "--workers", count) as running:
         family = [running.process.pid, *(each.pid for each in psutil.Process(running.process.pid).children(True))]
         assert running.stop() == 0
-        until(lambda: not any(psutil.pid_exists(each) for each in family[1:]))
+        until(lambda: not any(map(lives, family[1:])))
         assert refuses(running.port)
 
 
@@ -251,7 +242,7 @@ def test_without_their_supervisor_the_workers_end_as_well(home: Path) -> None:
         assert list(folder.iterdir())
         running.process.kill()
         running.process.wait(10)
-        until(lambda: not any(psutil.pid_exists(each) for each in found))
+        until(lambda: not any(map(lives, found)))
         assert not folder.exists(), "where they counted together"
         assert refuses(running.port), "the address is free for the next one"
 

@@ -14,11 +14,14 @@ from bundle_helpers import reseal, rewrite
 from fastapi.testclient import TestClient
 from service_helpers import FIRST, SECOND, Running, serving, until
 
+from mlops_course.deployment import create_release
+from mlops_course.deployment.workers import ReleaseModels
 from mlops_course.environment import Settings
 from mlops_course.serving import BundleError, Predictor, load_predictor, open_feature_table, publish
 from mlops_course.serving import models as models_module
 from mlops_course.serving.app import create_app
-from mlops_course.serving.models import Choice, LiveModels, Models
+from mlops_course.serving.metrics import Metrics
+from mlops_course.serving.models import Asked, Choice, LiveModels, Models
 from mlops_course.serving.publishing import live_bundle
 
 pytestmark = pytest.mark.filterwarnings("ignore:Series.values returning:DeprecationWarning")  # inside pyarrow
@@ -204,6 +207,13 @@ def test_it_knows_its_model(service: Running) -> None:
     assert {each["name"] for each in found["features"]} >= {"carrier", "distance"}
 
 
+def test_ready_says_that_nobody_can_ask_by_key(home: Path) -> None:
+    (home / "serving" / "flight-delay" / "features.db").unlink()
+    with serving(home) as running:
+        (warning,) = running.client.get("/health/ready").json()["warnings"]
+        assert warning.startswith("requests by key are refused: there is no online feature table"), warning
+
+
 def test_it_lives_and_is_ready_and_counts(service: Running, record: dict[str, Any]) -> None:
     assert service.client.get("/health/live").json() == {"status": "alive"}
     assert service.client.get("/health/ready").json() == {"status": "ready", "model": FIRST, "warnings": []}
@@ -304,7 +314,7 @@ class Fixed(Models):
     def choose(self, sticky: str | None) -> Choice:
         return self.choice
 
-    def observe(self, choice: Choice, seconds: float, scores: Any, ok: bool, records: Any) -> None:
+    def observe(self, choice: Choice, seconds: float, scores: Any, ok: bool, records: Any, asked: Asked) -> None:
         self.seen.append((choice.role, ok))
 
 
@@ -354,12 +364,30 @@ def test_a_model_that_answers_otherwise_than_it_should_does_not_take_over(home: 
 def test_whatever_a_new_model_raises_is_counted_and_tried_again(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     models = LiveModels(Settings(home=home), patience=0)
     with monkeypatch.context() as patch:
-        patch.setattr(models_module, "load_predictor", lambda _: (_ for _ in ()).throw(MemoryError("too large")))
+        patch.setattr(models_module, "load_predictor", lambda _, **__: (_ for _ in ()).throw(MemoryError("too large")))
         models.refresh()
         models.refresh()
     assert (models.failures, models.ready, "too large" in models.problem) == (2, False, True)
     models.refresh()
     assert (models.ready, models.problem) == (True, "")
+
+
+def test_a_models_failures_are_shown_before_it_fails(home: Path) -> None:
+    with TestClient(create_app(Settings(home=home))) as client:
+        text = client.get("/metrics").text
+    assert f'serving_model_failures_total{{model="{FIRST}",role="live"}} 0.0' in text
+
+
+def test_so_are_those_of_both_versions_of_a_release(home: Path) -> None:
+    settings, metrics = Settings(home=home), Metrics()
+    create_release(settings, "canary", FIRST, SECOND, (0.5,))
+    models = ReleaseModels(settings)
+    models.start(None, metrics)
+    models.refresh()
+    models.leader.resign()
+    for reference, role in ((FIRST, "stable"), (SECOND, "candidate")):
+        labels = {"model": reference, "role": role}
+        assert metrics.registry.get_sample_value("serving_model_failures_total", labels) == 0
 
 
 def test_the_score_is_the_same_whoever_asks(service: Running, examples: list[dict[str, Any]]) -> None:

@@ -18,9 +18,10 @@ import boto3
 import pandas as pd
 import pytest
 from conftest import Quarter, free_port, settings_in
+from deletion_helpers import ONLINE, bytes_of, collected
 from deltalake import DeltaTable
 
-from mlops_course.data import DataError, read_table, replace_months, widen_column
+from mlops_course.data import DataError, newest_reference, read_table, replace_months, widen_column
 from mlops_course.environment import CourseError, Settings, SettingsError, load_settings
 from mlops_course.experiments import ExperimentError, TrainingConfig, find_tracked_run, load_run_model, train_run
 from mlops_course.experiments.artifacts import read_artifact
@@ -33,6 +34,8 @@ from mlops_course.registry.restoring import restore_version
 from mlops_course.registry.retention import prune_versions
 from mlops_course.registry.table_ledger import check_tables
 from mlops_course.remote_tables import fetch_rows
+from mlops_course.security.deletion import forget_rows
+from mlops_course.security.finding import DeletionError, choose_rows
 from mlops_course.serving import BundleError, live_bundle, load_predictor, publish
 from mlops_course.storage import StorageError, fetch_file, list_objects, put_file, require_storage, storage_place
 
@@ -558,6 +561,17 @@ def test_another_workspace_serves_a_bundle_from_the_storage(model: Model, tmp_pa
         publish(other, "flight-delay@2")
 
 
+def test_who_serves_needs_no_key_to_the_storage_if_somebody_else_has_fetched(model: Model, tmp_path: Path) -> None:
+    """As in a pod: one container fetches, and the next one, which knows of no storage, publishes."""
+    home = ("--home", str(tmp_path / "pod"))
+    said = course("fetch-bundle", "flight-delay@1", *home, MLOPS_COURSE_STORAGE=model.bucket.address)
+    assert (said.returncode, said.stdout) == (0, "flight-delay@1 is here\n"), said.stderr
+    assert live_bundle(Settings(home=tmp_path / "pod")) is None
+    assert course("publish", "flight-delay@1", *home, MLOPS_COURSE_STORAGE="").stdout == "flight-delay@1 is live\n"
+    missing = course("fetch-bundle", "flight-delay@9", *home, MLOPS_COURSE_STORAGE=model.bucket.address)
+    assert missing.returncode == 1 and "flight-delay@9" in missing.stderr
+
+
 @pytest.mark.parametrize("name", ["model.onnx", "bundle.json", "golden.json", "MODEL_CARD.md"])
 def test_a_flipped_byte_of_a_bundle_is_named_with_its_address(model: Model, name: str) -> None:
     shutil.rmtree(model.settings.serving / "bundles")
@@ -626,6 +640,7 @@ def test_the_storage_is_asked_once_and_not_before_each_call(far: Settings, bucke
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_the_commands_work_as_they_do_without_a_storage(bucket: Bucket, tmp_path: Path) -> None:
     where = {"MLOPS_COURSE_HOME": str(tmp_path / "Flüge und Wetter"), "MLOPS_COURSE_STORAGE": bucket.address}
 
@@ -635,7 +650,7 @@ def test_the_commands_work_as_they_do_without_a_storage(bucket: Bucket, tmp_path
         assert SECRET not in done.stdout + done.stderr
         return done.stdout
 
-    months = ("-p", "first=2013-01", "-p", "train_last=2013-01", "-p", "test_last=2013-02")
+    months = ("-p", "first=2013-01", "-p", "train_last=2013-01", "-p", "test_last=2013-02", "-p", "iterations=20")
     run("run", "training", *months)
     assert "nothing to do" in run("run", "training", *months) or run("plan", "training", *months)
     run("run", "scoring", "-p", "month=2013-02")
@@ -659,3 +674,79 @@ def test_what_is_no_file_of_a_bundle_is_not_fetched(model: Model) -> None:
         assert not list(model.settings.home.rglob("evil.py"))
     finally:
         model.bucket.client.delete_object(Bucket=model.bucket.name, Key=key)
+
+
+# ---------------------------------------------------------------- somebody's rows are deleted
+
+
+MINE = choose_rows(flight_delay, ids=["secret-1"])
+
+
+def told_by(bucket: Bucket) -> list[str]:
+    """The objects of a bucket that tell somebody's request."""
+    return [key for key in bucket.listed() if b"secret-1" in bucket.get(key)[0]]
+
+
+def test_somebodys_rows_are_deleted_in_the_storage_too(far: Settings, bucket: Bucket, tmp_path: Path) -> None:
+    collected(far, ("secret-1", 12), ("other-1", 700))
+    tag_version(far, collected(far, ("other-2", 701)), "golden")
+    reader = workspace(bucket, tmp_path / "another machine")
+    read_table(reader, f"{ONLINE}@2", by="segment")
+    bucket.client.copy_object(  # what a writer left that was killed
+        Bucket=bucket.name, Key=f"course/data/{ONLINE}/segment=x/part-left.parquet",
+        CopySource={"Bucket": bucket.name, "Key": next(key for key in told_by(bucket) if key.endswith(".parquet"))},
+    )  # fmt: skip
+    bucket.client.put_object(Bucket=bucket.name, Key="course/mlartifacts/1/notes.txt", Body=b"27,004 flights")
+    shutil.rmtree(far.data)  # the copies: whoever deletes may be on another machine
+    done = forget_rows(far, flight_delay, MINE, "asked for", by="ann")
+    assert done.complete and done.statement.left == () and done.statement.searched["model"] == 1
+    assert {each.place for each in done.statement.found} == {"table", "table log"}
+    assert told_by(bucket) == [] and b"secret-1" not in bytes_of(far)
+    kept = read_table(far, newest_reference(far, ONLINE), by="segment")
+    assert sorted(kept["id"]) == ["other-1", "other-2"]
+    assert sorted(read_table(reader, newest_reference(reader, ONLINE), by="segment")["id"]) == ["other-1", "other-2"]
+    assert [each.gone for each in table_history(far, ONLINE) if each.rows] == ["pruned", "pruned", ""]
+    assert forget_rows(far, flight_delay, MINE, "asked for").statement.found == ()
+
+
+def test_a_model_in_the_storage_that_tells_a_row_is_named_and_left(far: Settings, bucket: Bucket) -> None:
+    collected(far, ("other-1", 700))
+    bucket.client.put_object(Bucket=bucket.name, Key="course/mlartifacts/1/sample.csv", Body=b"id\nsecret-1\n")
+    done = forget_rows(far, flight_delay, MINE, "asked for")
+    assert done.complete and [each.place for each in done.statement.left] == ["model"]
+    assert done.statement.left[0].what == f"{bucket.address}/mlartifacts/1/sample.csv"
+
+
+def test_rows_from_before_there_was_a_storage_go_with_the_others(far: Settings, bucket: Bucket) -> None:
+    near = far.model_copy(update={"storage": None})
+    collected(near, ("secret-1", 12))
+    collected(far, ("secret-1", 12))
+    assert forget_rows(far, flight_delay, MINE, "asked for").complete
+    assert told_by(bucket) == [] and b"secret-1" not in bytes_of(far)
+
+
+def test_who_deletes_without_the_storage_is_told_of_its_copies(far: Settings, bucket: Bucket) -> None:
+    collected(far, ("secret-1", 12))
+    near = far.model_copy(update={"storage": None})
+    with pytest.raises(DeletionError, match=r"copies of a table in another storage\. Set MLOPS_COURSE_STORAGE"):
+        forget_rows(near, flight_delay, MINE, "asked for")
+    assert told_by(bucket), "nothing was done by halves"
+
+
+def test_a_bucket_that_keeps_what_is_deleted_is_refused(far: Settings, bucket: Bucket) -> None:
+    collected(far, ("secret-1", 12))
+    before = bucket.listed()
+    for status in ("Enabled", "Suspended"):
+        bucket.client.put_bucket_versioning(Bucket=bucket.name, VersioningConfiguration={"Status": status})
+        with pytest.raises(DeletionError, match="keeps what is deleted: nobody can say that rows are gone"):
+            forget_rows(far, flight_delay, MINE, "asked for")
+    assert bucket.listed() == before
+
+
+def test_a_storage_that_is_away_deletes_nothing(far: Settings, bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    collected(far, ("secret-1", 12))
+    with monkeypatch.context() as away:
+        away.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
+        with pytest.raises(StorageError, match="no answer"):
+            forget_rows(far, flight_delay, MINE, "asked for")
+    assert told_by(bucket)

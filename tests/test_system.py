@@ -9,7 +9,9 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import time
+from base64 import b64decode
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +28,7 @@ from mlops_course.experiments import TrainingConfig, quiet_mlflow, train_run
 from mlops_course.pipelines import read_result
 from mlops_course.project import flight_delay, read_delivery
 from mlops_course.registry import champion_reference, versions
+from mlops_course.security.vouching import check_vouched
 from mlops_course.serving import live_bundle, load_predictor, open_feature_table
 
 pytestmark = [
@@ -37,6 +40,7 @@ JANUARY, FEBRUARY, MARCH = "2013-01", "2013-02", "2013-03"
 SLICE = ["-p", f"first={JANUARY}", "-p", f"train_last={JANUARY}", "-p", f"test_last={FEBRUARY}"]
 TRAINING = ["run", "training", *SLICE, "-p", "iterations=10", "--json"]
 STAGES = ["ingest", "validate", "features", "train", "evaluate", "register", "package", "score", "monitor"]
+KEYS = tempfile.TemporaryDirectory(prefix="trust-")  # workspaces that are copied keep their signers
 # A shell that runs the tests in the background may have told its children to ignore Ctrl-C.
 COMMAND = (
     "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); import mlops_course.cli as c; c.main()"
@@ -46,7 +50,7 @@ COMMAND = (
 def variables(home: Path) -> dict[str, str]:
     """The environment of a user whose workspace is there."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("MLOPS_COURSE_")}
-    return {**kept, "MLOPS_COURSE_HOME": str(home)}
+    return {**kept, "MLOPS_COURSE_HOME": str(home), "MLOPS_COURSE_TRUST": KEYS.name}
 
 
 def start(home: Path, *arguments: object) -> subprocess.Popen[str]:
@@ -439,6 +443,18 @@ def test_what_the_pipeline_leaves_is_ready_to_serve_and_says_what_the_batch_said
             keys = [table.key(row) for row in answers[list(flight_delay.key)].to_dict("records")]
             records = table.get(keys, predictor.features)
             assert predictor.scores(predictor.encode(records)).tolist() == answers["score"].tolist()
+
+
+@pytest.mark.slow
+def test_the_pipeline_signs_what_it_packages_and_nobody_else_has_to(trained: Trained) -> None:
+    settings = trained.settings.model_copy(update={"trust": Path(KEYS.name)})
+    bundle = live_bundle(settings)
+    assert bundle is not None
+    found = check_vouched(settings, bundle)
+    assert found["signed"] and not found["problems"] and not found["missing"]
+    statement = json.loads(b64decode(json.loads((bundle / "provenance.json").read_bytes())["payload"]))
+    asked = statement["predicate"]["buildDefinition"]["externalParameters"]
+    assert (asked["iterations"], asked["last"]) == ("10", JANUARY), "as the run that trained it says"
 
 
 @pytest.mark.slow

@@ -17,7 +17,6 @@ from mlops_course.data import (
     DataError,
     build_features,
     feature_names,
-    flight_features,
     ingest,
     labelled_features,
     labels,
@@ -33,6 +32,7 @@ from mlops_course.experiments import ExperimentError, TrainingConfig, evaluate, 
 from mlops_course.framing import Costs
 from mlops_course.monitoring import join_outcomes
 from mlops_course.project import PageText, UseCase, UseCaseError, flight_delay
+from mlops_course.project.features import flight_features
 from mlops_course.serving import Origin, live_bundle, open_feature_table, read_bundle, write_bundle
 
 pytestmark = pytest.mark.filterwarnings("ignore:Series.values returning")  # inside pyarrow and pandas
@@ -321,16 +321,14 @@ def test_flights_obey_the_horizon_of_their_use_case(quarter: Quarter) -> None:
 @pytest.mark.parametrize("horizon", [timedelta(days=4), timedelta(hours=-1)])
 def test_a_horizon_that_flights_have_no_history_for_is_refused(quarter: Quarter, horizon: timedelta) -> None:
     tables = {name: read_table(quarter.settings, reference) for name, reference in quarter.tables.items()}
-    with pytest.raises(DataError, match="the horizon of the flights is"):
+    with pytest.raises(UseCaseError, match="the horizon of the flights is"):
         flight_features(tables, horizon=horizon)
 
 
 # ---------------------------------------------------------------- a workspace from before
 
 
-def test_what_an_earlier_version_has_left_is_not_taken_and_not_touched(
-    quarter: Quarter, settings: Settings
-) -> None:
+def test_what_an_earlier_version_has_left_is_not_taken_and_not_touched(quarter: Quarter, settings: Settings) -> None:
     """Tables and what is served lay in one folder for all use cases then."""
     shutil.copytree(quarter.settings.data / "flight-delay", settings.data, dirs_exist_ok=True)
     settings.serving.mkdir()

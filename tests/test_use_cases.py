@@ -49,6 +49,7 @@ class Shared:
         """A command as a user types it; what it prints."""
         program = [sys.executable, "-c", "from mlops_course.cli import main; main()", *arguments]
         variables = {**os.environ, "MLOPS_COURSE_HOME": str(self.home), "PYTHONPATH": str(ROOT / "tests")}
+        variables |= {"MLOPS_COURSE_TRUST": str(self.home.with_name("trust"))}
         done = subprocess.run(
             program, cwd=self.home, env=variables, capture_output=True, text=True, timeout=300, check=False
         )
@@ -117,6 +118,7 @@ def ask_all(home: Path) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_a_second_use_case_goes_all_the_way_and_never_speaks_of_a_flight(shared: Shared) -> None:
     settings = shared.settings
     assert champion_reference(settings, mist) == LIVE
@@ -141,6 +143,7 @@ def test_a_second_use_case_goes_all_the_way_and_never_speaks_of_a_flight(shared:
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_with_two_live_use_cases_one_is_named_or_both_are_listed(shared: Shared) -> None:
     settings, named = shared.settings, "flight-delay, mist. Name one with --use-case"
     incoming = shared.home / "inbox" / "incoming"

@@ -294,6 +294,7 @@ def test_a_model_goes_into_production_and_back_by_the_workflows(
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.system
 @pytest.mark.skipif(os.name == "nt", reason="the code after the change is a shell script here")
 def test_a_change_of_the_model_is_reported_and_no_change_as_well(tmp_path: Path) -> None:
