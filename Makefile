@@ -4,7 +4,7 @@
 
 PYTHON ?= python3
 ARGS ?= $(N)
-TASKS := help install system run test check export notebooks readme docs lock hooks lab ui new-lesson prove shape clean
+TASKS := help install system run test check export notebooks readme docs lock hooks lab ui new-lesson prove journey thorough shape clean
 
 .DEFAULT_GOAL := help
 .PHONY: $(TASKS)

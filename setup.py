@@ -16,7 +16,8 @@ STATUS = {"3": "3 - Alpha", "4": "4 - Beta", "5": "5 - Production/Stable"}
 LICENSES = {"apache2": "Apache-2.0"}
 PYTHONS = ("3.11", "3.12", "3.13")
 CARRIED = ("*.ipynb", "pipelines/*.ipynb", "pipelines/*.yaml", "pipelines/*.json", "internals/*.ipynb")  # of nbs
-READ = ("Dockerfile", "serving.lock", "kubernetes/**/*.yaml")  # of deploy: what lesson 11 reads
+TEMPLATE = ("copier.yml", "project/**/*")  # of template: what `mlops-course new` makes a project of
+READ = ("Dockerfile", "serving.lock", "kubernetes/**/*.yaml", "prometheus/*.yml")  # of deploy: read by lessons, `up`
 
 
 def read_settings() -> dict[str, str]:
@@ -72,11 +73,12 @@ class BuildWithNotebooks(build_py):
         (package / "_build.json").write_text(build_state(), encoding="utf-8")
         self.carry("nbs", CARRIED, package / "_notebooks")
         self.carry("deploy", READ, package / "deploy")  # beside the notebooks, as in the repository
+        self.carry("template", TEMPLATE, package / "_template")
 
     def carry(self, folder: str, patterns: tuple[str, ...], target: Path) -> None:
         """Copy a folder's files into the package."""
         shutil.rmtree(target, ignore_errors=True)
-        for source in sorted(path for pattern in patterns for path in (ROOT / folder).glob(pattern)):
+        for source in sorted(path for pattern in patterns for path in (ROOT / folder).glob(pattern) if path.is_file()):
             copy = target / source.relative_to(ROOT / folder)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, copy)
@@ -112,6 +114,8 @@ setup(
         "course": settings["course_requirements"].split(),
         "cluster": settings["cluster_requirements"].split(),
         "s3": settings["s3_requirements"].split(),
+        "tracing": settings["tracing_requirements"].split(),
+        "scaffold": settings["scaffold_requirements"].split(),
         "dev": settings["dev_requirements"].split(),
     },
     entry_points={

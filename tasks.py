@@ -21,6 +21,7 @@ import tempfile
 import time
 import venv
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -29,10 +30,17 @@ VENV = ROOT / ".venv"
 BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
 PYTHON = BIN / ("python.exe" if os.name == "nt" else "python")
 LOCK = ROOT / "requirements.lock"
-IMAGE_LOCKS = {"serving": "serving_requirements", "mlflow": "tracking_requirements", "build": "build_requirements"}
+IMAGE_LOCKS = {
+    "serving": "serving_requirements", "collecting": "collecting_requirements", "mlflow": "tracking_requirements",
+    "build": "build_requirements",
+}  # fmt: skip
 STAMP = VENV / "installed-from"
 LOG = VENV / "install.log"
-AIRFLOW = VENV / "airflow"  # an environment of its own: Airflow pins what the course uses, too
+APART = {  # environments of their own, in .venv and from locks in tools: each pins what the course uses, too
+    "airflow": "Airflow: some 600 MB",
+    "shap": "SHAP: some 400 MB",
+    "tritonclient": "Triton's client: some 100 MB",
+}
 OUTSIDE = {  # programs that tests need, each by any of its names, and the Debian packages that bring them
     "bash": "bash",
     "buildah": "buildah",
@@ -42,6 +50,7 @@ OUTSIDE = {  # programs that tests need, each by any of its names, and the Debia
     "mount": "mount",
     "podman": "podman",
     "postgres pg_ctlcluster": "postgresql",
+    "prometheus-alertmanager alertmanager": "prometheus-alertmanager",
     "promtool": "prometheus",
     "redis-server": "redis-server",
     "runc": "runc",
@@ -244,7 +253,7 @@ def missing() -> dict[str, str]:
 
 
 def system(arguments: list[str]) -> None:
-    """Look for the programs that the tests need; as root on Debian, install them. Airflow goes into .venv/airflow."""
+    """Look for the programs that the tests need; as root on Debian, install them. Airflow and SHAP go into .venv."""
     if sys.platform != "linux":
         raise Stop("the tests that need more than Python run on Linux only: elsewhere they are left out")
     packages = " ".join(sorted(missing().values())).split()
@@ -258,25 +267,27 @@ def system(arguments: list[str]) -> None:
         remedy = f"As root on Debian: apt-get install --no-install-recommends {' '.join(packages)}"
         raise Stop(f"the tests need programs that aren't here: {names}. {remedy}")
     ensure_installed()
-    install_airflow()
-    print(f"Everything that the tests need is here: {', '.join(name.split()[0] for name in OUTSIDE)}, Airflow")
+    for name in APART:
+        install_apart(name)
+    print(f"Everything that the tests need is here: {', '.join([*(name.split()[0] for name in OUTSIDE), *APART])}")
 
 
-def install_airflow() -> None:
-    """Airflow from its own lock, so that the tests can have it read and run what `export` writes for it."""
-    lock_file, stamp = ROOT / "tools" / "airflow.lock", AIRFLOW / STAMP.name
+def install_apart(name: str) -> None:
+    """A package from its own lock, so that the tests can have it read what we write, and do what we do."""
+    lock_file, folder = ROOT / "tools" / f"{name}.lock", VENV / name
+    stamp = folder / STAMP.name
     digest = hashlib.sha256(lock_file.read_bytes()).hexdigest()
     if stamp.is_file() and stamp.read_text(encoding="utf-8") == digest:
         return
-    print("Installing Airflow into .venv/airflow: some 600 MB", flush=True)
-    need(PYTHON, "-m", "venv", "--clear", "--without-pip", AIRFLOW)
-    python = AIRFLOW / PYTHON.relative_to(VENV)
+    print(f"Installing into .venv/{name}: {APART[name]}", flush=True)
+    need(PYTHON, "-m", "venv", "--clear", "--without-pip", folder)
+    python = folder / PYTHON.relative_to(VENV)
     need(tool("uv"), "pip", "install", "--quiet", "--python", python, "--require-hashes", "--requirement", lock_file)
     stamp.write_text(digest, encoding="utf-8")
 
 
 def try_wheel(arguments: list[str]) -> None:
-    """Install a wheel as a stranger would: into a new environment, with what it asks for, in the locked versions."""
+    """Install a wheel, or WHEEL[extra], as a stranger would: into a new environment, in the locked versions."""
     folder, wheel = (Path(argument).absolute() for argument in arguments)
     make_venv(folder)
     install_builders(folder)
@@ -305,9 +316,10 @@ def test(arguments: list[str]) -> None:
     """Run every notebook and every test. Further arguments go to pytest: -m 'not slow' for the fast ones."""
     ensure_installed()
     others = ("--skip_file_re", f"^[_.]|^({'|'.join(lessons())})[.]")
-    workers = "0" if os.name == "nt" else "2"
+    workers = "0" if os.name == "nt" else "3"  # on two cores: every third test waits for a server or a process
     with tempfile.TemporaryDirectory(prefix="mlops_course_") as folder:
-        apart = {"MLOPS_COURSE_HOME": str(Path(folder) / "workspace"), "MPLBACKEND": "agg"}
+        home, trust = Path(folder) / "workspace", Path(folder) / "trust"
+        apart = {"MLOPS_COURSE_HOME": str(home), "MLOPS_COURSE_TRUST": str(trust), "MPLBACKEND": "agg"}
         print("1. The notebooks that aren't lessons: each runs from its first cell to its last", flush=True)
         alone = {} if workers == "0" else {"OMP_NUM_THREADS": "1"}  # two models on two cores wait for each other
         notebooks_failed = call(tool("nbdev_test"), *others, "--n_workers", workers, "--timing", **apart, **alone)
@@ -361,14 +373,21 @@ def before_commit(arguments: list[str]) -> None:
 
 
 def check(arguments: list[str]) -> None:
-    """Look without running: what is generated, style, types, imports, workflows, scripts, Docker's files."""
-    unchanged([])
+    """Look without running: what is generated, style, types, imports, secrets, workflows, scripts, Docker's files."""
+    ensure_installed()
+    with ThreadPoolExecutor(1) as beside:  # types take as long as all else together
+        types = beside.submit(subprocess.run, module("mypy"), cwd=ROOT, capture_output=True, text=True)
+        unchanged([])
     print("notebooks clean, package and README in sync", flush=True)
+    print(types.result().stdout + types.result().stderr, end="", flush=True)
+    if types.result().returncode:
+        raise Stop("mypy failed: see above")
     need(tool("ruff"), "check", ".")
-    need(*module("mypy"))
     need(tool("lint-imports"), "--no-logo", "--no-cache")
     need(PYTHON, ROOT / "tools" / "statuses.py")
     workflows = sorted(ROOT.glob(".github/workflows/*.yml"))
+    others = {"workspace", "_docs", "_proc", ".venv", ".git"}
+    need(tool("mlops-course"), "secrets", "scan", *(path for path in sorted(ROOT.iterdir()) if path.name not in others))
     need(tool("check-jsonschema"), "--builtin-schema", "vendor.github-workflows", *workflows)
     need(tool("check-jsonschema"), "--builtin-schema", "vendor.compose-spec", ROOT / "deploy" / "compose.yaml")
     need(tool("hadolint"), *sorted(ROOT.glob("deploy/*Dockerfile")))
@@ -402,7 +421,8 @@ def lock(arguments: list[str]) -> None:
     settings = ConfigParser(delimiters=["="])
     settings.read(ROOT / "settings.ini", encoding="utf-8")
     project = settings["DEFAULT"]
-    groups = ("requirements", "course_requirements", "cluster_requirements", "s3_requirements", "dev_requirements")
+    extras = ("course", "cluster", "s3", "tracing", "scaffold", "dev")
+    groups = ("requirements", *(f"{name}_requirements" for name in extras))
     python = project["min_python"]
     compile_lock(LOCK, "\n".join(project[group] for group in groups), python, *arguments)
     with tempfile.TemporaryDirectory() as temporary:
@@ -412,6 +432,12 @@ def lock(arguments: list[str]) -> None:
             path = ROOT / "deploy" / f"{name}.lock"
             path.unlink(missing_ok=True)  # else versions in it would win over the lock's
             compile_lock(path, project[group], python, "--constraint", limits, "--no-annotate")
+        same = [line for line in constraints().splitlines() if line.startswith("scikit-learn==")]
+        limits.write_text("\n".join(same), encoding="utf-8")  # it reads models that were trained here
+        shap = ROOT / "tools" / "shap.lock"
+        compile_lock(shap, project["shap_requirements"], python, "--constraint", limits, "--no-annotate", *arguments)
+    triton = ROOT / "tools" / "tritonclient.lock"
+    compile_lock(triton, project["tritonclient_requirements"], python, "--no-annotate", *arguments)
     compile_lock(ROOT / "tools" / "airflow.lock", project["airflow_requirements"], python, "--no-annotate", *arguments)
     print("requirements.lock, and those in deploy and tools, are up to date with settings.ini")
 
@@ -470,6 +496,17 @@ def prove(arguments: list[str]) -> None:
     need(*module("mlops_course.course.prove", *arguments))
 
 
+def journey(arguments: list[str]) -> None:
+    """Play the whole course from the wheel, as a learner would: some ten minutes, and a part of thorough."""
+    ensure_installed()
+    need(*module("pytest", "--thorough", "tests/test_journey.py", *arguments))
+
+
+def thorough(arguments: list[str]) -> None:
+    """Run what test runs, with each kill, large crowds, thousands of made-up requests, and the journey."""
+    test(["--thorough", *arguments])
+
+
 def shape(arguments: list[str]) -> None:
     """Count what shows how readable the source is: demonstrations, class ladders, names. --json for programs."""
     need(PYTHON if PYTHON.exists() else sys.executable, ROOT / "tools" / "shape.py", *arguments)
@@ -488,7 +525,8 @@ def clean(arguments: list[str]) -> None:
 TASKS: dict[str, Callable[[list[str]], None]] = {
     "help": show_help, "install": install, "system": system, "run": run, "test": test, "check": check, "export": export,
     "notebooks": notebooks, "readme": readme, "docs": docs, "lock": lock, "hooks": hooks, "lab": lab,
-    "ui": ui, "new-lesson": new_lesson, "prove": prove, "shape": shape, "clean": clean,
+    "ui": ui, "new-lesson": new_lesson, "prove": prove, "journey": journey, "thorough": thorough, "shape": shape,
+    "clean": clean,
 }  # fmt: skip
 HIDDEN = {"before-commit": before_commit, "try-wheel": try_wheel}  # for git's hook, for .ci/run
 

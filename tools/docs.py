@@ -37,6 +37,13 @@ DRAW = f"""
 const fits = !matchMedia('(max-width: 50rem)').matches, theme = matchMedia('{DARK}').matches ? 'dark' : 'default'
 mermaid.initialize({{startOnLoad: true, theme: theme, flowchart: {{useMaxWidth: fits}}}})
 """
+# What is wider than the screen moves under the finger; that it does so has to be said, for it can't be seen.
+CUE = """
+const mark = () => document.querySelectorAll('pre.mermaid, .table, .output_area').forEach(
+  each => each.classList.toggle('wide', each.scrollWidth > each.clientWidth + 1))
+new MutationObserver(mark).observe(document.body, {childList: true, subtree: true})
+addEventListener('resize', mark); addEventListener('load', mark); addEventListener('toggle', mark, true)
+"""
 
 # A page's cells. What an exercise hides from its learner is folded: the reader, too, should think first.
 TEMPLATE = """
@@ -46,6 +53,7 @@ TEMPLATE = """
 {%- set exercise = cell.metadata.get('nbgrader', {}) -%}
 {%- if 'wrong-answers' in cell.metadata.get('tags', []) -%}
 {{ folded('Wrong answers that the check knows', super()) }}
+{%- elif 'lab-look' in cell.metadata.get('tags', []) -%}{{ folded('How I look for it', super()) }}
 {%- elif exercise.solution -%}{{ folded('A solution', super()) }}
 {%- elif exercise.grade -%}{{ folded('The check', super()) }}
 {%- else -%}{{ super() }}{%- endif -%}
@@ -53,7 +61,9 @@ TEMPLATE = """
 {%- block input -%}{%- if '#| echo: false' not in cell.source -%}{{ super() }}{%- endif -%}{%- endblock input -%}
 {%- block rawcell -%}{%- endblock rawcell -%}
 {%- block markdowncell -%}
-{%- if 'hint' in cell.metadata.get('tags', []) -%}{{ folded('Hints', super()) }}
+{%- set marks = cell.metadata.get('tags', []) -%}
+{%- if 'hint' in marks or 'lab-hint' in marks -%}{{ folded('Hints', super()) }}
+{%- elif 'right-answers' in marks -%}{{ folded('Other right answers', super()) }}
 {%- else -%}{{ super() }}{%- endif -%}
 {%- endblock markdowncell -%}
 """
@@ -122,25 +132,27 @@ def navigation(name: str, sections: list[tuple[str, list[str]]], titles: dict[st
             links += f'<a href="{address}"{here}>{html.escape(titles[other])}</a>'
         is_open = " open" if name in pages or title == sections[1][0] else ""
         parts += [f"<details{is_open}><summary>{html.escape(title)}</summary>{links}</details>" if title else links]
-    return f"<nav>{''.join(parts)}</nav>"
+    return f"<nav id='menu'>{''.join(parts)}</nav>"
 
 
 def page(name: str, notebook: nbformat.NotebookNode, body: str, around: str) -> str:
     """A whole page: what is on all of them, and the notebook's own part."""
     up, front, title = "../" * name.count("/"), front_matter(notebook), html.escape(title_of(notebook))
-    body = re.sub(r'(href="(?![a-z]+:)[^"#]+)\.ipynb', r"\1.html", body)
     body = re.sub(r'href="(?:\.\./)+(?=[A-Z])', f'href="{repository()}/', body)
     body = re.sub(r"(<table(?! border).*?</table>)", r'<div class="table">\1</div>', body, flags=re.DOTALL)
     top = f"<h1>{title}</h1>" if "title" in front else ""
-    top += f"<blockquote><p>{html.escape(front['description'])}</p></blockquote>" if "description" in front else ""
+    top += f"<blockquote>{to_html(front['description'])}</blockquote>" if "description" in front else ""
+    body = re.sub(r'(href="(?![a-z]+:)[^"#]+)\.ipynb', r"\1.html", top + body)
     head = (
         "<meta charset='utf-8'><meta name='viewport' content='width=device-width, initial-scale=1'>"
         f"<link rel='icon' href='data:,'><title>{title}</title>"
         f"<link rel='stylesheet' href='{up}code.css'><link rel='stylesheet' href='{up}page.css'>"
     )
+    around = f"<a class='to-menu' href='#menu'>Menu</a>{around}"
     if 'class="mermaid"' in body:
         body += f"<script src='{up}mermaid.min.js'></script><script>{DRAW}</script>"
-    return f"<!doctype html><html lang='en'><head>{head}</head><body>{around}<main>{top}{body}</main></body></html>\n"
+    main = f"<main>{body}<script>{CUE}</script></main>"
+    return f"<!doctype html><html lang='en'><head>{head}</head><body>{around}{main}</body></html>\n"
 
 
 def code_colours() -> str:
