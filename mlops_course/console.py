@@ -9,6 +9,7 @@ __all__ = ['table', 'show', 'print_all', 'print_json', 'LiveView', 'live_row', '
 # %% ../nbs/internals/cli_console.ipynb #f567e1d9
 import contextlib
 import json
+import math
 import os
 import sys
 import time
@@ -68,8 +69,17 @@ def print_all(
 def print_json(
     document: Any,  # paths and such become text
 ) -> None:
-    """Print one JSON document on standard output."""
-    print(json.dumps(document, indent=1, ensure_ascii=False, default=str))
+    """Print one JSON document on standard output; a number that JSON doesn't have, such as infinity, is null."""
+    print(json.dumps(_with_nulls(document), indent=1, ensure_ascii=False, default=str, allow_nan=False))
+
+
+def _with_nulls(value: Any) -> Any:
+    """The same without the numbers that JSON doesn't have."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {name: _with_nulls(part) for name, part in value.items()}
+    return [_with_nulls(part) for part in value] if isinstance(value, list | tuple) else value
 
 # %% ../nbs/internals/cli_console.ipynb #8be7655e
 class LiveView:
@@ -101,7 +111,8 @@ def live_row(
         mark = {"done": "+", "cached": "=", "waiting": " "}.get(stage.status, "x")
         return [mark, stage.name, seconds_of(stage), made_by(stage)]
     cells = f"cell {stage.cell} of {stage.cells}" if stage.cells else "starting"
-    seconds = time.monotonic() - view.begin.get(stage.name, time.monotonic())
+    now = time.monotonic()
+    seconds = now - view.begin.get(stage.name, now)
     return [view.spinner, stage.name, f"{seconds:.0f}", f"{cells}  {stage.line[-70:]}".rstrip()]
 
 # %% ../nbs/internals/cli_console.ipynb #8224339c

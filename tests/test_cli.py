@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -22,7 +23,7 @@ from mlops_course.cli import app, asked_for, describe_error
 from mlops_course.commands import parse_parameters
 from mlops_course.commands.look import ui_command, without_password
 from mlops_course.commands.run import _Watched
-from mlops_course.console import summary
+from mlops_course.console import print_json, summary
 from mlops_course.environment import CourseError, Settings
 from mlops_course.pipelines import ParameterError, PipelineRun, StageRun
 
@@ -551,3 +552,12 @@ def test_only_the_command_that_is_asked_for_is_built_and_it_is_the_same_as_among
 @pytest.mark.parametrize("words", [[], ["--help"], ["nonsense"], ["--version", "run"]])
 def test_who_names_no_command_gets_all_of_them(words: list[str]) -> None:
     assert asked_for(app, words) is app
+
+
+# ---------------------------------------------------------------- what a program reads
+
+
+def test_a_document_has_no_number_that_json_lacks(capsys: pytest.CaptureFixture[str]) -> None:
+    print_json({"high": math.inf, "rows": [{"brier": math.nan}, (0.5, -math.inf)], "n": 3})
+    assert "NaN" not in (said := capsys.readouterr().out) and "Infinity" not in said
+    assert json.loads(said) == {"high": None, "rows": [{"brier": None}, [0.5, None]], "n": 3}
