@@ -112,6 +112,8 @@ def test_parameters_may_contain_equals_signs() -> None:
 def test_what_is_no_parameter_is_refused(pairs: list[str], message: str) -> None:
     with pytest.raises(ParameterError, match=message):
         parse_parameters(pairs)
+    with pytest.raises(ParameterError, match=f"--limit .*{message}"):
+        parse_parameters(pairs, "--limit")
 
 
 @pytest.mark.parametrize(

@@ -302,6 +302,11 @@ def test_reset_restores_one_stub_and_keeps_what_was_there(learner: Learner) -> N
     assert statuses(check_notebook(learner.lesson, learner.path)) == {"21.1": "unattempted", "21.2": "passed"}
 
 
+def test_a_stub_that_is_reset_is_not_kept(learner: Learner) -> None:
+    assert reset_exercise("21.1") is None
+    assert not (learner.path.parent / "kept").exists()
+
+
 def test_reset_puts_a_deleted_cell_back_where_it_was(learner: Learner) -> None:
     order = [cell_key(cell) for cell in learner.cells]
     learner.cells.remove(learner.cell("21.2"))

@@ -100,7 +100,7 @@ def test_every_command_speaks_json(terminal: Terminal) -> None:
     assert terminal.json("hint", "21.1")["hint"] == 2
     assert [terminal.json("hint", "lab", "21")["hint"] for _ in range(3)] == [1, 2, 2]
     assert terminal.json("solution", "21.2", "--yes")["solution"] == "return delay > 15"
-    assert Path(terminal.json("reset", "21.1")["kept"]).is_file()
+    assert terminal.json("reset", "21.1")["kept"] is None, "a stub that is still there isn't kept"
     assert terminal.json("break", "21")["sound"] is False
     assert terminal.json("fix", "21")["sound"] is True
     assert terminal.json("quiz", "21")["questions"][0]["options"] == ["1", "2", "3"]
@@ -155,6 +155,9 @@ def test_many_cells_that_stop_for_one_reason_are_one_remark(terminal: Terminal) 
     assert "3 more cells stop after it, perhaps because of this one" in said
     assert said.count("NameError") == 1
     assert len(terminal.json("check", "21")["problems"]) == 4
+    notebook["cells"].insert(0, {**own, "id": "first", "source": "import nothing"})
+    terminal.copy.write_text(notebook_text(notebook), encoding="utf-8")
+    assert "! code cell 1   import nothing" in terminal("check", "21").stdout, "no heading is above it"
 
 
 def test_the_commands_work_from_the_folder_of_the_copies(terminal: Terminal) -> None:

@@ -23,7 +23,7 @@ from mlops_course.course.progress import (
     section_of,
 )
 from mlops_course.course.prove import main as prove_main
-from mlops_course.course.prove import prove
+from mlops_course.course.prove import prove, prove_run
 from mlops_course.course.quiz import AnswerError, keep_answers, kept_answers, mark, mark_all
 from mlops_course.course.running import ExerciseOutcome
 from mlops_course.environment import WorkspaceError
@@ -308,6 +308,15 @@ def test_a_lesson_whose_copy_does_not_run_is_found(lesson: Lesson) -> None:
             cell.update(cell_type="code", source="mean + 1", outputs=[], execution_count=None)
     failed = [str(proof) for proof in prove(lesson) if not proof.ok]
     assert any("copy, code cell" in line and "needs mean of 21.1" in line for line in failed), failed
+
+
+def test_a_cell_that_is_meant_to_fail_is_no_failure_but_one_that_is_not_is(lesson: Lesson, tmp_path: Path) -> None:
+    own = {"cell_type": "code", "source": "1 / 0", "outputs": [], "metadata": {"tags": ["raises-exception"]}}
+    lesson.notebook["cells"].append(own)
+    assert [str(proof) for proof in prove_run(lesson, tmp_path) if not proof.ok] == []
+    lesson.notebook["cells"].append({**own, "metadata": {}})
+    failed = [str(proof) for proof in prove_run(lesson, tmp_path) if not proof.ok]
+    assert len(failed) == 1 and "code cell 15: ZeroDivisionError" in failed[0], failed
 
 
 def test_a_figure_that_no_cell_makes_is_found(lesson: Lesson) -> None:

@@ -81,3 +81,13 @@ def test_a_figure_that_no_cell_makes_is_noticed(saved: str, made: str, equal: bo
         return {"cell_type": "code", "source": "x", "metadata": {}, "outputs": [output]}
 
     assert (changed_output(cell(saved), cell(made)) == "") is equal
+
+
+def test_an_error_that_is_another_one_or_is_gone_is_noticed() -> None:
+    def stopped(name: str) -> Cell:
+        error = {"output_type": "error", "ename": name, "evalue": "x", "traceback": ["line 3"]}
+        return {"cell_type": "code", "source": "late[0]", "metadata": {}, "outputs": [error]}
+
+    assert changed_output(stopped("KeyError"), stopped("KeyError")) == ""
+    assert "ValueError" in changed_output(stopped("KeyError"), stopped("ValueError"))
+    assert "shows {}" in changed_output(stopped("KeyError"), {**stopped(""), "outputs": []})

@@ -123,8 +123,9 @@ def served_settings(
 # %% ../../nbs/internals/cli_commands.ipynb #872c517d
 def parse_parameters(
     pairs: list[str],  # like "month=2013-10"
+    option: str = "-p",  # the option that they were given with
 ) -> dict[str, str]:
-    """The values of -p options.
+    """The values of an option that is repeated.
 
     Raises:
         ParameterError: one that isn't name=value, or is given twice.
@@ -135,8 +136,8 @@ def parse_parameters(
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals or not name:
-            raise ParameterError(f"-p {pair!r} is not a parameter", "Write -p name=value")
+            raise ParameterError(f"{option} {pair!r} is not a name and a value", f"Write {option} name=value")
         if name in found:
-            raise ParameterError(f"parameter {name} is given twice: {found[name]!r} and {value!r}", "Give it once")
+            raise ParameterError(f"{option} {name} is given twice: {found[name]!r} and {value!r}", "Give it once")
         found[name] = value
     return found

@@ -91,8 +91,8 @@ def _wait_for(what: str, as_json: bool) -> None:
 def _show_problems(problems: list[dict[str, Any]]) -> None:
     """The first cell that stopped; those after it mostly stop for the same reason."""
     for problem in problems[:1]:
-        place = f"below {problem['heading']!r}" if problem["heading"] else f"code cell {problem['cell']}"
-        typer.echo(typer.style(f"! a cell {place}", fg="red") + f"   {problem['source']}")
+        place = f"a cell below {problem['heading']!r}" if problem["heading"] else f"code cell {problem['cell']}"
+        typer.echo(typer.style(f"! {place}", fg="red") + f"   {problem['source']}")
         typer.echo(f"{'':15}{problem['message']}")
     if (more := len(problems) - 1) > 0:
         cells = "another cell stops" if more == 1 else f"{more} more cells stop"

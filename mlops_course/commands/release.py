@@ -37,7 +37,7 @@ def release_limits(
     from mlops_course.deployment import ReleaseLimits
     from mlops_course.pipelines import ParameterError
 
-    values: dict[str, Any] = dict(parse_parameters(pairs))
+    values: dict[str, Any] = dict(parse_parameters(pairs, "--limit"))
     if "slices" in values:
         values["slices"] = [name for name in values["slices"].split(",") if name]
     try:

@@ -138,7 +138,7 @@ def _keep(
 # %% ../../nbs/internals/01_copies.ipynb #e22cce34
 def reset_exercise(
     number: str,  # like 5.2
-) -> Path | None:  # where the old text is; None: there was none
+) -> Path | None:  # where the old text is; None: there was none but the stub
     """Put an exercise's stub back into the learner's copy.
 
     Raises:
@@ -150,7 +150,7 @@ def reset_exercise(
     fresh = next(cell for cell in make_copy(lesson)["cells"] if belongs_to(cell) == number)
     old = [place for place, cell in enumerate(notebook["cells"]) if belongs_to(cell) == number]
     texts = [notebook["cells"][place]["source"] for place in old]
-    kept = _keep(path, f"{number}.py", "\n\n".join(texts) + "\n") if any(texts) else None
+    kept = _keep(path, f"{number}.py", "\n\n".join(texts) + "\n") if {*texts} - {"", fresh["source"]} else None
     cells = [cell for place, cell in enumerate(notebook["cells"]) if place not in old]
     place = old[0] if old else _place_after(cells, make_copy(lesson)["cells"], cell_key(fresh))
     cells.insert(place, fresh)

@@ -22,7 +22,7 @@ def output_text(
     """What a cell shows; a stream that came in pieces is one, and nothing but blanks is nothing."""
     found: dict[str, str] = {}
     for output in cell["outputs"]:
-        parts = output.get("data") or {output.get("name", "error"): output.get("text", "")}
+        parts = output.get("data") or {output.get("name", "error"): output.get("text") or output.get("ename", "")}
         for kind, text in parts.items():
             found[kind] = found.get(kind, "") + (text if isinstance(text, str) else "".join(map(str, text)))
     return {kind: text.strip() for kind, text in found.items() if text.strip()}
@@ -50,7 +50,7 @@ def changed_output(
 ) -> str:  # what differs, as a sentence; empty: nothing
     """Compare what a cell shows with what was saved."""
     old, new = output_text(saved), output_text(made)
-    texts = [kind for kind in ("text/plain", "stdout", "stderr") if kind in old and VARIES not in tags(saved)]
+    texts = [kind for kind in ("text/plain", "stdout", "stderr", "error") if kind in old and VARIES not in tags(saved)]
     if old.keys() == new.keys() and all(same_text(old[kind], new[kind]) for kind in texts):
         return ""
     return f"{saved['source'][:60]!r} shows {new}, but {old} is saved: run the notebook, and save it"[:600]
