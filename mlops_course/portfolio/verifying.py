@@ -159,7 +159,7 @@ def verify_portfolio(
     """
     portfolio, sections = read_portfolio(path), dict[str, list[str]]()
     if not run:
-        problem = f"code of {portfolio.name!r:.40} has to run here, for {number_of(len(portfolio.exercises), 'exercise')}"
+        problem = f"code of {portfolio.name!r:.40} has to run for {number_of(len(portfolio.exercises), 'exercise')}"
         raise PortfolioError(problem, "Look into it first, or use a machine that you don't need; then add --run")
     for number in portfolio.exercises:
         sections.setdefault(number.partition(".")[0], []).append(number)
