@@ -7019,4 +7019,5 @@ d = { 'settings': { 'branch': 'main',
                                                'mlops_course.troubles.trouble.letters_in_common': ( 'internals/trouble.html#letters_in_common',
                                                                                                     'mlops_course/troubles/trouble.py'),
                                                'mlops_course.troubles.trouble.look_for_all': ( 'internals/trouble.html#look_for_all',
-                                                                                               'mlops_course/troubles/trouble.py')}}}
+                                                                                               'mlops_course/troubles/trouble.py')},
+            'mlops_course.wording': {'mlops_course.wording.number_of': ('internals/wording.html#number_of', 'mlops_course/wording.py')}}}

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from mlops_course.environment import CourseError
+from mlops_course.wording import number_of
 
 # %% auto #0
 __all__ = ['NONSENSE', 'FramingError', 'Costs', 'cost_of_decisions', 'cost_curve', 'limited_warnings', 'cost_per_row',
@@ -238,7 +239,7 @@ def require_no_leaks(
         LeakError: there are leaks; it names them.
     """
     if len(leaks):
-        names = ", ".join(f"{name} ({rows} rows)" for name, rows in leaks["rows"].items())
+        names = ", ".join(f"{name} ({number_of(rows, 'row')})" for name, rows in leaks["rows"].items())
         raise LeakError(f"not known at prediction time: {names}", "Leave it out, or use its last value that was known")
 
 # %% ../nbs/03_lifecycle.ipynb #aff4855b

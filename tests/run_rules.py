@@ -1,4 +1,5 @@
-"""Options for a run that has to prove something: `--no-skips` and `--time-limit` (`.ci/run` sets both), `--thorough`.
+"""Options for a run that has to prove something: `--no-skips`, `--time-limit` and `--second-try`, which `.ci/run` sets,
+and `--thorough`.
 
 A process killed after every change that it makes, eight writers for minutes, thousands of made-up requests, an image,
 Airflow, the whole course played by a learner: that takes an hour and more, and finds something once in a while. A usual
@@ -8,10 +9,15 @@ run kills after every fourth change, looks at every fourth of many alike, and le
 A clock measures the neighbours, too: three tests share two cores. So a test is too slow when it takes too long by the
 clock and by the processor, its own time and that of the programs it started; by the clock alone, three times as long.
 A processor's time alone would not do: whichever test ends a program is charged with all of that program's life.
+
+Six thousand tests start processes, kill them and wait for them. When a few have failed, they are tried once more,
+alone. What is wrong fails again; what was only disturbed passes, and is named as what it is: a test to be fixed.
 """
 
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -35,11 +41,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--thorough", action="store_true", help="all kills, large crowds, and the tests marked thorough")
     limit = "fail when a test not marked slow takes longer, by clock and processor, or three times that by the clock"
     group.addoption("--time-limit", type=float, metavar="SECONDS", help=limit)
+    again = "try once more, alone, what has failed, if not more than so many tests have"
+    group.addoption("--second-try", type=int, metavar="MOST", default=0, help=again)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):  # xdist's workers tell the process that started them
-        config.pluginmanager.register(RunRules(config.getoption("no_skips"), config.getoption("time_limit")))
+        rules = RunRules(config.getoption("no_skips"), config.getoption("time_limit"))
+        config.pluginmanager.register(rules)
+        if config.getoption("second_try"):
+            config.pluginmanager.register(SecondTry(rules, config.getoption("second_try")))
 
 
 @pytest.fixture(scope="session")
@@ -92,7 +103,7 @@ class RunRules:
         self.no_skips = no_skips
         self.time_limit = time_limit
         self.skipped: list[str] = []
-        self.slow: list[str] = []
+        self.slow = dict[str, str]()  # what is said, by the name of the test
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self.note_skip(report)
@@ -103,7 +114,7 @@ class RunRules:
         used = float(dict(report.user_properties).get(PROCESSOR, 0))
         if min(used, report.duration) > limit or report.duration > 3 * limit:
             took = f"{report.duration:.0f} s, {used:.0f} s of the processor"
-            self.slow.append(f"{report.nodeid} took {took}: make it faster, or mark it slow")
+            self.slow[report.nodeid] = f"{report.nodeid} took {took}: make it faster, or mark it slow"
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         self.note_skip(report)
@@ -123,9 +134,53 @@ class RunRules:
 
     def pytest_unconfigure(self, config: pytest.Config) -> None:
         """Say it last: the one reason for a run that failed, although all tests passed, isn't to be searched for."""
-        broken = [*self.skipped, *self.slow]
+        broken = [*self.skipped, *self.slow.values()]
         reporter = config.pluginmanager.get_plugin("terminalreporter")
         if broken and reporter is not None:
             reporter.section(f"{len(broken)} broke a rule of this run", red=True)
             for line in broken:
                 reporter.write_line(line)
+
+
+class SecondTry:
+    """Tries the tests that have failed, or were too slow, once more, with nothing beside them."""
+
+    def __init__(self, rules: RunRules, most: int) -> None:
+        self.rules = rules
+        self.most = most
+        self.failed: list[str] = []
+        self.collected = True
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        self.collected = self.collected and not report.failed
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            self.failed.append(report.nodeid)
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> Iterator[None]:
+        """After all else has ended and was told."""
+        yield
+        again = list(dict.fromkeys([*self.failed, *self.rules.slow]))
+        if self.may_help(session) and 0 < len(again) <= self.most:
+            self.try_again(session, again)
+
+    def may_help(self, session: pytest.Session) -> bool:
+        """Whether tests failed, and nothing else did."""
+        return session.exitstatus == pytest.ExitCode.TESTS_FAILED and self.collected and not self.rules.skipped
+
+    def try_again(self, session: pytest.Session, again: list[str]) -> None:
+        config = session.config
+        reporter = config.pluginmanager.get_plugin("terminalreporter")
+        reporter.section(f"{len(again)} once more, alone")
+        reporter.flush()
+        limit = config.getoption("time_limit")
+        options = ["--no-skips"] * config.getoption("no_skips") + ["--thorough"] * config.getoption("thorough")
+        options += [] if limit is None else [f"--time-limit={limit}"]
+        command = [sys.executable, "-m", "pytest", "-n0", f"--rootdir={config.rootpath}", *options, *again]
+        if subprocess.run(command, cwd=config.rootpath).returncode == pytest.ExitCode.OK:
+            self.rules.slow.clear()
+            session.exitstatus = pytest.ExitCode.OK
+            reporter.section("disturbed by others: passed alone, to be fixed", yellow=True)
+            reporter.write_line("\n".join(again))

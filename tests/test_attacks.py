@@ -243,4 +243,4 @@ def test_as_many_rows_as_are_announced_fit(home: Path, record: dict[str, Any]) -
         assert (found.status_code, len(found.json()["predictions"])) == (200, 1000)
         body = json.dumps({"rows": [{"record": record}] * 1001})
         found = running.client.post("/predict/batch", content=body, headers={"content-type": "application/json"})
-        assert (found.status_code, "1001 rows" in found.json()["detail"]) == (413, True)
+        assert (found.status_code, "1,001 rows" in found.json()["detail"]) == (413, True)

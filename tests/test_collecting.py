@@ -297,7 +297,7 @@ def test_the_command_collects_again_and_again_until_it_is_told_to_end(settings: 
             writer.close()
             while (line := process.stdout.readline()).startswith("0 "):
                 continue
-            assert line.startswith("1 predictions of 1 files are in")
+            assert line.startswith("1 prediction of 1 file in")
         process.terminate()
         _, said = process.communicate(timeout=20)
         assert "Traceback" not in said

@@ -124,7 +124,7 @@ def test_every_command_speaks_json(terminal: Terminal) -> None:
         (["hint", "lab"], "there is no section lab"),
         (["solution", "21.1"], "is not passed yet"),
         (["reset", "21.1"], "no notebook"),
-        (["quiz", "21", "--answers", "b"], "1 answers were given to 2 questions"),
+        (["quiz", "21", "--answers", "b"], "1 answer to 2 questions"),
         (["update", "21"], "no notebook"),
     ],
 )

@@ -271,7 +271,7 @@ def test_a_quiz_counts_what_is_wholly_right(lesson: Lesson, home: Path) -> None:
 def test_answers_that_are_none_are_refused(lesson: Lesson, home: Path) -> None:
     with pytest.raises(AnswerError, match="Name one or more of a, b, c"):
         mark(lesson.questions[0], "z")
-    with pytest.raises(AnswerError, match="3 answers were given to 2 questions"):
+    with pytest.raises(AnswerError, match="3 answers to 2 questions"):
         mark_all(lesson, ["a", "b", "c"], home)
 
 

@@ -16,6 +16,7 @@ from mlops_course.pipelines import engine
 from mlops_course.pipelines.engine import sessions
 from mlops_course.pipelines.engine.requests import CellError, Event, Interrupted, Request, TimedOut, WorkerDied
 from mlops_course.pipelines.engine.workers import Workers
+from mlops_course.wording import number_of
 
 WARM = ["fork", "spawn"] if sys.platform == "linux" else ["spawn"]
 LATE_THREAD = "import threading, time\ndef late():\n    time.sleep({0})\n    {1}\nthreading.Thread(target=late).start()"
@@ -131,7 +132,7 @@ def test_a_time_limit_ends_endless_work_and_names_it(any_kind: Workers, tmp_path
     limit = 1.5 if any_kind.kind == "fork" else 5.0
     request, begin = ask(tmp_path, "x = 1", ENDLESS, timeout=limit), time.monotonic()
     with pytest.raises(
-        TimedOut, match=f"longer than {limit:g} seconds: after the last cell, .* still went on"
+        TimedOut, match=f"longer than {number_of(limit, 'second')}: after the last cell, .* still went on"
     ) as caught:
         any_kind.execute(request)
     assert time.monotonic() - begin < 30
@@ -146,14 +147,14 @@ def test_the_limit_for_a_cell_holds_for_the_end_as_well(tmp_path: Path) -> None:
     notebook = nbformat.read(source, 4)
     options = {"kernel_name": "python3", "engine_name": "mlops-course", "progress_bar": False, "execution_timeout": 1}
     with pytest.raises(
-        TimedOut, match=r"the notebook's end took longer than 1 seconds: .*'the endless one' still went"
+        TimedOut, match=r"the notebook's end took longer than 1 second: .*'the endless one' still went"
     ):
         papermill.execute_notebook(notebook, None, **options)
 
 
 def test_without_any_limit_endless_work_is_an_error_one_day(first: Workers, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(sessions, "LATE_S", 1.0)
-    with pytest.raises(TimedOut, match=r"the notebook's end took longer than 1 seconds: .*'the endless one'"):
+    with pytest.raises(TimedOut, match=r"the notebook's end took longer than 1 second: .*'the endless one'"):
         first.execute(ask(tmp_path, ENDLESS, timeout=None))
 
 

@@ -21,6 +21,7 @@ from kill_helpers import lives
 from mlops_course.environment import WorkspaceError
 from mlops_course.pipelines.engine.requests import CellError, Event, Interrupted, Request, TimedOut, WorkerDied
 from mlops_course.pipelines.engine.workers import Workers
+from mlops_course.wording import number_of
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 IMPORTS = "import ctypes, os, signal, subprocess, sys, time"
@@ -133,7 +134,7 @@ STUCK = ["ctypes.PyDLL(None).pause()", "ctypes.PyDLL(None).sleep(60)", "time.sle
 def test_a_time_limit_ends_what_is_stuck_in_c(stuck: str, workers: Workers, tmp_path: Path) -> None:
     limit = 1.5 if workers.kind == "fork" else 5.0
     request, begin = ask(tmp_path, CHILDREN, stuck, timeout=limit), time.monotonic()
-    with pytest.raises(TimedOut, match=f"cell \\[3\\] .*the notebook took longer than {limit:g} seconds"):
+    with pytest.raises(TimedOut, match=f"cell \\[3\\] .*the notebook took longer than {number_of(limit, 'second')}"):
         workers.execute(request)
     assert time.monotonic() - begin < 30
     assert "the notebook took longer" in texts(request)[2]

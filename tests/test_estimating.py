@@ -21,6 +21,7 @@ from mlops_course.monitoring.estimating import (
 )
 from mlops_course.monitoring.outcomes import performance_by_slice, performance_intervals
 from mlops_course.project import flight_delay
+from mlops_course.wording import number_of
 
 COSTS = Costs(missed=150, warning=40)
 SHARED = ("log_loss", "brier", "roc_auc", "pr_auc", "cost")
@@ -78,7 +79,7 @@ def test_a_calibration_learns_what_scores_meant_and_changes_nothing_else() -> No
 @pytest.mark.parametrize(("rows", "label"), [(99, 0.5), (500, 1.0)])
 def test_a_past_that_teaches_nothing_is_refused(rows: int, label: float) -> None:
     labels = (np.arange(rows) < rows * label).astype(float)
-    with pytest.raises(EstimateError, match=f"can't calibrate on {rows} rows"):
+    with pytest.raises(EstimateError, match=f"can't calibrate on {rows:,} rows"):
         learn_calibration(labels, np.linspace(0, 1, rows))
 
 
@@ -118,7 +119,7 @@ def test_the_limits_hold_what_they_promise() -> None:
 def test_each_doubt_is_named() -> None:
     june = served(28, begin="2013-06-01", seed=2)
     assert "too few outcomes of either kind are known" in reasons(estimate_performance(june, flight_delay))
-    assert "60 rows are fewer than 1000" in reasons(estimate_performance(june.head(60), flight_delay, served(60)))
+    assert "60 rows, fewer than 1,000" in reasons(estimate_performance(june.head(60), flight_delay, served(60)))
     strange = estimate_performance(june, flight_delay, served(60), unseen=0.3)
     assert "30% of the rows look like nothing" in reasons(strange)
     turned = pd.concat([served(30), served(28, begin="2013-05-01", wrong=0.15)])
@@ -170,7 +171,7 @@ def test_a_batch_of_one_class_is_judged_where_it_can_be() -> None:
     assert judged.loc[["roc_auc", "pr_auc", "recall"], "true"].isna().all(), "nothing to rank, nothing to find"
     assert judged.loc[["roc_auc", "pr_auc", "recall"], "inside"].isna().all(), "so nobody can say whether it is inside"
     assert judged.loc[["log_loss", "brier", "cost"], "inside"].tolist() == [False] * 3
-    with pytest.raises(EstimateError, match=r"can't calibrate on 8400 rows with 1 class\(es\)"):
+    with pytest.raises(EstimateError, match=r"can't calibrate on 8,400 rows with 1 class"):
         estimate_performance(batch, flight_delay, batch.assign(label=0.0))
 
 
@@ -206,7 +207,7 @@ def test_labels_as_truth_values_and_whole_numbers_are_labels() -> None:
 def test_a_short_history_is_enough_or_it_is_said_that_it_isnt(days: int) -> None:
     batch, known = served(5, begin="2013-06-01", seed=2), served(days)
     table, found = estimate_performance(batch, flight_delay, known), performance_intervals(known, flight_delay)
-    short = f"the outcomes of {days} day(s) are known, which are fewer than 7"
+    short = f"outcomes of {number_of(days, 'day')} are known, fewer than 7"
     assert (short in reasons(table)) == (days < 7) == (table.loc["log_loss", "state"] == "doubtful")
     assert table["estimate"].notna().all() and found["value"].notna().all()
     assert table["low"].isna().all() == found["low"].isna().all() == (days == 1), "how days differ, one day can't tell"

@@ -303,7 +303,7 @@ def test_the_model_learns_something(quarter: Quarter, january: pd.DataFrame, mod
 @pytest.mark.parametrize("rows", [slice(0, 0), slice(None)])
 def test_training_refuses_a_single_class(january: pd.DataFrame, rows: slice) -> None:
     punctual = january[january["label"] == 0].iloc[rows]
-    with pytest.raises(ExperimentError, match=f"rows of both classes, but {len(punctual)} rows hold"):
+    with pytest.raises(ExperimentError, match=f"rows of both classes, but the labels of {len(punctual):,} rows are"):
         train(punctual, flight_delay, QUICK)
 
 

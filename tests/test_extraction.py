@@ -52,7 +52,7 @@ def test_a_model_that_says_always_the_same_gives_nothing_away() -> None:
 
 @pytest.mark.parametrize("counts", [[], [19], [1201]])
 def test_more_answers_than_rows_or_too_few_are_refused(counts: list[int]) -> None:
-    with pytest.raises(AttackError, match="1200 rows can't give"):
+    with pytest.raises(AttackError, match="1,200 rows can't give"):
         extraction(score, QUERIES, FRESH, 0.5, counts=counts)
 
 

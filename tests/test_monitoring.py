@@ -277,7 +277,7 @@ def test_a_report_says_what_cannot_be_judged(tmp_path: Path) -> None:
     then = months_of(steady=[9, 9, 9], shaky=[9, 9, 9])
     report = MonthReport(MARCH, "x@1", drift(then, then.head(8), ["steady", "shaky"]), pd.DataFrame(), math.nan)
     page = write_report(report, tmp_path / "report.html").read_text()
-    assert "0 of 2 features raise an alarm. 2 can't be judged: the month has too few rows." in page
+    assert "An alarm for 0 of 2 features. 2 can't be judged: the month has too few rows." in page
 
 
 def test_missing_values_are_counted_before_and_now() -> None:

@@ -372,7 +372,7 @@ def test_a_month_without_rows_or_two_rows_with_one_key_are_refused(own: Quarter,
         materialise(own.settings, flight_delay, own.features, [FEBRUARY, "2013-07"])
     twice = pd.concat([february, february.head(2)])
     reference, _ = replace_months(own.settings, "flight-delay/features", twice, derived=True)
-    with pytest.raises(FeatureTableError, match=r"2 rows have the key of another one. time_hour, minute, carrier"):
+    with pytest.raises(FeatureTableError, match=r"rows with the key of another one: 2. time_hour, minute, carrier"):
         materialise(own.settings, flight_delay, reference, [FEBRUARY])
 
 

@@ -219,7 +219,7 @@ def test_honest_answers_are_verified_in_a_clean_process(
 
 
 def test_nothing_runs_without_a_yes(built: BuiltPortfolio) -> None:
-    with pytest.raises(PortfolioError, match=r"code of .* has to run here") as told:
+    with pytest.raises(PortfolioError, match=r"code of .* has to run for ") as told:
         verify_portfolio(built.path)
     assert told.value.exit_status == 2 and "--run" in str(told.value)
 

@@ -709,7 +709,7 @@ def test_of_a_request_only_rows_that_prove_something_are_compared() -> None:
     assert counts.callers["3"].pairs[""].count == 1
     assert counts.left_out["unlike the training"] == 3
     assert counts.left_out["not looked up in the feature table"] >= 1
-    assert "rows don't count: unlike the training" in decide_release(release_of(), counts, 0).reason
+    assert "rows, unlike the training" in decide_release(release_of(), counts, 0).reason
 
 
 def test_where_there_is_a_feature_table_whole_records_count_only_if_somebody_says_so() -> None:

@@ -1,4 +1,5 @@
-"""A run with `--no-skips` or `--time-limit` fails when one is left out, or too slow; `--thorough` asks for more."""
+"""A run with `--no-skips` or `--time-limit` fails when one is left out, or too slow; `--thorough` asks for more, and
+`--second-try` tries alone what has failed."""
 
 import os
 import subprocess
@@ -13,10 +14,10 @@ TESTS = Path(__file__).resolve().parent
 def outcome(folder: Path, test: str, *options: str) -> tuple[int, str]:
     """What a run of one small test file comes to."""
     (folder / "test_it.py").write_text(f"import pytest, subprocess, sys, time\n\n{test}\n")
-    (folder / "pytest.ini").write_text("[pytest]\nmarkers =\n  slow\n  thorough\n")
-    program = f"import sys; sys.path.insert(0, {str(TESTS)!r}); import pytest; sys.exit(pytest.main(sys.argv[1:]))"
-    command = [sys.executable, "-c", program, "-p", "xdist", "-p", "run_rules", *options, str(folder)]
-    alone = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    settings = "[pytest]\naddopts = -p xdist -p run_rules\nmarkers =\n  slow\n  thorough\n"
+    (folder / "pytest.ini").write_text(settings)
+    command = [sys.executable, "-m", "pytest", *options, str(folder)]
+    alone = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": str(TESTS)}
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=alone)
     return done.returncode, done.stdout
 
@@ -82,3 +83,50 @@ def test_what_takes_an_hour_is_for_a_thorough_run(tmp_path: Path, options: list[
     status, found = outcome(tmp_path, KILLED, "-s", *options)
     assert status == 0
     assert all(each in found for each in said), found
+
+
+DISTURBED = """
+from pathlib import Path
+
+def test_one():
+    tries = Path(__file__).with_name("tries.txt")
+    tries.open("a").write("once ")
+    assert len(tries.read_text().split()) > {}, "too early"
+
+@pytest.mark.parametrize("number", range({}))
+def test_wrong(number):
+    assert False
+"""
+
+
+@pytest.mark.parametrize("side_by_side", [[], ["-n2"]], ids=["alone", "beside others"])
+@pytest.mark.parametrize(
+    ("fails", "wrong", "options", "status", "tries"),
+    [
+        (0, 0, ["--second-try=2"], 0, 1),
+        (1, 0, [], 1, 1),
+        (1, 0, ["--second-try=2"], 0, 2),
+        (2, 0, ["--second-try=2"], 1, 2),
+        (1, 1, ["--second-try=2"], 1, 2),
+        (1, 2, ["--second-try=2"], 1, 1),
+    ],
+)
+def test_what_failed_is_tried_once_more_and_named(
+    tmp_path: Path, side_by_side: list[str], fails: int, wrong: int, options: list[str], status: int, tries: int
+) -> None:
+    found, said = outcome(tmp_path, DISTURBED.format(fails, wrong), *options, *side_by_side)
+    assert (found, len((tmp_path / "tries.txt").read_text().split())) == (status, tries), said
+    assert ("passed alone, to be fixed" in said) == (status == 0 and tries == 2)
+    assert status or tries < 2 or said.splitlines()[-1] == "test_it.py::test_one", "it is said last"
+
+
+def test_a_rule_is_kept_at_the_second_try_too(tmp_path: Path) -> None:
+    slow_once = "def test_one():\n    path = __file__ + '.tried'\n"
+    slow_once += "    time.sleep(0.01 if __import__('os').path.exists(path) else 0.5); open(path, 'w')"
+    assert outcome(tmp_path, slow_once, "--time-limit=0.1", "--second-try=2")[0] == 0
+    found, said = outcome(tmp_path, WAITS.format(""), "--time-limit=0.1", "--second-try=2")
+    assert found == 1 and "make it faster" in said.splitlines()[-1]
+    found, said = outcome(tmp_path, SKIPPED.format("redis is not there"), "--no-skips", "--second-try=2")
+    assert found == 1 and "once more" not in said
+    found, said = outcome(tmp_path, "import nothing_of_this_name\ndef test_one(): assert False", "--second-try=2")
+    assert found != 0 and "once more" not in said

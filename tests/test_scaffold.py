@@ -206,7 +206,7 @@ def test_what_can_be_seen_in_a_table_is_seen() -> None:
     assert (answers["first"], answers["train_last"], answers["test_last"]) == ("2024-01", "2024-03", "2024-04")
     barely = pd.concat([TABLE.assign(when=TABLE["when"].str.replace("2024", "2023")).head(1), *[TABLE] * 8])
     answers_too, left = describe_table(barely, {"label": "late"})
-    assert (answers_too["first"], left) == ("2024-01", ["2023-01: a month with 1 rows"]), "it is no month to learn from"
+    assert (answers_too["first"], left) == ("2024-01", ["2023-01: a month with 1 row"]), "it is no month to learn from"
     assert (answers["roc_auc"], round(answers["pr_auc"], 1)) == (0.5, 0.3), "what a guess reaches"
 
 

@@ -133,7 +133,7 @@ def test_late_rows_of_a_month_that_nobody_delivered_are_never_a_whole_one(settin
     case = replace(mist, tables=(table,), read=lambda month, source: both)
     delivery = ingest(settings, case, FEBRUARY)
     checked = validate(settings, case, delivery.tables, delivery.periods)
-    assert checked.partial == {JANUARY: f"reports: it was not delivered; {late} late rows are there"}
+    assert checked.partial == {JANUARY: f"reports: it was not delivered, only {late:,} late rows"}
     assert checked.rows["reports"] == len(both["reports"])
 
 
@@ -188,7 +188,7 @@ def test_missing_values_stay_missing_whatever_they_are_called(reports: Tables) -
         (lambda made: made.drop(columns="due"), r"features of mist \(mist:changed\) have no column due"),
         (lambda made: made.drop(columns=["period", "origin"]), "have no column origin, period"),
         (lambda made: made.iloc[::2], "the features of mist lack 357 of the 714 rows of reports, and have 0 others"),
-        (lambda made: pd.concat([made, made.head(3)]), "3 rows of the features of mist have the key of another one"),
+        (lambda made: pd.concat([made, made.head(3)]), "the features of mist have 3 rows with the key of another one"),
         (lambda made: made.assign(origin="XXX").drop_duplicates("time_hour"), "lack 714 of the 714 .* 239 others"),
         (lambda made: made[["origin", "time_hour", "period", "due"]], "mist has no feature"),
         (lambda made: made.assign(predicted_at=made["due"]), "are those of 0:00:00 before due, but its horizon is 3:"),

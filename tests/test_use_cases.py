@@ -127,7 +127,7 @@ def test_a_second_use_case_goes_all_the_way_and_never_speaks_of_a_flight(shared:
     assert set(scored["model"]) == {LIVE}
     assert set(scored["period"]) == {MARCH, "2013-04"}
     shared.texts += ask_all(shared.home)
-    assert "1 files are in mist/predictions_online@1" in shared.run("collect-predictions", "--use-case", "mist:mist")
+    assert "1 file in mist/predictions_online@1" in shared.run("collect-predictions", "--use-case", "mist:mist")
     shared.texts.pop()  # it says that the other use case's predictions wait, by its name
     shared.run("release", "start", OTHER, "--strategy", "shadow")
     assert OTHER in shared.run("release", "status", "--use-case", "mist")

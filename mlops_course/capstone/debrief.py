@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mlops_course.capstone.gameday import Game, Played, fault_catalogue, game_folder, score_game
 from mlops_course.environment import Settings, write_atomic
+from mlops_course.wording import number_of
 
 # %% auto #0
 __all__ = ['debrief_markdown', 'write_debrief']
@@ -57,7 +58,7 @@ def debrief_markdown(
     day = datetime.fromtimestamp(game.began, UTC).strftime("%d %B %Y, %H:%M UTC")
     lost = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in game.lost.items())
     head = f"""# Game day of {game.use_case}
-{day}, seed {game.seed}, {len(game.faults)} faults, {_clock(game.ended)} minutes:
+{day}, seed {game.seed}, {number_of(len(game.faults), 'fault')}, {_clock(game.ended)} minutes:
 **{score["total"]:.0f} of 100 points**.
 
 - Wrong guesses: {_words(", ".join(game.wrong)) or "none"}

@@ -16,6 +16,7 @@ from mlops_course.pipelines.cache.store import CacheStore
 from mlops_course.registry.data_diff import diff_versions, table_key
 from mlops_course.registry.data_versions import list_tables, newest_version
 from mlops_course.registry.restoring import restore_version
+from mlops_course.wording import number_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -100,7 +101,7 @@ def _compared(scene: Scene, facts: Facts) -> str:
     newest = newest_version(scene.settings, name)
     key = table_key(scene.use_case, name)
     found = diff_versions(scene.settings, f"{name}@{newest - 1}", f"{name}@{newest}", key)
-    told = f"{found.before} to {found.after}, {', '.join(found.months)}: {found.added} rows added"
+    told = f"{found.before} to {found.after}, {', '.join(found.months)}: {number_of(found.added, 'row')} added"
     return "" if found.same else f"{told}, {found.removed} removed, {found.changed} changed {found.cells or ''}".strip()
 
 

@@ -278,7 +278,7 @@ cards.releases = { needs: ['releases'], draw: ({ releases }) => [
 cards.ledger = { needs: ['ledger'], draw: ({ ledger }) => !ledger ? [soft('It can not be read.')] : [
   make('p', '', ledger.sound ? make('span', 'good', 'Every line is as it was written.')
     : make('span', 'bad', ledger.problem), ' ',
-    link(ledger.sound ? `all ${ledger.count} lines` : 'the lines', ledger.proof)),
+    link(ledger.sound ? ledger.count === 1 ? 'the line' : `all ${ledger.count} lines` : 'the lines', ledger.proof)),
   ledger.entries.length ? table('Ledger', ['#no.', 'time', 'event', 'subject', 'by', 'why'],
     ledger.entries.map((each) => [link(String(each.number), each.proof), clock(each.time), each.event,
       each.subject, each.by, each.reason])) : null] };

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from mlops_course.environment import CourseError
 from mlops_course.framing import Costs
 from mlops_course.project import SuccessMetrics, Table, UseCase
+from mlops_course.wording import number_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -54,7 +55,8 @@ def read_own_table(
     except (OSError, ValueError) as error:
         raise OwnDataError(f"can't read {path}: {str(error).splitlines()[0]}", "Save it as CSV, in UTF-8") from error
     if frame.empty or frame.shape[1] < 2:
-        raise OwnDataError(f"{path} is not a table: {frame.shape[0]} rows, {frame.shape[1]} columns", "Look into it")
+        shape = ", ".join(map(number_of, frame.shape, ("row", "column")))
+        raise OwnDataError(f"{path} is not a table: {shape}", "Look into it")
     return frame.apply(_with_points) if separator != "," else frame
 
 # %% ../../nbs/internals/14_own_data.ipynb #0e140008

@@ -17,6 +17,7 @@ from mlops_course.environment import CourseError, Settings, write_atomic
 from mlops_course.experiments import DEFAULTS
 from mlops_course.monitoring.retraining import RetrainingPolicy
 from mlops_course.project import DEFAULT_USE_CASE, find_use_case
+from mlops_course.wording import number_of
 
 # %% auto #0
 __all__ = ['REPLAY_LIMITS', 'ReplayError', 'ReplayPlan', 'plan_replay', 'replay_settings', 'Journal']
@@ -78,7 +79,7 @@ def plan_replay(
     if plan.last < plan.begin:
         raise ReplayError(f"the replay would end with {plan.last}, before it begins with {plan.begin}", "Swap them")
     if plan.rows is not None and plan.rows < 100:
-        raise ReplayError(f"{plan.rows} rows of a month say nothing", "Take 100 or more, or all")
+        raise ReplayError(f"too few to judge a month by: {number_of(plan.rows, 'row')}", "Take 100 or more, or all")
     return plan
 
 # %% ../../nbs/internals/14_replay_plan.ipynb #88cbbffb

@@ -16,6 +16,7 @@ from mlops_course.capstone.replay_plan import Journal, ReplayError, ReplayPlan
 from mlops_course.data import (
     build_features, ingest, newest_reference, parse_month, read_table, replace_months, table_name, validate,
 )
+from mlops_course.wording import number_of
 
 # %% auto #0
 __all__ = ['BEGINNING', 'MONTH_STEPS', 'ReplayState', 'begin_year']
@@ -256,7 +257,8 @@ def _send_requests(state: ReplayState, reference: str, month: str) -> None:
             client.ask("/predict", {"key": key})
         sent += 100
         if sent >= _MOST:
-            take_back(state.settings, state.use_case, f"no decision after {sent} requests", reference, "replay")
+            reason = f"no decision after {number_of(sent, 'request')}"
+            take_back(state.settings, state.use_case, reason, reference, "replay")
             break
     client.close()
 

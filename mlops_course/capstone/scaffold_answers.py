@@ -20,6 +20,7 @@ from mlops_course.data.tables import months, parse_month
 from mlops_course.environment import CourseError
 from mlops_course.framing import Costs
 from mlops_course.project import read_delivery
+from mlops_course.wording import number_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -189,7 +190,8 @@ def _whole_months(period: pd.Series) -> tuple[list[str], list[str]]:
     rows = period.value_counts().sort_index()
     enough = rows.index[rows >= rows.median() / 10]
     whole = rows.loc[enough[0] : enough[-1]]
-    return list(whole.index), [f"{name}: a month with {rows[name]} rows" for name in rows.index.difference(whole.index)]
+    left_out = rows.drop(whole.index)
+    return list(whole.index), [f"{name}: a month with {number_of(count, 'row')}" for name, count in left_out.items()]
 
 # %% ../../nbs/internals/14_scaffold_answers.ipynb #71891bdd
 def _split_months(periods: list[str], given: dict[str, Any]) -> dict[str, str]:

@@ -16,6 +16,7 @@ from mlops_course.capstone.replay_plan import Journal
 from mlops_course.data import parse_month
 from mlops_course.environment import write_atomic
 from mlops_course.project import find_use_case
+from mlops_course.wording import number_of
 
 # %% auto #0
 __all__ = ['LINES', 'MonthStory', 'year_story', 'year_totals', 'story_document', 'loss_picture', 'decision_grid', 'month_text',
@@ -211,7 +212,7 @@ def month_text(
 ) -> list[str]:  # sentences
     """Tell a month."""
     months = parse_month(each.month).start_time
-    said = [f"{each.rows:,} rows, scored by {each.model}."]
+    said = [f"{number_of(each.rows, 'row')}, scored by {each.model}."]
     if each.release:
         version, status = each.release.split(" ", 1)
         said.insert(0, f"A canary began the month: {version} was {status}.")
@@ -281,11 +282,11 @@ def totals_text(
     totals, released = year_totals(story), [each.release for each in story if each.release.endswith("promoted")]
     said = [
         f"{LINES[name].capitalize()}: log loss {total['log_loss']:.4f} over all rows"
-        f" ({total['against_monthly']:+.1%} against training each month), {int(total['trainings'])} trainings."
+        f" ({total['against_monthly']:+.1%} against training each month), {number_of(total['trainings'], 'training')}."
         for name, total in totals.items()
     ]
     gates = [each.gate for each in story if each.gate]
-    passed = f"Of {len(gates)} challengers the gate let {gates.count('promote')} through"
+    passed = f"Of {number_of(len(gates), 'challenger')} the gate let {gates.count('promote')} through"
     said.append(f"{passed}; {len(released)} came into production.")
     alarms = [_short(each.month) for each in story if each.verdict == "alarm"]
     return [*said, f"Monitoring raised an alarm in {', '.join(alarms)}." if alarms else "Monitoring raised no alarm."]

@@ -12,6 +12,7 @@ import typer
 
 from mlops_course.commands import Approver, AsJson, Because, By, DefinedCase, Home, defined_case, settings_of
 from mlops_course.console import print_all, print_json, table
+from mlops_course.wording import number_of
 
 if TYPE_CHECKING:
     from mlops_course.environment import Settings
@@ -175,8 +176,8 @@ def _prune(
     if as_json:
         print_json({"versions": [vars(fate) for fate in fates], "files": files, "bytes": size})
     else:
-        would = f"{sum(not fate.keep for fate in fates)} versions would go; nothing was deleted"
-        _show_fates(fates, would if dry_run else f"{files} files deleted, {size:,} bytes freed")
+        would = f"{number_of(sum(not fate.keep for fate in fates), 'version')} would go; nothing was deleted"
+        _show_fates(fates, would if dry_run else f"{number_of(files, 'file')} deleted, {size:,} bytes freed")
 
 # %% ../../nbs/internals/cli_data.ipynb #fcb5ae03
 def _show_lineage(part: "Lineage", use_case: str, form: str) -> None:

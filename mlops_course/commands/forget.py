@@ -13,6 +13,7 @@ import typer
 
 from mlops_course.commands import AsJson, Because, By, DefinedCase, Home, defined_case, settings_of
 from mlops_course.console import print_all, print_json, table
+from mlops_course.wording import number_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -88,7 +89,8 @@ def _tell_search(
 def _show_models(models: "Iterable[SeenBy]") -> None:
     """Which models saw the rows."""
     for each in models:
-        seen = "that isn't here any more: nobody can tell" if each.rows is None else f"with {each.rows} such rows"
+        gone = "that isn't here any more: nobody can tell"
+        seen = gone if each.rows is None else f"with {number_of(each.rows, 'such row')}"
         typer.echo(f"{each.model} was trained on {each.table}, {seen}. To be sure, train again without them")
 
 # %% ../../nbs/internals/cli_forget.ipynb #e155fec0
@@ -155,6 +157,6 @@ def _expire(
         print_json(msgspec.to_builtins({"found": done.found, "left": done.left}))
     else:
         _show(done.found, "too old, and nothing was deleted" if dry_run else "too old")
-        typer.echo(f"{sum(each.rows for each in done.left)} rows are left")
+        typer.echo(f"left: {number_of(sum(each.rows for each in done.left), 'row')}")
     if done.left and not dry_run:
         raise typer.Exit(1)

@@ -16,6 +16,7 @@ import typer
 
 from mlops_course.commands import AsJson, Home, settings_of
 from mlops_course.console import print_json
+from mlops_course.wording import number_of
 
 # %% ../../nbs/internals/cli_learn.ipynb #a284c6eb
 learn_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -326,7 +327,7 @@ def _update(
     if as_json:
         return print_json([vars(each) for each in found])
     for each in found or []:
-        counts = f"{each.replaced} cells replaced, {each.added} added, {each.removed} removed"
+        counts = f"{number_of(each.replaced, 'cell')} replaced, {each.added} added, {each.removed} removed"
         typer.echo(f"{each.notebook}: {counts if each.changed else 'nothing new'}")
         for line in each.kept:
             typer.echo(f"   yours was kept: {line}")

@@ -18,6 +18,7 @@ from mlops_course.commands.data import data_commands, lineage_commands
 from mlops_course.commands.doctor import doctor_commands
 from mlops_course.commands.readiness import readiness_commands
 from mlops_course.console import print_all, print_json, show, table
+from mlops_course.wording import number_of
 
 if TYPE_CHECKING:
     from mlops_course.environment import Settings
@@ -151,7 +152,8 @@ def _prune_cache(
     if as_json:
         print_json(vars(pruned))
     else:
-        typer.echo(f"{pruned.entries} entries and {pruned.copies} copies removed, {pruned.bytes:,} bytes freed")
+        entries, copies = number_of(pruned.entries, "entry", "entries"), number_of(pruned.copies, "copy", "copies")
+        typer.echo(f"removed {entries} and {copies}, {pruned.bytes:,} bytes freed")
 
 # %% ../../nbs/internals/cli_look.ipynb #1d4f1db2
 @_cache_app.command("verify")

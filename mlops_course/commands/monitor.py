@@ -12,6 +12,7 @@ import typer
 
 from mlops_course.commands import AsJson, DefinedCase, Home, defined_case, settings_of
 from mlops_course.console import print_all, print_json, table
+from mlops_course.wording import number_of
 
 if TYPE_CHECKING:
     from mlops_course.environment import Settings
@@ -42,7 +43,8 @@ def _lines(review: "MonthReview") -> list[object]:
     shown: list[object] = [*told, table("metric,#estimate,limits,state,#true", _metric_rows(review))]
     if len(moved):
         names = ", ".join(moved.index)
-        shown.append(f"{int(report.drift['alarm'].sum())} of {len(report.drift)} features have moved, most: {names}")
+        rang, features = int(report.drift["alarm"].sum()), number_of(len(report.drift), "feature")
+        shown.append(f"moved: {rang} of {features}, most: {names}")
     if report.seasonal:
         shown.append(f"{len(report.seasonal)} more are unlike the training, as other months were")
     return [*shown, f"report: {review.page}"]

@@ -13,6 +13,7 @@ import typer
 
 from mlops_course.commands import AsJson
 from mlops_course.console import print_json
+from mlops_course.wording import number_of
 
 # %% ../../nbs/internals/cli_new.ipynb #32f7e687
 new_commands = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -65,7 +66,7 @@ def _show_update(folder: Path, as_json: bool) -> None:
     if not done.changed:
         typer.echo(f"{done.folder}: nothing to do, it has template {done.after} already")
         return
-    typer.echo(f"{done.folder}: template {done.before} -> {done.after}, {len(done.changed)} files changed")
+    typer.echo(f"{done.folder}: template {done.before} -> {done.after}, {number_of(len(done.changed), 'file')} changed")
     for each in done.changed:
         typer.echo(f"{'decide ' if each in done.conflicts else 'changed'} {each}")
     typer.echo("Look at it with git diff, decide between <<<<<<< and >>>>>>> where you must, then: make export test")

@@ -13,6 +13,7 @@ import typer
 
 from mlops_course.commands import AsJson, Home, settings_of
 from mlops_course.console import print_json
+from mlops_course.wording import number_of
 
 # %% ../../nbs/internals/cli_portfolio.ipynb #4e9c1985
 portfolio_commands = typer.Typer(no_args_is_help=True, help="One page from your own runs, which anybody can verify.")
@@ -34,7 +35,8 @@ def _build(
     claims, size = made.portfolio.exercises, output.stat().st_size
     if as_json:
         return print_json({"page": str(output), "bytes": size, "exercises": [*claims], "notices": made.notices})
-    typer.echo(f"{output}: {len(claims)} exercises, {len(made.portfolio.labs)} labs, {size / 1000:,.0f} kB")
+    exercises, labs = number_of(len(claims), "exercise"), number_of(len(made.portfolio.labs), "lab")
+    typer.echo(f"{output}: {exercises}, {labs}, {size / 1000:,.0f} kB")
     for notice in made.notices:
         typer.echo(f"note: {notice}", err=True)
     typer.echo(f"Before you send it: mlops-course portfolio verify {output} --run")

@@ -36,6 +36,6 @@ def _scan(
             typer.echo(f"{place}, {each.part}, line {each.line}: {each.kind} {each.shown} (digest {each.digest})")
         large = f"; too large: {', '.join(report.too_large)}" if report.too_large else ""
         large += f"; not read: {', '.join(report.unread)}" if report.unread else ""
-        typer.echo(f"secrets found: {len(report.found)}, in {report.files} files{large}", err=bool(report.found))
+        typer.echo(f"secrets found: {len(report.found)}, files read: {report.files}{large}", err=bool(report.found))
     if report.found:
         raise typer.Exit(1)

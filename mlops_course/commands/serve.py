@@ -19,6 +19,7 @@ import typer
 
 from mlops_course.commands import AsJson, Case, DefinedCase, Home, defined_case, served_settings, settings_of
 from mlops_course.console import print_json
+from mlops_course.wording import number_of
 
 if TYPE_CHECKING:
     from mlops_course.environment import Settings
@@ -265,9 +266,11 @@ def _tell_collected(settings: "Settings", case: "UseCase", as_json: bool) -> Non
     if as_json:
         print_json(asdict(found))
         return
-    typer.echo(f"{found.rows:,} predictions of {found.segments} files are in {found.table or 'no table yet'}")
+    rows, files = number_of(found.rows, "prediction"), number_of(found.segments, "file")
+    typer.echo(f"{rows} of {files} in {found.table or 'no table yet'}")
     if found.torn or found.set_aside:
-        typer.echo(f"{found.torn} unfinished lines left out, {found.set_aside} files set aside (*.bad)", err=True)
+        torn, aside = number_of(found.torn, "unfinished line"), number_of(found.set_aside, "file")
+        typer.echo(f"{torn} left out, {aside} set aside (*.bad)", err=True)
     if others := others_waiting(settings, case.name):
         typer.echo(f"those of {', '.join(others)} wait: name each with --use-case", err=True)
 
@@ -312,8 +315,8 @@ def _inbox(
     def tell(scored: ScoredFile) -> None:
         nonlocal rejected
         rejected += scored.status == "rejected"
-        line = f"{scored.file}: {scored.status}, {scored.rows} rows in {scored.seconds:.2f} s {scored.reason}".rstrip()
-        print(json.dumps(vars(scored), ensure_ascii=False) if as_json else line, flush=True)
+        told = f"{scored.status}, {number_of(scored.rows, 'row')} in {scored.seconds:.2f} s {scored.reason}".rstrip()
+        print(json.dumps(vars(scored), ensure_ascii=False) if as_json else f"{scored.file}: {told}", flush=True)
 
     verify = vouched_by(settings, signed, as_json)
     with interruptible():

@@ -26,6 +26,7 @@ from mlops_course.course.checking import (
     records_of,
     run_notebook,
 )
+from mlops_course.wording import number_of
 
 # %% ../../nbs/internals/01_prove.ipynb #5e0c81ac
 from mlops_course.course.copies import make_copy
@@ -227,7 +228,7 @@ def prove(
 
 def _prove_quiz_and_lab(lesson: Lesson, home: Path) -> list[Proof]:
     broken = prove_lab(lesson, home, _in_warm_process) if lesson.lab else ["there is none"]
-    quiz = Proof("quiz", bool(lesson.questions), f"{len(lesson.questions)} questions")
+    quiz = Proof("quiz", bool(lesson.questions), number_of(len(lesson.questions), "question"))
     return [quiz, Proof("lab", not broken, "; ".join(broken))]
 
 # %% ../../nbs/internals/01_prove.ipynb #e9b21db4

@@ -14,6 +14,7 @@ from pathlib import Path
 from mlops_course.course.lessons import Lesson, Question
 from mlops_course.course.progress import edit_progress, section_of
 from mlops_course.environment import CourseError
+from mlops_course.wording import number_of
 
 # %% ../../nbs/internals/01_quiz.ipynb #3c6e48ca
 class AnswerError(CourseError):
@@ -72,7 +73,7 @@ def mark_all(
     if len(answers) != len(lesson.questions):
         there = len(lesson.questions)
         remedy = "Give one for each, like --answers a,c,bd"
-        raise AnswerError(f"{len(answers)} answers were given to {there} questions", remedy)
+        raise AnswerError(f"{number_of(len(answers), 'answer')} to {number_of(there, 'question')}", remedy)
     marked = [mark(question, answer) for question, answer in zip(lesson.questions, answers, strict=True)]
     with edit_progress(home) as document:
         part = section_of(document, lesson.number)["quiz"]

@@ -14,6 +14,7 @@ import pandas as pd
 from mlops_course.data.tables import DataError, read_table, replace_months, table_name, table_version
 from mlops_course.environment import Settings
 from mlops_course.project import Table, UseCase
+from mlops_course.wording import number_of
 
 if TYPE_CHECKING:
     import pandera.pandas as pandera
@@ -61,7 +62,7 @@ def _refuse(column: pd.Series, wrong: pd.Series, table: str | None, expected: st
     """Name the table, the column, the first wrong value and how many there are."""
     row = int(np.flatnonzero(wrong)[0])
     value = column.iloc[row]
-    found = f"row {row} holds {repr(value) if isinstance(value, str) else value} ({int(wrong.sum())} such rows)"
+    found = f"row {row} holds {repr(value) if isinstance(value, str) else value} ({number_of(wrong.sum(), 'such row')})"
     raise DataError(
         f"{table}.{column.name} must hold {expected}, but {found}", "Nothing was taken in; ask for a corrected delivery"
     )

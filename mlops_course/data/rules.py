@@ -23,6 +23,7 @@ from mlops_course.data.tables import (
 )
 from mlops_course.environment import Settings
 from mlops_course.project import MIN_TABLE_ROWS, Table, UseCase, is_placeholder
+from mlops_course.wording import number_of
 
 if TYPE_CHECKING:
     import pandera.pandas as pandera
@@ -222,7 +223,7 @@ def _check_month(
     if missing and period in delivered:
         remedy = "Ask the supplier for the rest, and ingest that delivery again"
         raise DataError(f"{table.name} of {period} is not whole: {missing}", remedy)
-    return good, report, missing or ("" if whole else f"it was not delivered; {len(rows)} late rows are there")
+    return good, report, missing or ("" if whole else f"it was not delivered, only {number_of(len(rows), 'late row')}")
 
 # %% ../../nbs/internals/05_rules.ipynb #9b87d62d
 def check_months(

@@ -18,6 +18,7 @@ import pandas as pd
 from mlops_course.data.deliveries import row_months
 from mlops_course.data.tables import DataError
 from mlops_course.project import Table, UseCase, load_object
+from mlops_course.wording import number_of
 
 # %% auto #0
 __all__ = ['check_delivery', 'check_row_months', 'labels', 'make_features']
@@ -177,12 +178,13 @@ def _keys(frame: pd.DataFrame, key: list[str]) -> np.ndarray:
 
 def _require_rows(use_case: UseCase, features: pd.DataFrame, rows: pd.DataFrame) -> None:
     """Each row has features, once, and nothing else has."""
-    key, whole = list(use_case.key), f"the {len(rows)} rows of {use_case.tables[0].name}"
+    key, whole = list(use_case.key), f"the {number_of(len(rows), 'row')} of {use_case.tables[0].name}"
     if len(features) == len(rows) and np.array_equal(_keys(features, key), _keys(rows, key)):
         return
     remedy = f"Correct {use_case.features}: one row of features for each row"
     if twice := int(features.duplicated(key).sum()):
-        raise DataError(f"{twice} rows of the features of {use_case.name} have the key of another one", remedy)
+        again = number_of(twice, "row")
+        raise DataError(f"the features of {use_case.name} have {again} with the key of another one", remedy)
     both = rows[key].merge(features[key], on=key, how="outer", indicator=True)
     lost, extra = ((both["_merge"] == side).sum() for side in ("left_only", "right_only"))
     if lost or extra:

@@ -24,6 +24,7 @@ from mlops_course.pipelines import list_runs
 from mlops_course.serving.bundle import case_folder, find_bundle
 from mlops_course.serving.inference import load_predictor
 from mlops_course.serving.publishing import for_case, live_bundle
+from mlops_course.wording import number_of
 
 # %% auto #0
 __all__ = ['run_config', 'check_reproducible', 'check_model_code', 'whole_run', 'check_pipeline', 'check_validated',
@@ -96,7 +97,7 @@ def check_pipeline(evidence: Evidence) -> Finding:
     runs = list_runs(evidence.settings)
     found = whole_run(runs, evidence.champion)
     if found is None:
-        problem = f"{len(runs)} runs of pipelines, and none made {evidence.champion} from end to end"
+        problem = f"{number_of(len(runs), 'run')} of pipelines, and none made {evidence.champion} from end to end"
         return Finding(False, problem, "Run: mlops-course run training")
     return Finding(True, f"runs/{found[0]}: {found[1]} stages, from raw data to the bundle of {evidence.champion}")
 

@@ -20,6 +20,7 @@ from mlops_course.experiments import DEFAULTS, TrainingConfig, run_value
 from mlops_course.experiments.evaluation import row_losses
 from mlops_course.framing import constant_scores, rate_scores
 from mlops_course.project import UseCase, local_day
+from mlops_course.wording import number_of
 
 # %% auto #0
 __all__ = ['LEAST_CORRELATION', 'LEAST_DAYS', 'LEAST_TRIALS', 'LEAST_VARIED', 'WIDEST', 'MOST_UNFAIR', 'commit_problem',
@@ -92,7 +93,7 @@ def check_tuned(evidence: Evidence) -> Finding:
     searches = runs[runs["tags.best_run"].notna()] if "tags.best_run" in runs else runs.iloc[:0]
     if searches.empty:
         remedy = "Run `search` of section 6 with its `settings`, on months before the test"
-        return Finding(False, f"{len(runs)} runs in MLflow, and none is a search", remedy)
+        return Finding(False, f"{number_of(len(runs), 'run')} in MLflow, and none is a search", remedy)
     problems = [_search_problem(evidence, row) for _, row in searches.iterrows()]
     best = next((at for at, problem in enumerate(problems) if not problem), None)
     if best is None:

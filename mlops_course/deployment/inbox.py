@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlops_course.environment import CourseError, workspace_error, write_atomic
+from mlops_course.wording import number_of
 
 if TYPE_CHECKING:
     from filelock import FileLock
@@ -178,6 +179,6 @@ def _recover_file(inbox: Inbox, path: Path) -> str:  # why it was set aside; emp
         if target != notes:
             notes.replace(target)
         return ""
-    reason = f"the process that scored it died, {deaths} times"
+    reason = f"the process that scored it died, {number_of(deaths, 'time')}"
     set_aside(inbox, path, reason)
     return reason

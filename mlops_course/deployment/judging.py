@@ -21,6 +21,7 @@ from mlops_course.deployment.releases import MAX_SLICES, Release, ReleaseLimits
 from mlops_course.deployment.statistics import (
     BUCKETS, FASTEST, buckets_between, mean_interval, quantile_buckets, share_interval, times_of,
 )
+from mlops_course.wording import number_of
 
 # %% auto #0
 __all__ = ['Check', 'judge_counts', 'judge_recent', 'ReleaseDecision', 'decide_release']
@@ -266,7 +267,7 @@ def _missing(
     missing += [f"no row of {name} could be compared" for name in _never_compared(counts)[:3]]
     many = f"{counted:.0f} of {rows} rows count: no caller for more than {limits.caller_share:.0%}"
     missing += [f"{many} (caller_share; behind a proxy: --trusted-proxy)"] if unsure and counted < rows / 2 else []
-    missing += [f"{many} rows don't count: {why}" for why, many in counts.left_out.items() if unsure]
+    missing += [f"not counted: {number_of(many, 'row')}, {why}" for why, many in counts.left_out.items() if unsure]
     return [*missing, *(f"not sure yet: {check}" for check in list(dict.fromkeys(unsure))[:3])]
 
 
@@ -284,7 +285,7 @@ def _go_on(release: Release, counts: Counts, checks: list[Check]) -> ReleaseDeci
     """Nothing is missing: the next step, or the end."""
     small = sorted({check.slice for check in checks if check.verdict == "insufficient"})
     rest, answered = _largest_slices(counts)[MAX_SLICES:], _candidate_answered(release, counts)
-    reason = f"all limits held over {answered} requests"
+    reason = f"all limits held over {number_of(answered, 'request')}"
     reason += f"; too few rows to judge {', '.join(small)}" if small else ""
     reason += f"; more slices than are judged: {', '.join(rest[:5])} ({len(rest)} of them)" if rest else ""
     if release.strategy in ("shadow", "ab"):

@@ -15,6 +15,7 @@ import numpy as np
 from mlops_course.data import labelled_features, month_after, months
 from mlops_course.environment import Settings
 from mlops_course.project import UseCase
+from mlops_course.wording import number_of
 
 if TYPE_CHECKING:
     from sklearn.pipeline import Pipeline
@@ -67,9 +68,8 @@ def time_splits(
     """
     every = months(first, last)
     if len(every) <= min_months:
-        raise ExperimentError(
-            f"{first} to {last} are {len(every)} months, too few for {min_months} of history", "Take more months"
-        )
+        problem = f"{first} to {last} are {number_of(len(every), 'month')}, too few for {min_months} of history"
+        raise ExperimentError(problem, "Take more months")
     return [(every[:end], [every[end]]) for end in range(min_months, len(every))]
 
 # %% ../../nbs/06_experiments.ipynb #eb472245

@@ -15,6 +15,7 @@ import pandas as pd
 from mlops_course.data import feature_names
 from mlops_course.environment import CourseError, seed_everything
 from mlops_course.project import UseCase
+from mlops_course.wording import number_of
 
 if TYPE_CHECKING:
     from sklearn.pipeline import Pipeline
@@ -125,7 +126,7 @@ def train(
     label = known_labels(frame)
     if frame["label"].nunique() < 2:
         labels = frame["label"].unique().tolist()
-        problem = f"training needs rows of both classes, but {len(frame)} rows hold the labels {labels}"
+        problem = f"training needs rows of both classes, but the labels of {number_of(len(frame), 'row')} are {labels}"
         raise ExperimentError(problem, "Train on more months")
     seed_everything(config.seed)
     names = feature_names(frame, use_case)

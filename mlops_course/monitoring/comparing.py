@@ -19,6 +19,7 @@ from mlops_course.monitoring.distances import chi_square, cramers_v, js_distance
 from mlops_course.monitoring.floors import (
     ALARM, chance_index, most_by_chance, noise_floor, question_risk, telling_blocks, usual_limit,
 )
+from mlops_course.wording import number_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -193,7 +194,7 @@ def _row(
 def _require_comparable(reference: pd.DataFrame, current: pd.DataFrame, names: list[Any]) -> None:
     """There are rows on both sides, and at least one column is there."""
     if reference.empty or current.empty:
-        problem = f"can't compare {len(reference)} rows with {len(current)} rows"
+        problem = f"can't compare {number_of(len(reference), 'row')} with {number_of(len(current), 'row')}"
         raise MonitoringError(problem, "Name months that hold data")
     if not set(names) & set(current.columns) & set(reference.columns):
         lost = ", ".join(map(str, names[:3]))

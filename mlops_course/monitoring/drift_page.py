@@ -19,6 +19,7 @@ from mlops_course.monitoring.columns import read_pair
 from mlops_course.monitoring.comparing import drift
 from mlops_course.monitoring.distances import stability_index
 from mlops_course.monitoring.floors import ALARM
+from mlops_course.wording import number_of
 
 # %% auto #0
 __all__ = ['write_drift_page']
@@ -176,7 +177,8 @@ def write_drift_page(
     table = drift(reference, current) if table is None else table
     rang = table[table["alarm"]]
     few = int((~table["judged"]).sum())
-    verdict = f"{len(rang)} of {len(table)} columns raise an alarm." + (f" {few} can't be judged." if few else "")
+    verdict = f"An alarm for {len(rang)} of {number_of(len(table), 'column')}."
+    verdict += f" {few} can't be judged." if few else ""
     days = None if time is None else current[time].astype("str")
     body = [f"<h1>{escape(title)}</h1><p>{verdict}</p>", _bars(table)]
     body += [_section(reference, current, name, row, days) for name, row in rang.head(_SECTIONS).iterrows()]

@@ -15,6 +15,7 @@ from mlops_course.environment import CourseError
 from mlops_course.experiments.evaluation import draw_blocks, draw_means, rank_scores, ranking_areas, row_losses
 from mlops_course.framing import Costs, cost_of_decisions
 from mlops_course.project import UseCase, local_day
+from mlops_course.wording import number_of
 
 # %% auto #0
 __all__ = ['Calibration', 'EstimateError', 'learn_calibration', 'known_rows', 'expected_losses', 'expected_metrics',
@@ -41,7 +42,8 @@ def learn_calibration(
 
     label = known_rows(pd.DataFrame({"label": label}))["label"].to_numpy()
     if len(label) < 100 or len(np.unique(label)) < 2:
-        problem = f"can't calibrate on {len(label)} rows with {len(np.unique(label))} class(es)"
+        rows, kinds = number_of(len(label), "row"), number_of(len(np.unique(label)), "class", "classes")
+        problem = f"can't calibrate on {rows} with {kinds}"
         raise EstimateError(problem, "Give a labelled past of some days, with both outcomes in it")
     regression = IsotonicRegression(y_min=0, y_max=1, out_of_bounds="clip").fit(score, label)
     return lambda scores: np.asarray(regression.predict(scores))
@@ -154,13 +156,13 @@ def _doubts(
     """Reasons not to believe an estimate."""
     found = []
     if rows < limits.rows:
-        found.append(f"{rows} rows are fewer than {limits.rows}")
+        found.append(f"{number_of(rows, 'row')}, fewer than {limits.rows:,}")
     if unseen > limits.unseen:
         found.append(f"{unseen:.0%} of the rows look like nothing that the past has")
     if excess is None:
         found.append("too few outcomes of either kind are known that the model wasn't trained on")
     elif days < limits.days:
-        found.append(f"the outcomes of {days} day(s) are known, which are fewer than {limits.days}")
+        found.append(f"outcomes of {number_of(days, 'day')} are known, fewer than {limits.days}")
     elif excess[0] > limits.excess or excess[1] > 0:
         found.append(f"the newest known loss was {excess[0]:+.0%} above what the scores promised")
     return found

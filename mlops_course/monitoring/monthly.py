@@ -16,6 +16,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mlops_course.wording import number_of
+
 # %% auto #0
 __all__ = ['MonthReport', 'monitor_month', 'write_report']
 
@@ -269,7 +271,7 @@ def _verdict_lines(report: MonthReport) -> list[str]:
     """The verdict with its reasons, and how far the features and the scores have moved."""
     table, unjudged = report.drift, int((~report.drift["judged"]).sum())
     few = f" {unjudged} can't be judged: the month has too few rows." if unjudged else ""
-    moved = f"{int(table['alarm'].sum())} of {len(table)} features raise an alarm.{few}"
+    moved = f"An alarm for {int(table['alarm'].sum())} of {number_of(len(table), 'feature')}.{few}"
     if report.seasonal:
         moved += f" {len(report.seasonal)} more are unlike the training, as other months were."
     tested = not math.isnan(report.score_drift)

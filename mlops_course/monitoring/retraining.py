@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout
 
 from mlops_course.data import months
 from mlops_course.environment import CourseError, Settings, write_atomic
+from mlops_course.wording import number_of
 
 if TYPE_CHECKING:
     from mlops_course.project import UseCase
@@ -89,21 +90,21 @@ def _first_rule(policy: RetrainingPolicy, state: ModelState) -> tuple[str, str]:
     if state.drifted >= policy.drift:
         return "drift", f"{state.drifted:.0%} of the features raise an alarm"
     if state.since >= policy.age:
-        return "age", f"the model's training ended {state.since} month{'s' * (state.since > 1)} ago"
+        return "age", f"the model's training ended {number_of(state.since, 'month')} ago"
     if state.since >= policy.new_data * state.trained:
-        return "new data", f"{state.since} new months have come since a training on {state.trained}"
+        return "new data", f"{number_of(state.since, 'new month')} since a training on {state.trained}"
     return "", ""
 
 # %% ../../nbs/internals/12_retraining.ipynb #c787d3fc
 def _brake(policy: RetrainingPolicy, state: ModelState) -> str:
     """What holds a training back; empty: nothing."""
     if state.since < 2:
-        return f"{state.since} month(s) have come that the model hasn't seen, and the newest is needed for the test"
+        return f"the model hasn't seen {number_of(state.since, 'month')}, and the newest is needed for the test"
     recent = [month for month in state.trainings if 0 <= _distance(month, state.month) < 12]
     if recent and (passed := _distance(recent[-1], state.month)) < policy.pause:
-        return f"the last training was started {passed} month(s) ago, and {policy.pause} must pass"
+        return f"the last training was started {number_of(passed, 'month')} ago, and {policy.pause} must pass"
     if len(recent) >= policy.budget:
-        return f"{len(recent)} trainings were started within twelve months, and {policy.budget} are allowed"
+        return f"{number_of(len(recent), 'training')} within twelve months, and the budget is {policy.budget}"
     return ""
 
 

@@ -13,6 +13,7 @@ import pandas as pd
 from mlops_course.experiments.evaluation import row_losses
 from mlops_course.monitoring.estimating import expected_losses, known_rows
 from mlops_course.project import UseCase, local_day
+from mlops_course.wording import number_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -63,7 +64,8 @@ def alarm_text(
         return ""
     worst = rang.loc[rang["low"].idxmax()]
     above = f"{worst['excess']:.0%} above what the scores promised (at least {worst['low']:.0%})"
-    return f"the log loss was {above}: the alarm rang on {len(rang)} days from {rang.index[0]} to {rang.index[-1]}"
+    days = number_of(len(rang), "day")
+    return f"the log loss was {above}: the alarm rang on {days} from {rang.index[0]} to {rang.index[-1]}"
 
 # %% ../../nbs/internals/12_watching.ipynb #d857e8bd
 def plot_watch(

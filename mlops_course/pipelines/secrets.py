@@ -13,6 +13,7 @@ from pathlib import Path
 from mlops_course.environment import Settings
 from mlops_course.pipelines.definition import Pipeline, Stage
 from mlops_course.pipelines.notebooks import ParameterError
+from mlops_course.wording import number_of
 
 # %% ../../nbs/internals/09_secrets.ipynb #72a2ea5d
 _SHORTEST = 4  # characters of a secret
@@ -29,7 +30,8 @@ def _read_secret(name: str) -> str:
     if not value:
         raise ParameterError(f"the secret {name} isn't set", f"Set {name}, or {name}_FILE to a file's path")
     if len(value) < _SHORTEST:
-        problem = f"the secret {name} has only {len(value)} characters: hiding it would blot out half of every page"
+        short = number_of(len(value), "character")
+        problem = f"the secret {name} has only {short}: hiding it would blot out half of every page"
         raise ParameterError(problem, f"Take one with at least {_SHORTEST}")
     return value
 

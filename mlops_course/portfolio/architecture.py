@@ -10,6 +10,7 @@ from typing import NamedTuple
 import msgspec
 
 from mlops_course.environment import CourseError
+from mlops_course.wording import number_of
 
 # %% auto #0
 __all__ = ['ArchitectureError', 'SystemPart', 'ReleaseWay', 'Promises', 'Architecture', 'read_architecture', 'still_works',
@@ -125,7 +126,7 @@ def _memory(found: Architecture) -> list[Objection]:
     promises = found.promises
     kept = next(part.keeps_days for part in found.parts if part.name == promises.predictions)
     short = kept < promises.label_days
-    said = f"predictions are deleted after {kept} days, and the truth comes after {promises.label_days}"
+    said = f"predictions are deleted after {number_of(kept, 'day')}, and the truth comes after {promises.label_days}"
     return [Objection("can it be judged?", promises.predictions, said)] if short else []
 
 # %% ../../nbs/internals/15_architecture.ipynb #01901005
@@ -143,13 +144,15 @@ def _changes(found: Architecture) -> list[Objection]:
     if release.approvers < 1:
         said.append("one person alone can replace the live model")
     if not 0 < release.share_first <= 0.2 or release.watch_minutes < 10:
-        said.append(f"a new model gets {release.share_first:.0%} at once, watched for {release.watch_minutes} minutes")
+        watched = f"watched for {number_of(release.watch_minutes, 'minute')}"
+        said.append(f"a new model gets {release.share_first:.0%} at once, {watched}")
     budget = (1 - found.promises.availability) * 30 * 24 * 60
     if release.rollback_minutes > budget:
-        said.append(f"the way back takes {release.rollback_minutes} minutes, and a month has {budget:.0f} to spare")
+        back = number_of(release.rollback_minutes, "minute")
+        said.append(f"the way back takes {back}, and a month has {budget:.0f} to spare")
     return [Objection("who changes what is live?", "release", words) for words in said]
 
-
+# %% ../../nbs/internals/15_architecture.ipynb #a1a7f3c2
 def _alarms(found: Architecture) -> list[Objection]:
     promises, objections = found.promises, []
     for name in sorted({part.name for part in found.parts if part.name in _behind(found)} - set(promises.watched)):

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from mlops_course.environment import CourseError, Settings
 from mlops_course.portfolio.record import collect_record, fixed_labs
+from mlops_course.wording import number_of
 
 # %% auto #0
 __all__ = ['Practice', 'practise']
@@ -50,7 +51,8 @@ def _about_estimates(record: dict[str, Any]) -> list[str]:
 def _about_ledger(record: dict[str, Any]) -> list[str]:
     ledger = record["ledger"]
     state = "its chain of hashes holds" if ledger["sound"] else f"it doesn't hold: {ledger.get('problem', '')}"
-    return [f"the ledger has {ledger['lines']} lines, and {state}"] if ledger["lines"] or not ledger["sound"] else []
+    told = f"the ledger has {number_of(ledger['lines'], 'line')}, and {state}"
+    return [told] if ledger["lines"] or not ledger["sound"] else []
 
 
 def _about_labs(record: dict[str, Any]) -> list[str]:

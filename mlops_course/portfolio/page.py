@@ -11,6 +11,7 @@ from html import escape
 from typing import Any
 
 from mlops_course.portfolio.enclosing import Portfolio, as_block
+from mlops_course.wording import number_of
 
 # %% auto #0
 __all__ = ['architecture_picture', 'portfolio_page']
@@ -74,7 +75,8 @@ def architecture_picture(
     live = next((each["subject"] for each in changes if each["event"] == "publish"), "")
     tests = sum(bool(each.get("promoted")) for each in models)
     notes = {"training": f"{len(models)} tested", "gate": f"{tests} let through", "service": live}
-    notes |= {"registry": models[0]["model"] if models else "", "monitoring": f"{len(months)} months" if months else ""}
+    notes["registry"] = models[0]["model"] if models else ""
+    notes["monitoring"] = number_of(len(months), "month") if months else ""
     places = {name: (column, row) for name, column, row in _PARTS}
     names = [*places]
     pairs = [*itertools.pairwise(names), ("retraining", "features")]
@@ -130,7 +132,8 @@ def _production_part(record: dict[str, Any]) -> str:
     told = ("number", "time", "event", "subject", "reason", "approver")
     rows = [[str(change[name] or "–") for name in told] for change in ledger["changes"]]
     state = "its chain of hashes holds" if ledger["sound"] else "its chain of hashes is BROKEN"
-    words = f"The ledger has {ledger['lines']} lines; {state}." if ledger["lines"] else "Nothing was released yet."
+    found = f"The ledger has {number_of(ledger['lines'], 'line')}; {state}."
+    words = found if ledger["lines"] else "Nothing was released yet."
     one = _table("Changes of production, from the ledger", head, rows) if rows else ""
     two = _table("Months watched", ["month", "model", "verdict", "alarms", "log loss"], watched) if watched else ""
     return f"<p>{words}</p>{one}{two}"

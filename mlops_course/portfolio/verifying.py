@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from mlops_course.course.lessons import find_lessons
 from mlops_course.environment import cores
 from mlops_course.portfolio.enclosing import Portfolio, PortfolioError, open_notebook, read_portfolio
+from mlops_course.wording import number_of
 
 # %% auto #0
 __all__ = ['RunLimits', 'CheckedClaim', 'PortfolioCheck', 'verify_portfolio']
@@ -158,7 +159,7 @@ def verify_portfolio(
     """
     portfolio, sections = read_portfolio(path), dict[str, list[str]]()
     if not run:
-        problem = f"to verify {len(portfolio.exercises)} exercises, code of {portfolio.name!r:.60} has to run here"
+        problem = f"code of {portfolio.name!r:.40} has to run for {number_of(len(portfolio.exercises), 'exercise')}"
         raise PortfolioError(problem, "Look into it first, or use a machine that you don't need; then add --run")
     for number in portfolio.exercises:
         sections.setdefault(number.partition(".")[0], []).append(number)

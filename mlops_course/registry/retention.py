@@ -26,6 +26,7 @@ from mlops_course.registry.restoring import last_line, settle_restore
 from mlops_course.relocation import tracking_file
 from mlops_course.remote_tables import drop_rows
 from mlops_course.serving.bundle import bundles_folder, read_bundle
+from mlops_course.wording import number_of
 
 # %% auto #0
 __all__ = ['References', 'OtherReferences', 'WEEK', 'find_references', 'no_others', 'version_references', 'VersionFate',
@@ -145,7 +146,7 @@ def _own_reasons(versions: list[DataVersion], older_than: float) -> References:
     now = datetime.now(UTC)
     for version in versions:
         if (now - version.time).total_seconds() < older_than:
-            found.setdefault(version.reference, []).append(f"it is younger than {older_than / 86400:g} days")
+            found.setdefault(version.reference, []).append(f"it is younger than {number_of(older_than / 86400, 'day')}")
     return found
 
 # %% ../../nbs/internals/08_retention.ipynb #f145c1da
@@ -391,10 +392,10 @@ def prune_versions(
         WorkspaceError: a file can't be deleted.
     """
     wanted = _own_tables(settings, names)
-    who, why = by or current_user(), reason or f"older than {older_than / 86400:g} days, and nothing refers to it"
+    why = reason or f"older than {number_of(older_than / 86400, 'day')}, and nothing refers to it"
     with exclusive_lock(settings):
         _ = [settle_restore(settings, name) for name in wanted]
         fates = plan_prune(settings, wanted, older_than, others)
-        done = [give_up_versions(settings, name, _numbers(name, fates), who, why) for name in wanted]
+        done = [give_up_versions(settings, name, _numbers(name, fates), by or current_user(), why) for name in wanted]
         _look_again(settings, [fate.reference for fate in fates if fate.keep])
     return PrunedVersions(fates, sum(files for files, _ in done), sum(size for _, size in done))

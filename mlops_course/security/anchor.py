@@ -13,6 +13,7 @@ import msgspec
 from mlops_course.environment import CourseError, Settings, workspace_error
 from mlops_course.ledger import LedgerDefect, read_ledger
 from mlops_course.security.signing_key import is_signed, sign_bytes
+from mlops_course.wording import number_of
 
 # %% auto #0
 __all__ = ['AnchorError', 'Anchor', 'anchor_file', 'read_anchors', 'check_anchors', 'anchor_ledger']
@@ -89,8 +90,8 @@ def check_anchors(
         if not _is_ours(settings, anchor):
             found.append(LedgerDefect(number, f"its anchor of {anchor.time} isn't signed with the key that I have"))
         elif number > len(entries):
-            problem = f"it isn't there, and at {anchor.time} there were {number} lines: some were cut off, or an older"
-            found.append(LedgerDefect(len(entries) + 1, f"{problem} copy was put back"))
+            problem = f"it isn't there, and at {anchor.time} the ledger had {number_of(number, 'line')}"
+            found.append(LedgerDefect(len(entries) + 1, f"{problem}: some were cut off, or an older copy was put back"))
             break
         elif number and entries[number - 1].hash != anchor.hash:
             problem = f"from here to line {number} it isn't what was anchored: {number} ended in {anchor.hash:.12}…"

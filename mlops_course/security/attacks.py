@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mlops_course.environment import CourseError
+from mlops_course.wording import number_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -65,7 +66,8 @@ def _checked(counts: Iterable[int], rows: int) -> list[int]:
     """Numbers of answers, ascending, of which each can be given."""
     found = sorted(counts)
     if not found or found[0] < 20 or found[-1] > rows:
-        raise AttackError(f"{rows} rows can't give {found} answers, each at least 20", "Give more, or other counts")
+        problem = f"{number_of(rows, 'row')} can't give {found} answers, each at least 20"
+        raise AttackError(problem, "Give more, or other counts")
     return found
 
 # %% ../../nbs/internals/13_attacks.ipynb #cc3114f0

@@ -15,6 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlops_course.wording import number_of
+
 # %% auto #0
 __all__ = ['DeletionStatement', 'whom', 'Forgotten', 'forget_rows', 'check_deletion', 'RetentionPolicy', 'Expired',
            'expire_predictions']
@@ -323,6 +325,7 @@ def _too_old(settings: Settings, use_case: UseCase, policy: RetentionPolicy, now
 def _expire(settings: Settings, use_case: UseCase, policy: RetentionPolicy, now: datetime, by: str) -> None:
     """Delete what is too old from the log and from the tables."""
     _clean_log(settings, use_case, Selection(before=now - timedelta(days=policy.log)))
-    wanted, reason = Selection(before=now - timedelta(days=policy.table)), f"older than {policy.table:g} days"
+    wanted = Selection(before=now - timedelta(days=policy.table))
+    reason = f"older than {number_of(policy.table, 'day')}"
     for place, name in prediction_tables(settings, use_case):
         _clean_table(place, use_case, name, wanted, by, reason)

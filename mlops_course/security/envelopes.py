@@ -15,6 +15,7 @@ import msgspec
 
 from mlops_course.security.signing_key import is_signature
 from mlops_course.serving.bundle import BundleError
+from mlops_course.wording import number_of
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey, EllipticCurvePublicKey
@@ -88,7 +89,7 @@ def read_public_keys(
         raise SignatureError(f"{path} is not a public key: {error}", _ABSENT) from error
     right = [key for key in found if isinstance(key, EllipticCurvePublicKey) and isinstance(key.curve, SECP256R1)]
     if not right or len(right) < len(found):
-        problem = f"{path} has {len(found)} public keys, of which {len(right)} are on the elliptic curve P-256"
+        problem = f"{path} has {number_of(len(found), 'public key')}, {len(right)} on the elliptic curve P-256"
         raise SignatureError(problem, _ABSENT)
     return {key_name(key): key for key in right}
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from time import monotonic
 
 from mlops_course.environment import CourseError, Settings
+from mlops_course.wording import number_of
 
 # %% auto #0
 __all__ = ['CollectingError', 'read_interval', 'can_collect', 'collecting_command', 'collect_beside', 'Collector']
@@ -72,7 +73,7 @@ def collect_beside() -> None:
     settings, case = load_settings(home=Path(home)), find_use_case(use_case)
     found, others = collect_predictions(settings, case), others_waiting(settings, case.name)
     if found.set_aside:
-        sys.stderr.write(f"{found.set_aside} files can't be collected, and are set aside (*.bad)\n")
+        sys.stderr.write(f"set aside {number_of(found.set_aside, 'file')} that can't be collected (*.bad)\n")
     if others:
         sys.stderr.write(f"predictions of {', '.join(others)} wait: serve it with --use-case module:name\n")
 

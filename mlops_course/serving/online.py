@@ -510,7 +510,7 @@ def _rows(frame: pd.DataFrame, layout: RowLayout) -> dict[str, bytes]:
     rows = dict(zip(_keys(frame, layout), _pack(frame, layout), strict=True))
     if len(rows) != len(frame):
         names = ", ".join(name for name, _ in layout.key)
-        raise FeatureTableError(f"{len(frame) - len(rows)} rows have the key of another one", f"{names} must name one")
+        raise FeatureTableError(f"rows with the key of another one: {len(frame) - len(rows)}", f"{names} must name one")
     return rows
 
 # %% ../../nbs/internals/07_online.ipynb #00587903

@@ -12,6 +12,7 @@ from fastapi import FastAPI
 
 from mlops_course import __version__
 from mlops_course.serving.limits import Limits
+from mlops_course.wording import number_of
 
 # %% auto #0
 __all__ = ['INFER_PATHS', 'INFERENCE_PATHS', 'InferInput', 'InferOutput', 'InferRequest', 'InferTensor', 'InferResponse', 'Infer',
@@ -94,7 +95,7 @@ def _column(
     """
     name, rows = tensor.name[:60], tensor.shape[0]
     if rows > most:
-        raise HTTPProblem(413, f"{name} has {rows} rows", f"Send at most {most} at a time", "inputs")
+        raise HTTPProblem(413, f"{name} has {number_of(rows, 'row')}", f"Send at most {most} at a time", "inputs")
     values = [one for each in tensor.data for one in (each if isinstance(each, list) else (each,))]
     if not rows or tensor.shape[1:] not in ([], [1]) or len(values) != rows:
         problem = f"{name} has the shape {tensor.shape} and {len(values)} values"

@@ -18,6 +18,8 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from mlops_course.wording import number_of
+
 # %% auto #0
 __all__ = ['Service', 'PredictJob', 'name_keys', 'read_records', 'find_records', 'ScoredRows', 'asked_of', 'score_at_once',
            'score_rows', 'record_predictions', 'body_of', 'answer_rows', 'PredictOne', 'PredictMany']
@@ -447,7 +449,8 @@ class PredictMany:
         check_objects(body, most)
         job.requests = read_body(decode_batch, body).rows
         if len(job.requests) > most:
-            raise HTTPProblem(413, f"the batch has {len(job.requests)} rows", f"Send at most {most} at a time", "rows")
+            size = number_of(len(job.requests), "row")
+            raise HTTPProblem(413, f"the batch has {size}", f"Send at most {most} at a time", "rows")
         scored, values = await answer_rows(service, scope, job, body)
         predictor, threshold = scored.choice.predictor, scored.choice.predictor.threshold
         rows = [BatchRow(value, value >= threshold) for value in values]

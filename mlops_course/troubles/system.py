@@ -17,6 +17,7 @@ from pathlib import Path
 
 from mlops_course.environment import PACKAGE, Settings, cores, find_project, memory
 from mlops_course.troubles.trouble import Trouble
+from mlops_course.wording import number_of
 
 # %% ../../nbs/internals/02_troubles_system.ipynb #965a6289
 def _nearest(path: Path) -> Path:
@@ -247,7 +248,7 @@ def _clock(settings: Settings) -> str:
     written = [Path(str(sys.modules[PACKAGE].__file__)), *clone]
     newest = max(path.stat().st_mtime for path in written if path.exists())
     hours = (newest - time.time()) / 3600
-    return f"the clock is {hours:.0f} hours behind the newest file" if hours > 1 else ""
+    return f"the clock is {number_of(round(hours), 'hour')} behind the newest file" if hours > 1 else ""
 
 
 _STORES = (

@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from mlops_course.wording import number_of
+
 # %% ../../../nbs/internals/09_engine_sessions.ipynb #7e1f0d34
 from mlops_course.pipelines.engine.processes import SHUTDOWN_GRACE_S, Worker, disconnect, interrupt, kill
 from mlops_course.pipelines.engine.requests import (
@@ -81,11 +83,11 @@ def overdue(
     if execution.cancelled is not None:
         return _too_late(execution, Interrupted, execution.cancelled)
     now, request = time.monotonic(), execution.request
-    if execution.deadline is not None and now >= execution.deadline:
-        return _too_late(execution, TimedOut, f"the notebook took longer than {request.timeout:g} seconds")
+    if request.timeout is not None and execution.deadline is not None and now >= execution.deadline:
+        return _too_late(execution, TimedOut, f"the notebook took longer than {number_of(request.timeout, 'second')}")
     if execution.cell_deadline is not None and now >= execution.cell_deadline:
         what, limit = ("the notebook's end" if execution.ending else "the cell"), request.cell_timeout or LATE_S
-        return _too_late(execution, TimedOut, f"{what} took longer than {limit:g} seconds")
+        return _too_late(execution, TimedOut, f"{what} took longer than {number_of(limit, 'second')}")
     return None
 
 
