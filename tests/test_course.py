@@ -142,6 +142,8 @@ def test_a_lesson_holds_its_exercises_lab_and_quiz(lesson: Lesson) -> None:
         ("limit = 15\ndef f(x):\n    ...\nclass C:\n    ...", ["f", "C"]),
         ("a, b = ..., 1", []),
         ("print(...)", []),
+        ("table[key] = ...", []),
+        ("config.seed = ...", []),
     ],
 )
 def test_a_stub_leaves_names_open(stub: str, names: list[str]) -> None:

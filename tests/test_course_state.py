@@ -311,7 +311,8 @@ def test_a_lesson_whose_copy_does_not_run_is_found(lesson: Lesson) -> None:
 
 
 def test_a_cell_that_is_meant_to_fail_is_no_failure_but_one_that_is_not_is(lesson: Lesson, tmp_path: Path) -> None:
-    own = {"cell_type": "code", "source": "1 / 0", "outputs": [], "metadata": {"tags": ["raises-exception"]}}
+    saved = {"output_type": "error", "ename": "ZeroDivisionError", "evalue": "", "traceback": []}
+    own = {"cell_type": "code", "source": "1 / 0", "outputs": [saved], "metadata": {"tags": ["raises-exception"]}}
     lesson.notebook["cells"].append(own)
     assert [str(proof) for proof in prove_run(lesson, tmp_path) if not proof.ok] == []
     lesson.notebook["cells"].append({**own, "metadata": {}})

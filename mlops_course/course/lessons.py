@@ -150,7 +150,8 @@ def open_names(
             names.append(node.name)
         elif isinstance(node, ast.Assign | ast.AnnAssign) and _is_open(node.value):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            names += [part.id for target in targets for part in ast.walk(target) if isinstance(part, ast.Name)]
+            parts = [part for target in targets for part in ast.walk(target) if isinstance(part, ast.Name)]
+            names += [part.id for part in parts if isinstance(part.ctx, ast.Store)]
     return names
 
 
