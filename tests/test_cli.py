@@ -511,6 +511,7 @@ def test_ui_without_runs_says_what_to_do(settings: Settings) -> None:
         ("postgresql+psycopg://ann:p@ss@db/mlflow", "postgresql+psycopg://ann:***@db/mlflow"),
         ("http://server:5000/a@b", "http://server:5000/a@b"),
         ("sqlite:////tmp/mlflow.db", "sqlite:////tmp/mlflow.db"),
+        ("postgresql://ann:p@ss/word@db:5432/mlflow", "postgresql://ann:***@db:5432/mlflow"),
     ],
 )
 def test_a_password_is_not_shown(address: str, shown: str) -> None:

@@ -194,7 +194,8 @@ def without_password(
     address: str,  # of a server or a database
 ) -> str:
     """An address that can be shown: the password in it is replaced by stars."""
-    return re.sub(r"(?<=://)([^/@]*:)(?:[^/]*)@", r"\1***@", address)
+    password = "[^/]*" if address.startswith("http") else ".*"  # a database's may have any character in it
+    return re.sub(rf"(?<=://)([^/@]*:){password}@", r"\1***@", address)
 
 # %% ../../nbs/internals/cli_look.ipynb #243f3f32
 def _open_store(settings: "Settings") -> None:
