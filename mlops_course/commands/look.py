@@ -189,7 +189,7 @@ def ui_command(
         raise CourseError("MLflow's pages need the full mlflow package, and only mlflow-skinny is installed", remedy)
     return [sys.executable, "-m", "mlflow", "ui", "--host", "127.0.0.1", "--port", str(port)]
 
-
+# %% ../../nbs/internals/cli_look.ipynb #4f95d97f
 def without_password(
     address: str,  # of a server or a database
 ) -> str:
