@@ -21,7 +21,7 @@ import pytest
 
 from mlops_course.environment import Settings
 from mlops_course.troubles import TROUBLES, explain_lines, look_for_troubles, network, system
-from mlops_course.troubles.explaining import MOST_READ, read_pasted
+from mlops_course.troubles.explaining import MOST_READ, part_to_show, read_pasted
 from mlops_course.troubles.trouble import Trouble, letters_in_common, look_for_all
 
 NAMED = {trouble.name: trouble for trouble in TROUBLES}
@@ -240,6 +240,8 @@ def test_a_file_that_hides_a_module(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert seen("a file hides a module") == ""
     (tmp_path / "json.py").write_text("import json\njson.dumps(1)\n", encoding="utf-8")
     assert "json.py" in seen("a file hides a module")
+    (tmp_path / "sklearn.py").touch()
+    assert "json.py, sklearn.py" in seen("a file hides a module"), "of the package scikit-learn"
     assert causes(said_by(sys.executable, "json.py", folder=tmp_path)) == ["a file hides a module"]
 
 
@@ -714,6 +716,19 @@ def test_a_pasted_text_cannot_write_to_the_terminal_or_show_a_password(tmp_path:
     shown = doctor("--explain", pasted=said).stdout.decode()
     assert "Address already in use" in shown
     assert not re.search(r"[\x00-\x09\x0b-\x1f]|secret|4f2a9c", shown)
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("http://127.0.0.1:8888", "http://127.0.0.1:8888"),
+        ("postgresql://ada:" + "p@ss/word@db:5432/x", "postgresql://ada:***@db:5432/x"),
+        ("http://host/?token=4f2a&x=1", "http://host/?token=***&x=1"),
+    ],
+)
+def test_a_password_is_hidden_and_a_port_is_shown(address: str, shown: str) -> None:
+    known = Trouble("in use", "", ("in use",))
+    assert part_to_show(explain_lines([f"in use: {address} now"], (known,))[0]) == f"in use: {shown} now"
 
 
 def test_powershell_writes_its_files_in_another_encoding(tmp_path: Path) -> None:

@@ -84,7 +84,10 @@ def _recognised(lines: list[str], troubles: tuple[Trouble, ...]) -> dict[int, tu
     return found
 
 # %% ../../nbs/internals/02_troubles_explaining.ipynb #c8aa0cfc
-_SECRET = re.compile(r"(://[^/@:\s]{0,100}:|[?&]token=)[^/@&\s]{1,200}(?=[@&\s]|$)")
+_SECRETS = (
+    (re.compile(r"(://[^/@:\s]{0,100}:)\S{1,200}@"), r"\1***@"),  # a database's may have any character in it
+    (re.compile(r"([?&]token=)[^&\s]{1,200}"), r"\1***"),
+)
 
 
 def part_to_show(
@@ -92,7 +95,9 @@ def part_to_show(
     width: int = 160,  # characters
 ) -> str:  # a line, or the middle of it
     """The recognised part of a line, with what stands around it."""
-    line = _SECRET.sub(r"\1***", found.line.strip())
+    line = found.line.strip()
+    for secret, shown in _SECRETS:
+        line = secret.sub(shown, line)
     lower = line.lower()
     if len(line) <= width:
         return line

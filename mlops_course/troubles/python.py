@@ -13,6 +13,7 @@ import os
 import shutil
 import sys
 import sysconfig
+from importlib import metadata
 from pathlib import Path
 
 from mlops_course.environment import PACKAGE, Settings, cores, find_project, lock_differences, requirements
@@ -62,9 +63,18 @@ _INTERPRETER = (
 # %% ../../nbs/internals/02_troubles_python.ipynb #531053c3
 def _hidden(settings: Settings) -> str:
     """A file of the current folder that has the name of a module which others import."""
-    taken = set(sys.stdlib_module_names) | {name.replace("-", "_") for name in requirements()}
+    taken = set(sys.stdlib_module_names).union(*map(_modules_of, requirements()))
     files = sorted(path.name for path in Path.cwd().glob("*.py") if path.stem in taken)
     return f"{', '.join(files)} in {Path.cwd()}" if files else ""
+
+
+def _modules_of(package: str) -> set[str]:
+    """The names under which a package is imported: scikit-learn is `sklearn`."""
+    try:
+        files = metadata.files(package) or []
+    except metadata.PackageNotFoundError:
+        files = []
+    return {package.replace("-", "_")} | {path.parts[0].removesuffix(".py") for path in files}
 
 
 def _second(settings: Settings) -> str:
