@@ -668,7 +668,7 @@ def test_a_secret_can_lie_in_a_file_and_must_be_there(
     assert "a/b+c" not in text
     monkeypatch.delenv("API_KEY")
     (tmp_path / "key").write_text("x")
-    with pytest.raises(ParameterError, match="the secret API_KEY has only 1 characters"):
+    with pytest.raises(ParameterError, match="the secret API_KEY has only 1 character:"):
         run(pipeline, settings=settings)
 
 

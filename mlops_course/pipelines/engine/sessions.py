@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from mlops_course.wording import number_of
-
-# %% ../../../nbs/internals/09_engine_sessions.ipynb #7e1f0d34
 from mlops_course.pipelines.engine.processes import SHUTDOWN_GRACE_S, Worker, disconnect, interrupt, kill
 from mlops_course.pipelines.engine.requests import (
     Event, Interrupted, NotebookError, Outcome, Place, Request, TimedOut, WorkerDied,

@@ -17,8 +17,6 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
-
-# %% ../../../nbs/internals/09_engine_stock.ipynb #7e1f0d54
 from mlops_course.environment import CourseError
 from mlops_course.pipelines.engine.requests import Interrupted, NotebookError, Outcome, Request, WorkerDied
 from mlops_course.pipelines.engine.sessions import (
