@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from sklearn.pipeline import Pipeline
 
 # %% auto #0
-__all__ = ['DEFAULTS', 'ExperimentError', 'TrainingConfig', 'rank_categories', 'build_model', 'known_labels', 'train', 'scores']
+__all__ = ['DEFAULTS', 'ExperimentError', 'TrainingConfig', 'rank_categories', 'build_model', 'known_labels', 'training_threads',
+           'train', 'scores']
 
 # %% ../../nbs/internals/06_model.ipynb #e0baceb7
 class ExperimentError(CourseError):
@@ -112,6 +113,17 @@ def known_labels(
         raise ExperimentError(problem, "Correct the use case's function `label`")
     return label.to_numpy().astype(np.int64)
 
+# %% ../../nbs/internals/06_model.ipynb #7c2d9e41
+def training_threads(
+    rows: int,  # to train on
+) -> int | None:  # None: as many as the machine has cores
+    """How many threads help a training.
+
+    References:
+        `benchmarks/bench_threads.py` measures where several begin to help.
+    """
+    return 1 if rows < 20_000 else None
+
 # %% ../../nbs/internals/06_model.ipynb #1ab03215
 def train(
     frame: pd.DataFrame,  # features with the column `label`, from `labelled_features`
@@ -123,6 +135,8 @@ def train(
     Raises:
         ExperimentError: there are no rows, or only one class of them, or a label is neither 0 nor 1.
     """
+    from threadpoolctl import threadpool_limits
+
     label = known_labels(frame)
     if frame["label"].nunique() < 2:
         labels = frame["label"].unique().tolist()
@@ -132,7 +146,8 @@ def train(
     names = feature_names(frame, use_case)
     numbers = [name for name in names if name not in use_case.categorical]
     categories = {name: rank_categories(frame[name], frame["label"]) for name in use_case.categorical}
-    return build_model(config, categories, numbers).fit(frame[names], label)
+    with threadpool_limits(training_threads(len(frame))):
+        return build_model(config, categories, numbers).fit(frame[names], label)
 
 # %% ../../nbs/internals/06_model.ipynb #d9566b6f
 def scores(
