@@ -39,6 +39,7 @@ from mlops_course.security.finding import (
     choose_rows,
     find_rows,
     models_that_saw,
+    select_rows,
     tell_rows,
     tell_rows_of_file,
 )
@@ -220,6 +221,11 @@ def test_a_request_leads_to_the_models_that_saw_its_row(own_quarter: Quarter) ->
 # ---------------------------------------------------------------- texts
 
 
+def notebook(**error: Any) -> str:
+    """A notebook with one cell, which failed."""
+    return json.dumps({"cells": [{"cell_type": "code", "outputs": [{"output_type": "error"} | error]}]})
+
+
 @pytest.mark.parametrize(
     ("name", "text", "rows"),
     [
@@ -231,6 +237,8 @@ def test_a_request_leads_to_the_models_that_saw_its_row(own_quarter: Quarter) ->
         ("a.json", '{"UA": 12}', 0),
         ("a.jsonl", '{"carrier": "UA", "flight": 12}\n{"carrier": "UA", "flight": 13}\n', 1),
         ("a.bin", "UA 12", 0),
+        ("a.ipynb", notebook(ename="KeyError", evalue="UA 12"), 1),
+        ("a.ipynb", notebook(ename="KeyError", traceback=["KeyError", "\x1b[0;31mUA 12\x1b[0m"]), 1),
     ],
 )
 def test_a_text_tells_a_row_where_all_of_its_key_stands_together(
@@ -254,6 +262,7 @@ def test_an_id_is_found_in_the_middle_of_a_line() -> None:
         ({"ids": ["x"]}, "not the id"),
         ({"key": {"tailnum": "N1"}}, "isn't a column"),
         ({"key": {"flight": "twelve"}}, "not a value of flight"),
+        ({"key": {"flight": "12.5"}}, "not a value of flight"),
         ({"key": {"time_hour": "soon"}}, "not a value of time_hour"),
     ],
 )
@@ -318,6 +327,12 @@ def test_the_command_fails_while_something_is_left(settings: Settings) -> None:
 def test_the_command_says_what_to_write_instead(settings: Settings, words: list[str]) -> None:
     status, said = run(settings, "forget", "--reason", "asked for", *words)
     assert status == 1 and re.search(r"Write it (like|as)|Those are|Name ids", said)
+
+
+def test_a_long_number_is_not_rounded() -> None:
+    wanted = choose_rows(flight_delay, key={"flight": str(2**53 + 1)})
+    frame = pd.DataFrame({"flight": [2**53, 2**53 + 1]})
+    assert select_rows(frame, wanted, flight_delay).tolist() == [False, True]
 
 
 def test_a_selection_of_nothing_finds_nothing(busy: Settings) -> None:

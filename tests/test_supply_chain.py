@@ -32,6 +32,7 @@ from mlops_course.environment import Settings, fingerprint
 from mlops_course.experiments import TrainingConfig, train
 from mlops_course.ledger import LedgerEntry, append_entry
 from mlops_course.project import flight_delay
+from mlops_course.registry import RegistryError
 from mlops_course.security import sbom as sbom_module
 from mlops_course.security import vouching
 from mlops_course.security.envelopes import SignatureError, read_public_keys
@@ -365,6 +366,12 @@ def test_the_commands_sign_and_verify_and_their_exit_status_tells(settings: Sett
     rewrite(own, "MODEL_CARD.md", b"# perfect")
     status, told = command(settings, "verify", NAME)
     assert status == 1 and "MODEL_CARD.md" in told["problems"][0]
+
+
+@pytest.mark.parametrize("word", ["sign", "verify", "log-bundle"])
+def test_an_alias_is_a_version_and_never_a_folder(settings: Settings, word: str) -> None:
+    done = CliRunner().invoke(as_group(models_commands), [word, "champion", "--home", str(settings.home)])
+    assert isinstance(done.exception, RegistryError) and "no model 'champion'" in str(done.exception)
 
 
 @pytest.fixture

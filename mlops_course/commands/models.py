@@ -317,10 +317,21 @@ def _card(
     else:
         typer.echo(card)
 
+# %% ../../nbs/internals/cli_models.ipynb #6ad2f8e4
+def _bundle_of(settings: "Settings", use_case: str | None, reference: str) -> Path:
+    """The folder of a version's bundle."""
+    from mlops_course.registry import CHALLENGER, CHAMPION, PREVIOUS, find_version
+    from mlops_course.serving.bundle import find_bundle
+
+    if reference in (CHAMPION, CHALLENGER, PREVIOUS):
+        case = defined_case(use_case)
+        reference = f"{case.name}@{find_version(settings, case, reference).version}"
+    return find_bundle(settings, reference)
+
 # %% ../../nbs/internals/cli_models.ipynb #9b1470a3
 @models_commands.command("sign")
 def _sign(
-    reference: Annotated[str, typer.Argument(help="A version that was packaged, name@number.")],
+    reference: Annotated[str, typer.Argument(help="A version that was packaged, name@number, or an alias: champion.")],
     by: By = None,
     use_case: DefinedCase = None,
     home: Home = None,
@@ -328,10 +339,10 @@ def _sign(
 ) -> None:
     """Sign a bundle, with a list of what went into it and a statement of how it was made."""
     from mlops_course.security.vouching import run_parameters, vouch
-    from mlops_course.serving.bundle import find_bundle, read_bundle
+    from mlops_course.serving.bundle import read_bundle
 
     settings = settings_of(home)
-    folder = find_bundle(settings, reference)
+    folder = _bundle_of(settings, use_case, reference)
     parameters = run_parameters(settings, defined_case(use_case), read_bundle(folder).run_id)
     signature = vouch(settings, folder, parameters, by)
     _tell({"signed": folder.name, "signature": signature}, f"{folder.name} is signed: {signature}", as_json)
@@ -339,16 +350,16 @@ def _sign(
 # %% ../../nbs/internals/cli_models.ipynb #9cdbaac5
 @models_commands.command("verify")
 def _verify_model(
-    reference: Annotated[str, typer.Argument(help="A version that was packaged, name@number, or a bundle's folder.")],
+    reference: Annotated[str, typer.Argument(help="A version, name@number; an alias: champion; or a bundle's folder.")],
+    use_case: DefinedCase = None,
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
     """Say who has signed a bundle, and whether anything has changed since. Exit status 1: it can't be trusted."""
     from mlops_course.security.vouching import check_vouched
-    from mlops_course.serving.bundle import find_bundle
 
     settings = settings_of(home)
-    found = check_vouched(settings, find_bundle(settings, reference))
+    found = check_vouched(settings, _bundle_of(settings, use_case, reference))
     gone = [f"what it was made from has changed: {each}" for each in found.get("missing", [])]
     told = found["problems"] or [f"{found['model']} is as {found['by']} signed it, {found['on']}", *gone]
     _tell(found, "\n".join(told), as_json)
@@ -358,16 +369,15 @@ def _verify_model(
 # %% ../../nbs/internals/cli_models.ipynb #109b0002
 @models_commands.command("log-bundle")
 def _log_bundle(
-    reference: Annotated[str, typer.Argument(help="A version that was packaged, name@number.")],
+    reference: Annotated[str, typer.Argument(help="A version that was packaged, name@number, or an alias: champion.")],
     use_case: DefinedCase = None,
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
     """Put a bundle into MLflow, beside its model: a service can fetch it there by an alias."""
     from mlops_course.registry.shared_bundles import log_bundle
-    from mlops_course.serving.bundle import find_bundle
 
     settings = settings_of(home)
-    folder = find_bundle(settings, reference)
+    folder = _bundle_of(settings, use_case, reference)
     run = log_bundle(settings, defined_case(use_case), folder)
     _tell({"logged": folder.name, "run": run}, f"{folder.name} is in MLflow, with the run {run}", as_json)

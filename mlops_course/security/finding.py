@@ -49,6 +49,14 @@ class Selection(msgspec.Struct, frozen=True):
     key: dict[str, str] = {}  # of a row: column -> value; all of them must be the same
     before: datetime | None = None  # all that are older, with a time zone
 
+# %% ../../nbs/internals/13_finding.ipynb #90a400b6
+def _whole(text: str) -> str:
+    """A whole number, digit by digit: a float would round a long one. Empty: it is another number."""
+    if re.fullmatch(r"\s*[+-]?\d+\s*", text):
+        return str(int(text))
+    number = float(text)
+    return str(int(number)) if number.is_integer() else ""
+
 # %% ../../nbs/internals/13_finding.ipynb #c8b267b2
 def _plain(value: object, kind: str) -> str:
     """A value of a key as one text, however it was written; empty: it is missing, or none of that kind."""
@@ -59,7 +67,7 @@ def _plain(value: object, kind: str) -> str:
             moment = pd.Timestamp(str(value))
             moment = moment.tz_localize("UTC") if moment.tzinfo is None else moment.tz_convert("UTC")
             return f"{moment:%Y-%m-%d %H:%M}"
-        return str(int(float(value))) if kind.startswith("int") else str(value)  # type: ignore[arg-type]
+        return _whole(str(value)) if kind.startswith("int") else str(value)
     except (ValueError, TypeError, OverflowError):
         return ""
 
@@ -272,7 +280,9 @@ def shown_text(
     """Read what a cell has shown, as far as it is text."""
     data = output.get("data", {})
     parts = [output.get("text", ""), *(data[kind] for kind in data if kind.startswith(("text/", "application/")))]
-    return "\n".join("".join(part) if isinstance(part, list) else str(part) for part in parts)
+    parts += ["\n".join(output.get("traceback") or [output.get("evalue", "")])]  # of an error
+    text = "\n".join("".join(part) if isinstance(part, list) else str(part) for part in parts)
+    return re.sub(r"\x1b\[[\d;]*m", "", text)  # without the colours
 
 # %% ../../nbs/internals/13_finding.ipynb #1d63d536
 def tell_rows_of_file(
