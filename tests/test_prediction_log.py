@@ -72,6 +72,19 @@ def test_what_was_appended_is_in_the_file_at_once(writer: PredictionLog, setting
     assert writer.segment.size == segments(settings, "open")[0].stat().st_size
 
 
+def test_nothing_to_append_leaves_no_file_anywhere(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    late = PredictionLog(lambda model: log_folder(settings, model.partition("@")[0]))
+    late.append([])
+    assert not any(Path.cwd().iterdir()) and not segments(settings, "open")
+    late.append([entry()])
+    assert not any(Path.cwd().iterdir()) and len(segments(settings, "open")) == 1
+    late.close()
+
+
 def test_a_segment_is_closed_when_it_is_large_or_old_or_at_the_end(settings: Settings) -> None:
     writer = PredictionLog(log_folder(settings, "flight-delay"), LogLimits(segment=500, seconds=0.2))
     maintain(writer)

@@ -211,9 +211,10 @@ class PredictionLog:
         """
         if self.problem:
             raise _unwritten(self.problem)
+        if not entries:
+            return
         data = b"".join([encode_json(entry) + b"\n" for entry in entries])
-        if self.locate is not None and entries:
-            self.settle(entries[0].model)
+        self.settle(entries[0].model)
         try:
             self.open().write(data)
         except OSError as error:
