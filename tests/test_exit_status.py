@@ -103,6 +103,10 @@ def test_what_loses_nothing_is_left_alone(name: str) -> None:
     assert rules(INNOCENT[name]) == []
 
 
+def test_arguments_of_the_script_switch_nothing() -> None:
+    assert rules("set -- -e\nmake a\nmake b\n", strict=False) == [(2, "no-errexit")]
+
+
 @pytest.mark.parametrize("name", [*PLANTED, *INNOCENT])
 def test_the_examples_are_shell_and_keep_their_length(name: str) -> None:
     script = PLANTED[name][0] if name in PLANTED else INNOCENT[name]

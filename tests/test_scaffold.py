@@ -227,11 +227,20 @@ def test_what_can_be_seen_in_a_table_is_seen() -> None:
         ({"label": "late", "train_last": "soon"}, "soon"),
         ({"label": "late", "train_last": "2024-04"}, "train_last is 2024-04"),
         ({"label": "late", "missed": 1.0}, "0 < warning < missed"),
+        ({"label": "late", "first": "2023-11"}, "no rows of 2023-11, 2023-12"),
+        ({"label": "late", "test_last": "2024-06"}, "no rows of 2024-05, 2024-06"),
     ],
 )
 def test_what_is_missing_or_wrong_is_named(given: dict[str, object], named: str) -> None:
     with pytest.raises(CourseError, match=named):
         describe_table(TABLE, given)
+
+
+def test_long_whole_numbers_are_left_out_with_gaps_too() -> None:
+    numbers = TABLE.assign(order=2.0**30 + TABLE["size"]).assign(weight=2.0**30 + TABLE["size"] / 8)
+    numbers.loc[3, "order"] = None
+    answers, left = describe_table(numbers, {"label": "late"})
+    assert (answers["numbers"], left) == (["size", "weight"], ["order: whole numbers too large for float32"])
 
 
 def test_columns_that_a_project_could_not_write_down_are_refused() -> None:
@@ -247,6 +256,7 @@ def test_columns_that_a_project_could_not_write_down_are_refused() -> None:
     ("pair", "named"),
     [
         ("labl=x", "Perhaps you meant label="), ("label", "Known are question, key"), ("missed=much", "isn't a number"),
+        ("above=nan", "isn't a number"), ("horizon_hours=inf", "isn't a number"),
         ("time_zone=Mars/North", "isn't a time zone"), ('question="; import os', "holds '\"'"),
     ],
 )  # fmt: skip

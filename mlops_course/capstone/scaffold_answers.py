@@ -78,6 +78,8 @@ def read_answers(
             raise ScaffoldError(f"--answer {pair!r} isn't an answer", remedy)
         try:
             found[name] = _KINDS[name](_plain(text.strip(), f"the answer {name}"))
+            if isinstance(found[name], float) and not math.isfinite(found[name]):
+                raise ValueError(text)
             ZoneInfo(found.get("time_zone", "UTC"))
         except (ValueError, LookupError) as error:
             kind = "a time zone" if name == "time_zone" else "a number"
@@ -152,8 +154,8 @@ def _split_columns(
             raise ScaffoldError(f"the column {name} has a name that a project needs itself", "Rename it")
         if not pd.api.types.is_numeric_dtype(column.dtype):
             few = 1 < (many := column.nunique()) <= _MOST_VALUES
-            (texts if few else left).append(name if few else f"{name}: {many} different texts")
-        elif pd.api.types.is_integer_dtype(column.dtype) and column.abs().max() > 2**24:
+            (texts if few else left).append(name if few else f"{name}: {number_of(many, 'different text')}")
+        elif column.abs().max() > 2**24 and (column.dropna() % 1).eq(0).all():  # with gaps, they come as decimals
             left.append(f"{name}: whole numbers too large for float32")
         else:
             numbers.append(name)
@@ -202,7 +204,7 @@ def _split_months(periods: list[str], given: dict[str, Any]) -> dict[str, str]:
     wanted = [month for month in periods if first <= month <= test_last]
     if len(wanted) < 2:
         raise ScaffoldError(f"the rows are of {len(wanted)} month: {', '.join(wanted)}", "Bring two or more")
-    if gaps := sorted({*months(wanted[0], wanted[-1])} - {*wanted}):
+    if gaps := sorted({*months(first, test_last)} - {*wanted}):
         remedy = "Each month needs rows: take fewer with --answer first=… and test_last=…"
         raise ScaffoldError(f"there are no rows of {', '.join(gaps[:3])}", remedy)
     train_last = given.get("train_last", wanted[-1 - max(1, len(wanted) // 4)])

@@ -159,7 +159,7 @@ def _options(command: str) -> dict[str, bool]:
     """What a `set` turns on or off: e and pipefail."""
     found: dict[str, bool] = {}
     words = command.split()[1:]
-    for number, word in enumerate(words):
+    for number, word in enumerate(words[: words.index("--")] if "--" in words else words):
         on = word.startswith("-")
         if re.fullmatch(r"[-+][A-Za-z]+", word):
             found |= {"e": on} if "e" in word else {}
