@@ -405,8 +405,9 @@ def test_two_versions_are_compared_in_what_their_runs_wrote_down(local: Settings
     assert (found["test.log_loss"], found["iterations"]) == ((None, 0.43), (None, "40"))
     assert "first" not in found
     assert compare_versions(local, flight_delay, named(2), "previous") == {}
-    with pytest.raises(RegistryError, match="there is no model 'nobody'"):
-        compare_versions(local, flight_delay, "nobody", named(2))
+    for reference in ("nobody", "3", "@3", "a/b@3"):
+        with pytest.raises(RegistryError, match=f"there is no model '{reference}'"):
+            compare_versions(local, flight_delay, reference, named(2))
 
 
 def test_the_history_of_another_use_case_is_another_one(local: Settings) -> None:

@@ -83,10 +83,13 @@ class FolderReleaseStore:
 
 # %% ../../nbs/internals/11_release_store.ipynb #57541613
 def _append(path: Path, line: str) -> None:
-    """Add a line to a file, so that it outlives a power cut."""
+    """Add a line to a file, so that it outlives a power cut; one that was cut off is ended first."""
     try:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        with path.open("a+b") as file:
+            if size := file.seek(0, os.SEEK_END):
+                file.seek(size - 1)
+            begin = b"" if not size or file.read() == b"\n" else b"\n"
+            file.write(begin + line.encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:

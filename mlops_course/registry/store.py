@@ -118,7 +118,7 @@ def version_of_reference(
     try:
         return client.get_model_version(name, number) if number.isdigit() else None
     except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):  # a name that can't be one
             raise
         return None
 
