@@ -340,6 +340,14 @@ def test_what_reaches_further_is_not_run(answer: str) -> None:
     assert reaches(answer, {"stub": "x = ...", "names": ["x"]}, frozenset({"truth"})) != []
 
 
+def test_a_class_does_not_lie_about_what_it_equals() -> None:
+    asked = {"stub": "class X:\n    ...", "names": ["X"]}
+    honest = "class X:\n    def __init__(self):\n        self.a = 1\n    def mean(self):\n        return self.a"
+    assert reaches(honest, asked, frozenset()) == []
+    lying = "class X:\n    def __eq__(self, other):\n        return True"
+    assert reaches(lying, asked, frozenset()) == ["it defines __eq__"]
+
+
 @pytest.mark.parametrize(
     "answer",
     [

@@ -64,6 +64,7 @@ _INSIDES = frozenset(_words("""
     tb_frame tb_next types unittest unsafe_load UnsafeLoader
 """))
 _TABLE_NAMES = frozenset({"columns", "index", "name", "names"})  # attributes that one may set: a table's
+_METHODS = frozenset({"__call__", "__enter__", "__exit__", "__init__", "__post_init__", "__repr__", "__str__"})
 _TUPLE_NAMES = frozenset({"_asdict", "_fields", "_make", "_replace"})  # a named tuple's own
 
 # %% ../../nbs/internals/15_answers.ipynb #6fafa845
@@ -96,6 +97,9 @@ def _attribute_says(node: ast.AST) -> str:
 def _name_says(node: ast.AST) -> str:
     if isinstance(node, ast.Name) and (node.id in _BUILT_IN or node.id.startswith("__")):
         return f"it uses {node.id}"
+    method = node.name if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) else ""
+    if method.startswith("__") and method not in _METHODS:
+        return f"it defines {method}"
     if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
         return "it opens a pickle"
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "query":
