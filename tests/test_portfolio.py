@@ -416,6 +416,7 @@ def test_a_review_goes_out_and_comes_back_onto_the_page(
         ("reviewer: [", "can't be read"),
         ("- 1", "not a review"),
         ("a: " + "x" * 200_000, "not a review"),
+        ("reviewer: &a [x, x]\nanswers: {}\nask: *a", "no name"),
     ):
         path.write_text(text, encoding="utf-8")
         with pytest.raises(PortfolioError, match=words):

@@ -398,6 +398,33 @@ def tasks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     return found
 
 
+@pytest.mark.skipif(os.name == "nt", reason="permissions of POSIX")
+@pytest.mark.parametrize("tries", [1, 2])
+def test_a_notebook_that_failed_among_others_is_tried_once_more_and_named(
+    tasks: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tries: int
+) -> None:
+    runner, page = tmp_path / "nbdev_test", tmp_path / "nbs" / "one.ipynb"
+    page.parent.mkdir()
+    page.touch()
+    runner.write_text(
+        f"""#!{sys.executable}
+from pathlib import Path
+import sys
+log = Path({str(tmp_path / "log")!r})
+log.open("a").write(" ".join(sys.argv[1:]) + "\\n")
+if len(log.read_text().splitlines()) <= {tries}:
+    sys.exit("nbdev Tests Failed On The Following Notebooks:\\n=====\\n\\tone.ipynb")
+"""
+    )
+    runner.chmod(0o755)
+    monkeypatch.setitem(vars(tasks), "tool", lambda name: tmp_path / name)
+    failed = tasks.run_notebooks("--n_workers", "3")
+    again = tasks.try_notebooks_again(failed)
+    assert (failed, again) == (["one.ipynb"], ["one.ipynb"][: tries - 1])
+    assert (tmp_path / "log").read_text().splitlines() == ["--n_workers 3", f"--path {page} --n_workers 0"]
+    assert ("passed alone, to be fixed: one.ipynb" in capsys.readouterr().out) == (not again)
+
+
 @pytest.mark.parametrize(
     ("changed", "named", "expected"),
     [

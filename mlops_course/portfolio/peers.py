@@ -76,6 +76,11 @@ _LARGEST_FORM = 100_000  # bytes
 _LEAST_WORDS = 3  # of a reason
 
 
+def _text(value: Any) -> str:
+    """What somebody wrote as one value; a list or a mapping is none, and may be huge when it is written out."""
+    return str(value).strip() if isinstance(value, str | int | float) else ""
+
+
 def _answer(criterion: Criterion, given: Any) -> dict[str, Any]:
     """One answer, checked. Raises: PortfolioError naming what is missing."""
     level, because = (given.get("level"), given.get("because")) if isinstance(given, dict) else (None, None)
@@ -106,10 +111,10 @@ def read_review(
     answers = given.get("answers") if isinstance(given, dict) else None
     if not isinstance(given, dict) or not isinstance(answers, dict):
         raise PortfolioError(f"{path} is not a review", "Fill in what `mlops-course portfolio review` has written")
-    reviewer = str(given.get("reviewer") or "").strip()
+    reviewer = _text(given.get("reviewer"))
     if not reviewer or len(reviewer) > 80:
         raise PortfolioError("the reviewer has no name", "Fill in `reviewer`")
-    found = {"portfolio": str(given.get("portfolio")), "reviewer": reviewer, "ask": str(given.get("ask") or "")[:500]}
+    found = {"portfolio": _text(given.get("portfolio")), "reviewer": reviewer, "ask": _text(given.get("ask"))[:500]}
     return {**found, "answers": [_answer(each, answers.get(each.name)) for each in PEER_RUBRIC]}
 
 # %% ../../nbs/internals/15_peers.ipynb #e5392b35
