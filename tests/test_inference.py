@@ -22,6 +22,8 @@ from mlops_course.data import feature_names, read_table
 from mlops_course.experiments import TrainingConfig, scores, train
 from mlops_course.project import flight_delay
 from mlops_course.serving import InputError, Predictor, load_predictor
+from mlops_course.serving.bundle import Feature
+from mlops_course.serving.encoding import Encoder
 from mlops_course.serving.packaging import Origin, write_bundle
 
 pytestmark = pytest.mark.filterwarnings("ignore:Series.values returning:DeprecationWarning")  # inside pyarrow
@@ -284,6 +286,14 @@ def test_the_type_of_a_record_refuses_what_does_not_fit(
 def test_the_type_of_a_record_wants_every_feature(predictor: Predictor, record: dict[str, Any]) -> None:
     with pytest.raises(msgspec.ValidationError, match=f"missing required field `{NUMBER}`"):
         msgspec.json.decode(msgspec.json.encode(without(record, NUMBER)), type=predictor.encoder.record_type)
+
+
+def test_a_feature_may_have_the_name_that_another_one_gets_inside() -> None:
+    names = ["feature_1", "dew point", "feature_2_", "class"]
+    encoder = Encoder([Feature(name, "number") for name in [*names, "feature_3"]])
+    body = msgspec.json.encode({name: float(place) for place, name in enumerate(encoder.names)})
+    decoded = msgspec.json.decode(body, type=encoder.record_type)
+    np.testing.assert_array_equal(encoder.encode_structs([decoded]), [[0, 1, 2, 3, 4]])
 
 
 def test_a_number_too_large_for_float32_is_refused_after_decoding(predictor: Predictor, record: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from score_helpers import OLD, Production, git, make_production, make_repository
 from mlops_course.data import read_table, replace_months
 from mlops_course.delivery import score_data
 from mlops_course.delivery.automation import command_words, read_automation, task_commands
-from mlops_course.delivery.evidence import Evidence, find_repository
+from mlops_course.delivery.evidence import Evidence, EvidenceError, find_repository
 from mlops_course.delivery.ml_test_score import RUBRIC_CHECKS, run_rubric_check, score_system
 from mlops_course.delivery.rubric import RUBRIC, MLTestScore, RubricResult, score_meaning
 from mlops_course.environment import Settings
@@ -420,6 +421,14 @@ def test_whatever_is_missing_or_damaged_the_score_is_told(production: Production
     assert all(finding.remedy for finding, _ in found if not finding.holds)
     assert not all(finding.holds for finding, _ in found)
     assert str(tmp_path) not in "".join(finding.evidence for finding, _ in found)
+
+
+def test_a_champion_that_was_never_tested_is_named(tmp_path: Path) -> None:
+    evidence = Evidence(Settings(home=tmp_path / "workspace"), flight_delay, None)
+    run = SimpleNamespace(data=SimpleNamespace(tags={}))
+    vars(evidence).update(champion=OLD, run=run)
+    with pytest.raises(EvidenceError, match=f"{OLD} was never tested on later months"):
+        _ = evidence.rows.test
 
 
 def test_an_empty_folder_scores_nothing_and_stays_empty(tmp_path: Path) -> None:

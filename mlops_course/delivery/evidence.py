@@ -96,10 +96,8 @@ class ChampionRows:
     @cached_property
     def all_tested(self) -> pd.DataFrame:
         """The rows of the test, labelled."""
-        tags = self.evidence.run.data.tags
-        return labelled_features(
-            self.settings, self.use_case, tags["test.features"], tags["test.rows"], *self.tested
-        )
+        months, tags = self.tested, self.evidence.run.data.tags
+        return labelled_features(self.settings, self.use_case, tags["test.features"], tags["test.rows"], *months)
 
     @cached_property
     def test(self) -> pd.DataFrame:

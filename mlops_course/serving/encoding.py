@@ -45,9 +45,12 @@ def _record_type(features: Sequence[Feature]) -> type[msgspec.Struct]:
     """A Struct with a field for each feature; a name that is not a Python name is renamed inside."""
     fields: list[tuple[str, Any]] = []
     renamed: dict[str, str] = {}
+    names = {feature.name for feature in features}
     for place, feature in enumerate(features):
         plain = feature.name.isidentifier() and not iskeyword(feature.name)
         field = feature.name if plain else f"feature_{place}"
+        while not plain and field in names:
+            field += "_"
         renamed |= {} if plain else {field: feature.name}
         fields.append((field, str | None if feature.kind == "category" else float | None))
     return msgspec.defstruct("Record", fields, forbid_unknown_fields=True, rename=renamed or None, gc=False)
