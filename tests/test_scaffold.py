@@ -348,7 +348,7 @@ def test_the_command_speaks_to_programs(tmp_path: Path, monkeypatch: pytest.Monk
     document = json.loads(done.stdout)
     assert document["folder"] == str(tmp_path / "corks")
     assert document["next"] == ["cd corks", "make run", "make test"]
-    assert document["left_out"] == ["number: 1500 different texts"]
+    assert document["left_out"] == ["number: 1,500 different texts"]
     assert (tmp_path / "corks" / "corks" / "data" / "rows.csv").read_bytes() == bottles(tmp_path).read_bytes()
 
 

@@ -16,6 +16,7 @@ import msgspec
 
 from mlops_course.serving.inference import Reason
 from mlops_course.serving.problems import JSON, HTTPProblem, Scope
+from mlops_course.wording import number_of
 
 # %% auto #0
 __all__ = ['ABSENT', 'decode_one', 'decode_batch', 'UNREADABLE', 'PredictRequest', 'BatchRequest', 'PredictResponse', 'BatchRow',
@@ -156,8 +157,8 @@ def check_objects(
     """
     bound = 3 * most + 1
     if body.count(b"{") > bound and (found := _STRINGS.sub(b"", body).count(b"{")) > bound:
-        what = f"the body has {found} objects, and {most} rows have {bound} at most"
-        raise HTTPProblem(413, what, f"Send at most {most} rows at a time", "rows")
+        what = f"the body has {found} objects, and {number_of(most, 'row')} may have {bound}"
+        raise HTTPProblem(413, what, f"Send at most {number_of(most, 'row')} at a time", "rows")
 
 # %% ../../nbs/internals/07_messages.ipynb #1c9a2fed
 def check_values(
