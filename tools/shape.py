@@ -37,7 +37,6 @@ BARS = {  # what the source is held to: the first is the least, all others are t
     "lines of pipelines": 6000,
 }
 NOT_YET = {  # what may not get worse until the bar is reached; then its entry goes
-    "share of the reference pages' code that shows something, in %": 26,
     "lines of pipelines": 9588,
 }
 LIMITS = BARS | NOT_YET
