@@ -603,7 +603,7 @@ DRIFTS: dict[str, tuple[str, Callable[[pd.DataFrame], pd.DataFrame], str]] = {
     "a missing time": (
         "flights",
         lambda frame: frame.assign(time_hour=frame["time_hour"].where(np.arange(len(frame)) != 3)),
-        r"time_hour must hold times.*row 3 holds nan \(1 such rows\)",
+        r"time_hour must hold times.*row 3 holds nan \(1 such row\)",
     ),
     "no time at all": ("flights", lambda frame: frame.assign(time_hour="2013-99-01T10:00:00Z"), "row 0 holds '2013-99"),
     "text in a number": (
@@ -611,7 +611,7 @@ DRIFTS: dict[str, tuple[str, Callable[[pd.DataFrame], pd.DataFrame], str]] = {
         lambda frame: frame.assign(
             arr_delay=frame["arr_delay"].astype("str").where(np.arange(len(frame)) != 5, "two hours")
         ),
-        r"flights.arr_delay must hold a number, but row 5 holds 'two hours' \(1 such rows\)",
+        r"flights.arr_delay must hold a number, but row 5 holds 'two hours' \(1 such row\)",
     ),
     "half a mile": (
         "flights",
