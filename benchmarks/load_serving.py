@@ -13,9 +13,7 @@ bench_serving.py does).
 import argparse
 import asyncio
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -127,9 +125,9 @@ async def disturb(settings: Settings, process: int, options: argparse.Namespace,
             publish(settings, names[(seen.swapped + 1) % 2])
             seen.swapped += 1
         if seen.killed < options.kills and part > (seen.killed + 0.5) / options.kills:
-            busiest = max(workers(process), key=lambda each: sum(each.cpu_times()[:2]))
-            os.kill(busiest.pid, signal.SIGKILL)
-            seen.killed += 1
+            with suppress(psutil.NoSuchProcess):  # one that was killed before is still ending: look again
+                max(workers(process), key=lambda each: sum(each.cpu_times()[:2])).kill()
+                seen.killed += 1
     while len(workers(process)) < options.workers or todo[0] > options.requests * 0.4:
         await asyncio.sleep(0.1)
     await fill_disk(process, seen)
@@ -153,13 +151,15 @@ async def watch_memory(process: int, total: int, todo: list[int], seen: Seen) ->
 
 async def fill_disk(process: int, seen: Seen) -> None:
     """Have the system refuse each byte that a worker writes for two seconds, and let it write again."""
-    seen.full, found = True, workers(process)
-    before = [each.rlimit(psutil.RLIMIT_FSIZE) for each in found]
-    for each, (_, most) in zip(found, before, strict=True):
-        each.rlimit(psutil.RLIMIT_FSIZE, (1, most))
+    seen.full, before = True, list[tuple[psutil.Process, tuple[int, int]]]()
+    for each in workers(process):
+        with suppress(psutil.NoSuchProcess):  # it was killed before, and is still ending
+            before.append((each, each.rlimit(psutil.RLIMIT_FSIZE)))
+            each.rlimit(psutil.RLIMIT_FSIZE, (1, before[-1][1][1]))
     await asyncio.sleep(2)
-    for each, limits in zip(found, before, strict=True):
-        each.rlimit(psutil.RLIMIT_FSIZE, limits)
+    for each, limits in before:
+        with suppress(psutil.NoSuchProcess):
+            each.rlimit(psutil.RLIMIT_FSIZE, limits)
     await asyncio.sleep(5)  # once a second a worker looks whether it can write again
     seen.full = False
 
