@@ -71,11 +71,15 @@ class Stop(Exception):
 # ---------------------------------------------------------------- running other programs
 
 
+def within(**variables: str) -> dict[str, str]:
+    """The variables of a program that runs in the project's environment."""
+    path = os.pathsep.join([str(BIN), os.environ.get("PATH", "")])
+    return {**os.environ, "PATH": path, "VIRTUAL_ENV": str(VENV), **variables}
+
+
 def call(*command: object, **variables: str) -> int:
     """Run a program in the project's folder and environment; its exit status. Ctrl-C is left to the program."""
-    path = os.pathsep.join([str(BIN), os.environ.get("PATH", "")])
-    environment = {**os.environ, "PATH": path, "VIRTUAL_ENV": str(VENV), **variables}
-    process = subprocess.Popen([str(part) for part in command], cwd=ROOT, env=environment)
+    process = subprocess.Popen([str(part) for part in command], cwd=ROOT, env=within(**variables))
     while True:
         try:
             return process.wait()
@@ -336,10 +340,10 @@ def test(arguments: list[str]) -> None:
 
 def run_notebooks(*options: str, **variables: str) -> list[str]:
     """Run notebooks by nbdev_test; the names of those that failed."""
-    environment, failed, listed = {**os.environ, **variables}, [], False
-    command = [str(tool("nbdev_test")), *options]
+    failed, listed = list[str](), False
+    command, own = [str(tool("nbdev_test")), *options], within(**variables)
     with subprocess.Popen(
-        command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, encoding="utf-8", errors="replace"
+        command, cwd=ROOT, env=own, stderr=subprocess.PIPE, encoding="utf-8", errors="replace"
     ) as process:
         for line in process.stderr or ():
             print(line, end="", file=sys.stderr, flush=True)

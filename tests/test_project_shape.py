@@ -409,7 +409,8 @@ def test_a_notebook_that_failed_among_others_is_tried_once_more_and_named(
     runner.write_text(
         f"""#!{sys.executable}
 from pathlib import Path
-import sys
+import os, sys
+Path({str(tmp_path / "environment")!r}).write_text(os.environ["PATH"].split(os.pathsep)[0] + os.environ["VIRTUAL_ENV"])
 log = Path({str(tmp_path / "log")!r})
 log.open("a").write(" ".join(sys.argv[1:]) + "\\n")
 if len(log.read_text().splitlines()) <= {tries}:
@@ -421,6 +422,7 @@ if len(log.read_text().splitlines()) <= {tries}:
     failed = tasks.run_notebooks("--n_workers", "3")
     again = tasks.try_notebooks_again(failed)
     assert (failed, again) == (["one.ipynb"], ["one.ipynb"][: tries - 1])
+    assert (tmp_path / "environment").read_text() == f"{tasks.BIN}{tasks.VENV}", "as every program that tasks.py starts"
     assert (tmp_path / "log").read_text().splitlines() == ["--n_workers 3", f"--path {page} --n_workers 0"]
     assert ("passed alone, to be fixed: one.ipynb" in capsys.readouterr().out) == (not again)
 
