@@ -56,8 +56,8 @@ CONTRAST = """() => {
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The plain pages, from a copy of the project in which nothing else is at work."""
+def site(tmp_path_factory: pytest.TempPathFactory, stride: int) -> Path:
+    """The plain pages, from a copy of the project in which nothing else is at work; not all of the reference pages."""
     folder = tmp_path_factory.mktemp("project")
     for name in ("nbs", "mlops_course", "tools", "settings.ini", "_quarto.yml", "setup.py"):
         source = ROOT / name
@@ -67,6 +67,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
             if source.is_dir()
             else shutil.copy(source, folder)
         )
+    for number, path in enumerate(sorted((folder / "nbs" / "internals").glob("*.ipynb"))):
+        if number % stride:
+            path.unlink()
     without_quarto = os.pathsep.join(
         place for place in os.environ["PATH"].split(os.pathsep) if not (Path(place) / "quarto").exists()
     )
@@ -148,7 +151,7 @@ def test_every_paragraph_of_a_notebook_is_on_its_page(site: Path) -> None:
         if page.is_file():
             text = letters(html.unescape(re.sub(r"<[^>]*>", "", page.read_text(encoding="utf-8"))))
             lost[path.name] = [each[:60] for each in paragraphs(path) if letters(each) not in text]
-    assert len(lost) > 100
+    assert len(lost) > 70
     assert {name: each for name, each in lost.items() if each} == {}
 
 
@@ -193,9 +196,16 @@ def test_links_between_pages_lead_somewhere(site: Path) -> None:
     for path in site.rglob("*.html"):
         text = path.read_text(encoding="utf-8")
         for link in re.findall(r'href="(?![a-z]+:)([^"#]*)(?:#[^"]*)?"', text):
-            if link and not (path.parent / link).exists():
+            target = path.parent / link
+            if link and not target.exists() and not left_out(site, target):
                 dead.append(f"{path.name}: {link}")
     assert dead == []
+
+
+def left_out(site: Path, page: Path) -> bool:
+    """Whether a page isn't made because this run leaves out its notebook."""
+    source = Path("nbs") / os.path.relpath(page.with_suffix(".ipynb"), site)
+    return (ROOT / source).is_file() and not (site.parent / source).exists()
 
 
 def test_every_page_of_the_sites_map_is_made(site: Path) -> None:
