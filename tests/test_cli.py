@@ -17,6 +17,7 @@ import psutil
 import pytest
 import typer
 from kill_helpers import lives
+from typer.testing import CliRunner
 
 from mlops_course import __version__
 from mlops_course.cli import app, asked_for, describe_error
@@ -480,10 +481,27 @@ def test_pipelines_can_be_listed() -> None:
 
 
 def test_runs_of_an_empty_workspace(tmp_path: Path) -> None:
-    done = course("runs", "--home", tmp_path / "none")
+    done = course("runs", MLOPS_COURSE_HOME=str(tmp_path / "none"))
     assert "nothing was run" in done.stdout
     assert done.returncode == 0
     assert not (tmp_path / "none").exists(), "looking creates nothing"
+
+
+READING = (
+    "runs", "runs show last", "runs diff a b", "cache list", "cache verify", "ledger show", "ledger verify", "progress",
+    "models list", "models show 1", "models compare 1", "models at 2013-10-01", "models card 1", "models verify 1",
+    "data history", "data diff a@1 a@2", "lineage flight-delay@1", "deliver report 1", "keys list", "test-score",
+    "status", "release status", "release outcomes", "monitor 2013-10", "interview",
+    "data forgotten x.json --receipt y.json",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("command", READING)
+def test_who_reads_names_a_workspace_that_is_there(command: str, tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, [*command.split(), "--home", str(tmp_path / "lab11")])
+    assert f"there is no workspace {tmp_path / 'lab11'}. Correct --home" in done.output
+    assert done.exit_code == 1
+    assert not (tmp_path / "lab11").exists(), "looking creates nothing"
 
 
 def test_doctor_for_people_and_programs() -> None:

@@ -449,6 +449,7 @@ def test_the_repository_is_found_from_below(tmp_path: Path) -> None:
 
 def test_the_command_ends_with_status_1_below_a_score(tmp_path: Path) -> None:
     command = [sys.executable, "-c", "from mlops_course.cli import main; main()", "test-score", "--json"]
+    (tmp_path / "workspace").mkdir()
     place = ["--home", str(tmp_path / "workspace"), "--repository", str(tmp_path)]
     below = subprocess.run([*command, "--at-least", "0.5", *place], capture_output=True, text=True, cwd=tmp_path)
     assert (below.returncode, "at least 0.5 was asked for" in below.stderr) == (1, True)

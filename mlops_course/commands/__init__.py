@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Home', 'Case', 'AsJson', 'DefinedCase', 'Because', 'By', 'Approver', 'as_group', 'anchor_changed', 'settings_of',
-           'find_case', 'defined_case', 'served_settings', 'parse_parameters']
+           'find_case', 'defined_case', 'settings_to_read', 'served_settings', 'parse_parameters']
 
 # %% ../../nbs/internals/cli_commands.ipynb #7036b472
 import sys
@@ -105,6 +105,24 @@ def defined_case(
     from mlops_course.project import DEFAULT_USE_CASE
 
     return find_case(name or DEFAULT_USE_CASE)
+
+# %% ../../nbs/internals/cli_commands.ipynb #c5cf5731
+def settings_to_read(
+    home: Path | None,  # as --home gives it
+    use_case: str | None = None,  # a name, or module:name
+) -> "Settings":
+    """The settings for a command that only reads.
+
+    Raises:
+        SettingsError: there is no such workspace.
+    """
+    from mlops_course.environment import SettingsError
+
+    settings = settings_of(home, use_case)
+    elsewhere = (settings.storage, settings.tracking_uri, settings.guard_url, settings.features_url, settings.keys_file)
+    if home is not None and not any(elsewhere) and not settings.home.is_dir():
+        raise SettingsError(f"there is no workspace {settings.home}", "Correct --home, or leave it out")
+    return settings
 
 # %% ../../nbs/internals/cli_commands.ipynb #87e060db
 def served_settings(

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mlops_course.commands import Approver, AsJson, Because, By, DefinedCase, Home, defined_case, settings_of
+from mlops_course.commands import (
+    Approver, AsJson, Because, By, DefinedCase, Home, defined_case, settings_of, settings_to_read,
+)
 from mlops_course.console import print_all, print_json, table
 from mlops_course.wording import number_of
 
@@ -36,7 +38,7 @@ def _history(
     """List the versions of tables: when, what was done, and whether each can still be read."""
     from mlops_course.registry.data_versions import list_tables, table_history
 
-    settings = settings_of(home)
+    settings = settings_to_read(home)
     versions = [each for name in tables or list_tables(settings) for each in table_history(settings, name)]
     if as_json:
         print_json([vars(version) for version in versions])
@@ -76,7 +78,7 @@ def _diff(
     from mlops_course.registry.data_diff import diff_versions, table_key
 
     columns = key or table_key(defined_case(use_case), before.partition("@")[0])
-    diff = diff_versions(settings_of(home), before, after, columns)
+    diff = diff_versions(settings_to_read(home), before, after, columns)
     if as_json:
         print_json({**vars(diff), "distributions": diff.distributions.to_dict("index"), "same": diff.same})
     else:
@@ -214,7 +216,7 @@ def _lineage(
 
     if towards not in ("back", "forth", "both"):
         raise ParameterError(f"--towards {towards!r} is not a direction", "Write back, forth or both")
-    settings, case = settings_of(home), defined_case(use_case)
+    settings, case = settings_to_read(home), defined_case(use_case)
     whole, start = lineage.find_thing(settings, case, lineage.lineage_graph(settings, case), what)
     part = lineage.lineage_of(whole, start, back=towards != "forth", forth=towards != "back")
     form = "mermaid" if as_picture else "events" if as_events else "json" if as_json else "table"

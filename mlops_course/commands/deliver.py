@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mlops_course.commands import AsJson, Because, By, DefinedCase, Home, defined_case, settings_of
+from mlops_course.commands import AsJson, Because, By, DefinedCase, Home, defined_case, settings_of, settings_to_read
 from mlops_course.commands.release import LimitOptions, StepOptions, release_limits
 from mlops_course.console import print_json
 
@@ -134,7 +134,7 @@ def _report(reference: _Version, use_case: DefinedCase = None, home: Home = None
     """Print what the gate said of a version, beside the champion, as Markdown."""
     from mlops_course.delivery.report import gate_markdown
 
-    typer.echo(gate_markdown(settings_of(home), defined_case(use_case), reference))
+    typer.echo(gate_markdown(settings_to_read(home), defined_case(use_case), reference))
 
 # %% ../../nbs/internals/cli_deliver.ipynb #c11de116
 @deliver_commands.command("lint")

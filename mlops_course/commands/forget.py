@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mlops_course.commands import AsJson, Because, By, DefinedCase, Home, defined_case, settings_of
+from mlops_course.commands import AsJson, Because, By, DefinedCase, Home, defined_case, settings_of, settings_to_read
 from mlops_course.console import print_all, print_json, table
 from mlops_course.wording import number_of
 
@@ -126,7 +126,7 @@ def _forgotten(
 
     from mlops_course.security.deletion import check_deletion
 
-    settings, case = settings_of(home), defined_case(use_case)
+    settings, case = settings_to_read(home), defined_case(use_case)
     said, found = check_deletion(settings, case, statement, _selection(case, ids, key), receipt)
     if as_json:
         print_json(msgspec.to_builtins({"statement": said, "found": found}))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mlops_course.commands import AsJson, By, Home, settings_of
+from mlops_course.commands import AsJson, By, Home, settings_of, settings_to_read
 from mlops_course.console import print_all, print_json, table
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def _list(home: Home = None, as_json: AsJson = False) -> None:
     from mlops_course.ledger import as_time
     from mlops_course.security.keys import read_keys
 
-    now, found = as_time(datetime.now(UTC)), [*read_keys(settings_of(home)).values()]
+    now, found = as_time(datetime.now(UTC)), [*read_keys(settings_to_read(home)).values()]
     if as_json:
         print_json([{**_public(each), "state": each.state(now)} for each in found])
         return

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mlops_course.commands import AsJson, Home, settings_of
+from mlops_course.commands import AsJson, Home, settings_of, settings_to_read
 from mlops_course.console import print_json
 from mlops_course.wording import number_of
 
@@ -196,8 +196,11 @@ def _break(section: _Section, home: Home = None, as_json: AsJson = False) -> Non
     _wait_for("Checking that all is well, then breaking something: up to half a minute", as_json)
     state = break_lab(lesson, settings_of(home).home)
     if as_json:
-        return print_json({"section": int(section), "sound": state.sound, "symptom": state.symptom})
+        found = {"section": int(section), "sound": state.sound, "symptom": state.symptom}
+        return print_json(found | ({"where": state.where} if state.where else {}))
     typer.echo(f"Broken. The symptom: {state.symptom}")
+    if state.where:
+        typer.echo(f"All that it needs is in {state.where}")
     typer.echo(f"Find the cause and fix it, then: mlops-course check {section}")
     typer.echo(f"Give up? mlops-course fix {section}")
 
@@ -291,7 +294,7 @@ def _progress(home: Home = None, as_json: AsJson = False) -> None:
     """Show what you have passed, and what comes next."""
     from mlops_course.course.tool import overview
 
-    found = overview(settings_of(home).home)
+    found = overview(settings_to_read(home).home)
     if as_json:
         return print_json(found)
     typer.echo(f"{'':3}  {'section':<30} {'passed':<7} {'lab':<6} {'quiz':<9} time")

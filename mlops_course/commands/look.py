@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mlops_course.commands import AsJson, Home, settings_of
+from mlops_course.commands import AsJson, Home, settings_of, settings_to_read
 from mlops_course.commands.data import data_commands, lineage_commands
 from mlops_course.commands.doctor import doctor_commands
 from mlops_course.commands.readiness import readiness_commands
@@ -50,7 +50,7 @@ def _runs(context: typer.Context, home: Home = None, as_json: AsJson = False) ->
 
     if context.invoked_subcommand is not None:
         return
-    settings = settings_of(home)
+    settings = settings_to_read(home)
     found = list_runs(settings)
     if as_json:
         print_json(found)
@@ -77,7 +77,7 @@ def _diff_runs(
     """Show what differs between two runs."""
     from mlops_course.pipelines import compare_runs, find_run
 
-    settings = settings_of(home)
+    settings = settings_to_read(home)
     found = compare_runs(find_run(settings, one), find_run(settings, other))
     if as_json:
         print_json({name: list(pair) for name, pair in found.items()})
@@ -96,7 +96,7 @@ def _show_run(
     """Show one run: what went into each stage, what came out, and where it came from."""
     from mlops_course.pipelines import find_run
 
-    found = find_run(settings_of(home), run)
+    found = find_run(settings_to_read(home), run)
     if as_json:
         print_json(found)
         return
@@ -121,7 +121,7 @@ def _list_cache(home: Home = None, as_json: AsJson = False) -> None:
     """List what the cache holds, newest first."""
     from mlops_course.pipelines.cache import CacheStore, list_entries
 
-    entries = list_entries(CacheStore(settings_of(home)))
+    entries = list_entries(CacheStore(settings_to_read(home)))
     if as_json:
         print_json([{**{name: getattr(each, name) for name in _ENTRY}, "bytes": each.size} for each in entries])
         return
@@ -161,7 +161,7 @@ def _verify_cache(home: Home = None, as_json: AsJson = False) -> None:
     """Read every file of the cache and compare it with its checksum. Exit status 1 when something is wrong."""
     from mlops_course.pipelines.cache import CacheStore, verify_entries
 
-    problems = verify_entries(CacheStore(settings_of(home)))
+    problems = verify_entries(CacheStore(settings_to_read(home)))
     if as_json:
         print_json(problems)
     else:

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mlops_course.commands import Approver, AsJson, Because, By, DefinedCase, Home, defined_case, settings_of
+from mlops_course.commands import (
+    Approver, AsJson, Because, By, DefinedCase, Home, defined_case, settings_of, settings_to_read,
+)
 from mlops_course.commands.data import lineage_commands
 from mlops_course.console import print_all, print_json, show, table
 
@@ -40,7 +42,7 @@ def _show_ledger(home: Home = None, as_json: AsJson = False) -> None:
 
     from mlops_course.ledger import read_ledger
 
-    entries = read_ledger(settings_of(home))
+    entries = read_ledger(settings_to_read(home))
     if as_json:
         print_json(msgspec.to_builtins(entries))
     else:
@@ -70,7 +72,7 @@ def _verify(home: Home = None, as_json: AsJson = False) -> None:
     from mlops_course.ledger import verify_ledger
     from mlops_course.security.anchor import check_anchors, read_anchors
 
-    settings = settings_of(home)
+    settings = settings_to_read(home)
     found: list[tuple[int | None, str]] = [*verify_ledger(settings)]
     if not found:
         found = [*check_anchors(settings)]
@@ -151,7 +153,7 @@ def _at(
     from mlops_course.ledger import find_period, read_moment
 
     time = read_moment(moment)
-    period = find_period(settings_of(home), defined_case(use_case).name, time)
+    period = find_period(settings_to_read(home), defined_case(use_case).name, time)
     if as_json:
         ends = {name: msgspec.to_builtins(getattr(period, name)) for name in ("since", "until")}
         print_json({"moment": time, "champion": period.value, "exact": period.exact, **ends})
@@ -166,7 +168,7 @@ def _list(use_case: DefinedCase = None, home: Home = None, as_json: AsJson = Fal
     """List the versions, oldest first."""
     from mlops_course.registry.changes import list_models
 
-    found = list_models(settings_of(home), defined_case(use_case))
+    found = list_models(settings_to_read(home), defined_case(use_case))
     if as_json:
         print_json(found)
         return
@@ -183,7 +185,7 @@ def _show(reference: _Model, use_case: DefinedCase = None, home: Home = None, as
     from mlops_course.ledger import read_ledger
     from mlops_course.registry.changes import describe_version
 
-    settings = settings_of(home)
+    settings = settings_to_read(home)
     about = describe_version(settings, defined_case(use_case), reference)
     lines = [entry for entry in read_ledger(settings) if entry.subject == about["version"]]
     if as_json:
@@ -200,7 +202,7 @@ def _compare(
     """Show in what two versions differ."""
     from mlops_course.registry import compare_versions
 
-    found = compare_versions(settings_of(home), defined_case(use_case), one, other)
+    found = compare_versions(settings_to_read(home), defined_case(use_case), one, other)
     if as_json:
         print_json({name: list(pair) for name, pair in found.items()})
     elif not found:
@@ -307,7 +309,7 @@ def _card(
     from mlops_course.environment import write_atomic
     from mlops_course.security.card import card_page, version_card
 
-    text = version_card(settings_of(home), defined_case(use_case), reference)
+    text = version_card(settings_to_read(home), defined_case(use_case), reference)
     as_page = as_page or (output is not None and output.suffix in (".html", ".htm"))
     card = card_page(text) if as_page else text
     if output is not None:
@@ -358,7 +360,7 @@ def _verify_model(
     """Say who has signed a bundle, and whether anything has changed since. Exit status 1: it can't be trusted."""
     from mlops_course.security.vouching import check_vouched
 
-    settings = settings_of(home)
+    settings = settings_to_read(home)
     found = check_vouched(settings, _bundle_of(settings, use_case, reference))
     gone = [f"what it was made from has changed: {each}" for each in found.get("missing", [])]
     told = found["problems"] or [f"{found['model']} is as {found['by']} signed it, {found['on']}", *gone]

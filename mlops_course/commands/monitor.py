@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mlops_course.commands import AsJson, DefinedCase, Home, defined_case, settings_of
+from mlops_course.commands import AsJson, DefinedCase, Home, defined_case, settings_to_read
 from mlops_course.console import print_all, print_json, table
 from mlops_course.wording import number_of
 
@@ -76,7 +76,7 @@ def _monitor(
     from mlops_course.data import parse_month
     from mlops_course.monitoring.review import review_month
 
-    settings, case = settings_of(home), defined_case(use_case)
+    settings, case = settings_to_read(home), defined_case(use_case)
     review = review_month(settings, case, str(parse_month(month)))
     decision = _retrained(settings, use_case, review) if retrain else None
     if as_json:

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from mlops_course.commands import AsJson, Home, settings_of
+from mlops_course.commands import AsJson, Home, settings_of, settings_to_read
 from mlops_course.console import print_json
 from mlops_course.wording import number_of
 
@@ -108,7 +108,7 @@ def _interview(
     """Questions of an interview, and where in your own system the answer lies."""
     from mlops_course.portfolio import practise
 
-    found = practise(settings_of(home), number)
+    found = practise(settings_to_read(home), number)
     if as_json:
         return print_json([each._asdict() for each in found])
     for each in found:

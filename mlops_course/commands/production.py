@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mlops_course.commands import AsJson, DefinedCase, Home, settings_of
+from mlops_course.commands import AsJson, DefinedCase, Home, settings_of, settings_to_read
 from mlops_course.console import print_all, print_json, table
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def _status(home: Home = None, as_json: AsJson = False) -> None:
     """Say how production is. Exit status 1: a part fails; 3: not up."""
     from mlops_course.capstone.operations import part_states
 
-    parts = part_states(settings_of(home))
+    parts = part_states(settings_to_read(home))
     if not parts:
         print_json({"up": False, "well": False, "parts": []}) if as_json else typer.echo("production isn't up")
         raise typer.Exit(3)

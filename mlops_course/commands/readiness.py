@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mlops_course.commands import AsJson, DefinedCase, Home, defined_case, settings_of
+from mlops_course.commands import AsJson, DefinedCase, Home, defined_case, settings_to_read
 from mlops_course.console import print_all, print_json, table
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def _test_score(
     from mlops_course.delivery.ml_test_score import score_system
     from mlops_course.delivery.rubric import RUBRIC
 
-    settings, case = settings_of(home), defined_case(use_case)
+    settings, case = settings_to_read(home), defined_case(use_case)
     with _told(sum(map(len, RUBRIC.values()))) as report:
         score = score_system(settings, case, repository, report)
     if as_json:

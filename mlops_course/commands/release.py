@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mlops_course.commands import AsJson, Case, DefinedCase, Home, defined_case, parse_parameters, settings_of
+from mlops_course.commands import (
+    AsJson, Case, DefinedCase, Home, defined_case, parse_parameters, settings_of, settings_to_read,
+)
 from mlops_course.commands.serve import Signed, vouched_by
 from mlops_course.console import print_all, print_json, table
 
@@ -142,7 +144,7 @@ def _roll_back(reason: _Because, use_case: Case = None, home: Home = None, as_js
 @release_commands.command("status")
 def _status(use_case: Case = None, home: Home = None, as_json: AsJson = False) -> None:
     """Show how the release is doing, and what was counted."""
-    _show_release(settings_of(home, use_case), as_json)
+    _show_release(settings_to_read(home, use_case), as_json)
 
 
 @release_commands.command("outcomes")
@@ -152,7 +154,7 @@ def _outcomes(use_case: DefinedCase = None, home: Home = None, as_json: AsJson =
 
     from mlops_course.monitoring.release_outcomes import count_outcomes
 
-    found = count_outcomes(settings_of(home), defined_case(use_case))
+    found = count_outcomes(settings_to_read(home), defined_case(use_case))
     if as_json:
         print_json({"outcomes": found and msgspec.to_builtins(found)})
         return

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ class LabState:
 
     sound: bool
     symptom: str = ""
+    where: str = field(default="", repr=False, compare=False)  # the lab's own folder, if it isn't the workspace
 
 # %% ../../nbs/internals/01_labs.ipynb #cc53ccfe
 def _symptom(sound: Callable[[Settings], object], settings: Settings) -> str:
@@ -71,7 +72,7 @@ def run_steps(
         said = json.loads(answer.read_text(encoding="utf-8"))
     if said["failed"]:
         raise LabError(f"the lab's step {said['failed']} failed: {said['message']}", "Is the workspace in order?")
-    return [LabState(not symptom, symptom) for symptom in said["symptoms"]]
+    return [LabState(not symptom, symptom, said.get("where", "")) for symptom in said["symptoms"]]
 
 # %% ../../nbs/internals/01_labs.ipynb #5ee1097b
 def _in_child(job: str, home: Path) -> "subprocess.CompletedProcess[str]":
@@ -119,7 +120,8 @@ def _do(parts: list[list[str]], home: Path) -> dict[str, Any]:
             return {"failed": name, "message": f"{type(error).__name__}: {error}"}
         if name == "check":
             symptoms.append(_symptom(scope["sound"], settings))
-    return {"failed": "", "symptoms": symptoms}
+    where = {"where": str(scope["lab_home"])} if "lab_home" in scope else {}
+    return {"failed": "", "symptoms": symptoms, **where}
 
 # %% ../../nbs/internals/01_labs.ipynb #d96a1a82
 def _lab_of(lesson: Lesson) -> Lab:

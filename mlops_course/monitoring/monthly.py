@@ -66,7 +66,7 @@ class MonthReport:
     @property
     def figures(self) -> dict[str, float]:
         """The few numbers that a table of runs shows."""
-        found = {"alarms": float(self.drift["alarm"].sum())}
+        found: dict[str, float] = {"alarms": int(self.drift["alarm"].sum())}
         if not math.isnan(self.score_drift):
             found["score_psi"] = self.score_drift
         if "log_loss" in self.estimated.index:
