@@ -8,7 +8,6 @@ __all__ = ['WRONG_KINDS', 'Proof', 'prove_run', 'prove_independence', 'prove_dec
 # %% ../../nbs/internals/01_prove.ipynb #8e36c0e2
 import re
 import subprocess
-import symtable
 import sys
 import tempfile
 import time
@@ -42,6 +41,7 @@ from mlops_course.course.lessons import (
     tags,
     with_answer,
 )
+from mlops_course.course.names import bound_names, free_names
 from mlops_course.course.outputs import changed_output
 from mlops_course.course.running import FAILED, PASSED, UNATTEMPTED
 from mlops_course.environment import CourseError, load_settings
@@ -163,21 +163,12 @@ def prove_independence(
     return [Proof(f"copy, code cell {number}", False, f"needs {name} of {each}") for number, name, each in needed]
 
 # %% ../../nbs/internals/01_prove.ipynb #5k1p0003
-def _names(source: str) -> tuple[set[str], set[str]]:
-    """The notebook's names that a cell reads, and those that it sets; none of a cell that isn't plain Python."""
+def _names(source: str) -> tuple[frozenset[str], frozenset[str]]:
+    """The notebook's names that a cell reads, and those that it gives; none of a cell that isn't plain Python."""
     try:
-        cell = symtable.symtable(source, "<cell>", "exec")
+        return free_names(source), bound_names(source)
     except SyntaxError:
-        return set(), set()
-    read = {each.get_name() for each in cell.get_symbols() if each.is_referenced()}
-    read |= {name for inner in cell.get_children() for name in _globals_of(inner)}
-    return read, {each.get_name() for each in cell.get_symbols() if each.is_assigned() or each.is_imported()}
-
-
-def _globals_of(inner: symtable.SymbolTable) -> set[str]:
-    """The notebook's names that a function, a class or a comprehension reads."""
-    own = {each.get_name() for each in inner.get_symbols() if each.is_global() and each.is_referenced()}
-    return own.union(*map(_globals_of, inner.get_children()))
+        return frozenset(), frozenset()
 
 # %% ../../nbs/internals/01_prove.ipynb #4667cf1e
 def prove_declarations(

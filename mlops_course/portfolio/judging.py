@@ -17,7 +17,8 @@ from mlops_course.course.checking import (
 )
 from mlops_course.course.lessons import Exercise, Lesson, belongs_to, find_lesson, with_answer
 from mlops_course.course.running import FAILED, PASSED, UNATTEMPTED, same_code
-from mlops_course.portfolio.answers import bound_names, free_names, reaches
+from mlops_course.course.names import bound_names, free_names
+from mlops_course.portfolio.answers import reaches
 
 # %% auto #0
 __all__ = ['enclosed_answers', 'refused_answers', 'judge_section', 'main']
