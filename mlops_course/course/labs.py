@@ -37,6 +37,7 @@ class LabState:
     sound: bool
     symptom: str = ""
     where: str = field(default="", repr=False, compare=False)  # the lab's own folder, if it isn't the workspace
+    made: tuple[str, ...] = field(default=(), repr=False, compare=False)  # files that weren't there before it was prepared
 
 # %% ../../nbs/internals/01_labs.ipynb #cc53ccfe
 def _symptom(sound: Callable[[Settings], object], settings: Settings) -> str:
@@ -48,6 +49,12 @@ def _symptom(sound: Callable[[Settings], object], settings: Settings) -> str:
     except Exception as error:  # a fault can show itself as any error
         return f"{type(error).__name__}: {error}"
     return ""
+
+
+def _files(home: Path) -> set[str]:
+    """The files of a workspace, without those that come and go with a program."""
+    found = [path.relative_to(home) for path in home.rglob("*") if path.is_file()]
+    return {path.as_posix() for path in found if "__pycache__" not in path.parts and path.suffix != ".lock"}
 
 # %% ../../nbs/internals/01_labs.ipynb #a3d4a136
 def run_steps(
@@ -72,7 +79,8 @@ def run_steps(
         said = json.loads(answer.read_text(encoding="utf-8"))
     if said["failed"]:
         raise LabError(f"the lab's step {said['failed']} failed: {said['message']}", "Is the workspace in order?")
-    return [LabState(not symptom, symptom, said.get("where", "")) for symptom in said["symptoms"]]
+    about = said["where"], tuple(said["made"])
+    return [LabState(not symptom, symptom, *about) for symptom in said["symptoms"]]
 
 # %% ../../nbs/internals/01_labs.ipynb #5ee1097b
 def _in_child(job: str, home: Path) -> "subprocess.CompletedProcess[str]":
@@ -112,16 +120,15 @@ def do_job(
 def _do(parts: list[list[str]], home: Path) -> dict[str, Any]:
     settings = load_settings(home=home)
     scope: dict[str, Any] = {"__name__": "lab", "settings": settings}
-    symptoms = []
+    symptoms, made, before = list[str](), list[str](), _files(home)
     for name, code in parts:
         try:
             exec(compile(code, f"<lab {name}>", "exec"), scope)
         except Exception as error:  # a step may raise anything: it is reported with its name
             return {"failed": name, "message": f"{type(error).__name__}: {error}"}
-        if name == "check":
-            symptoms.append(_symptom(scope["sound"], settings))
-    where = {"where": str(scope["lab_home"])} if "lab_home" in scope else {}
-    return {"failed": "", "symptoms": symptoms, **where}
+        made = sorted(_files(home) - before) if name == "prepare" else made
+        symptoms += [_symptom(scope["sound"], settings)] if name == "check" else []
+    return {"failed": "", "symptoms": symptoms, "made": made, "where": str(scope.get("lab_home", ""))}
 
 # %% ../../nbs/internals/01_labs.ipynb #d96a1a82
 def _lab_of(lesson: Lesson) -> Lab:
@@ -167,7 +174,8 @@ def break_lab(
     (after,) = run_steps(lab, ["breaks"], home)
     if after.sound:
         _write_note(lesson, home, breaking=False)
-        raise LabError(f"the fault of section {lesson.number} had no effect", "This is a bug in the lesson")
+        remedy = "Your own repair may keep it out, which is good. In a new workspace (--home) it has one"
+        raise LabError(f"the fault of section {lesson.number} had no effect", remedy)
     _write_note(lesson, home, broken=True, breaking=False, symptom=after.symptom)
     return after
 
@@ -199,18 +207,21 @@ def check_lab(
     """Whether the lab is unattempted, failed (with the symptom) or passed."""
     if lesson.lab is None:
         return None
-    note = _lab_note(lesson, home)
+    note, anew = _lab_note(lesson, home), f"Break it again: mlops-course break {lesson.number}"
     if "broken" not in note:
         return "unattempted", f"Start it: mlops-course break {lesson.number}"
     if note["broken"]:
         (state,) = run_steps(lesson.lab, ["look"], home)
+        if state.made:
+            _write_note(lesson, home, broken=False)
+            return "failed", f"{state.made[0]} was gone, so the lab is prepared anew, and isn't broken. {anew}"
         if not state.sound:
             return "failed", state.symptom
         _write_note(lesson, home, broken=False, passed=True)
         return "passed", "It was broken, and you fixed it."
     if note.get("passed"):
-        return "passed", "It was broken, and you fixed it."
-    return "unattempted", f"You have seen the fix. Now on your own: mlops-course break {lesson.number}"
+        return "passed", f"It was broken, and you fixed it. {anew}"
+    return "unattempted", f"You have seen the fix. {anew}" if note.get("shown") else anew
 
 # %% ../../nbs/internals/01_labs.ipynb #d7738d77
 def prove_lab(
@@ -226,6 +237,8 @@ def prove_lab(
             states = run_steps(lab, list(steps), home, child)
         except LabError as error:
             return [*wrong, f"lab: {error}"]
+        if "fix" in steps and states[0].made:  # its process isn't the first one, so all has been there
+            wrong.append(f"lab: {states[0].made[0]} is made each time that the lab is prepared")
         for (step, expected), state in zip(steps.items(), states, strict=True):
             if state.sound != expected:
                 after = "a second look" if step == "look" else step
