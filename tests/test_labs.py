@@ -61,6 +61,17 @@ NO_REPAIR = {  # section: what somebody does instead of a repair, and what the c
             "find the rest",
         )
     ],
+    "7": [
+        ("desk.unlink()\nexec(prepare)", "desk.py is gone"),
+        ("shutil.rmtree(lab.home)\nexec(prepare)", "desk.py and contract.json are gone"),
+        ("write_atomic(desk, DESK)", "lacks warned"),
+        ('write_atomic(desk, DESK)\nwrite_atomic(contract, json.dumps(["score", "model"]))', "isn't as it was"),
+        ("exec(fix)\ncontract.write_text('[')", "isn't as it was"),
+        (
+            'exec(fix)\nwrite_atomic(desk, desk.read_text().replace("error.field", "None"))',
+            "gets 422 and names the field None, not 'visibility'",
+        ),
+    ],
     "11": [
         (
             'exec(fix)\nrows = pd.read_csv(desk.home / "supplier.csv")\n'
@@ -84,8 +95,11 @@ def broken(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     assert lab is not None
     home, kept = (tmp_path_factory.mktemp(f"lab{request.param}") / name for name in ("workspace", "kept"))
     scope: dict[str, Any] = {"__name__": "lab", "settings": load_settings(home=home).prepare(), "fix": lab.fix}
-    for part in (lab.prepare, lab.check, lab.breaks):
-        exec(part, scope)
+    scope |= {"prepare": lab.prepare, "breaks": lab.breaks}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLOPS_COURSE_HOME", str(home))
+        for part in (lab.prepare, lab.check, lab.breaks):
+            exec(part, scope)
     shutil.copytree(home, kept, symlinks=True)
 
     def put_back() -> None:
@@ -96,9 +110,12 @@ def broken(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.mark.parametrize("broken", NO_REPAIR, indirect=True)
-def test_a_lab_refuses_what_is_no_repair_and_takes_its_own(broken: dict[str, Any], request: Any) -> None:
+def test_a_lab_refuses_what_is_no_repair_and_takes_its_own(
+    broken: dict[str, Any], request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
     section = request.node.callspec.params["broken"]
     sound, settings = broken["sound"], broken["settings"]
+    monkeypatch.setenv("MLOPS_COURSE_HOME", str(settings.home))  # for who prepares it once more
     for instead, said in NO_REPAIR[section]:
         broken["put_back"]()
         exec(instead, broken)
@@ -107,6 +124,27 @@ def test_a_lab_refuses_what_is_no_repair_and_takes_its_own(broken: dict[str, Any
     broken["put_back"]()
     exec(broken["fix"], broken)
     sound(settings)
+
+
+OTHER_REPAIR = """
+    names = [feature.name for feature in predictor.manifest.features]
+    for name in [*names, *record]:
+        if name not in record or name not in names:
+            raise InputError("what is this?", "", name)
+    return predictor.encode([record])
+"""
+
+
+@pytest.mark.parametrize("broken", ["7"], indirect=True)
+def test_a_lab_is_broken_again_whatever_stands_there(broken: dict[str, Any]) -> None:
+    broken["put_back"]()
+    exec(broken["fix"], broken)
+    desk = broken["desk"]
+    desk.write_text(desk.read_text().replace("    return predictor.encode([record])\n", OTHER_REPAIR.lstrip("\n")))
+    broken["sound"](broken["settings"])
+    exec(broken["breaks"], broken)
+    with pytest.raises(AssertionError, match="5 of 5 bad records"):
+        broken["sound"](broken["settings"])
 
 
 def test_a_lab_that_has_hints_has_two_of_them(root: Path) -> None:
