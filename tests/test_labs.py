@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from mlops_course.course.labs import break_lab, check_lab, fix_lab
 from mlops_course.course.lessons import find_lesson
 from mlops_course.environment import load_settings
 
@@ -38,6 +39,20 @@ NO_REPAIR = {  # section: what somebody does instead of a repair, and what the c
             'table.to_parquet(lab / "warehouse.parquet", index=False)',
             "warehouse.parquet isn't what was written down",
         ),
+        (
+            'table = pd.read_parquet(lab / "warehouse.parquet").drop(columns="minutes_at_gate")\n'
+            'table.to_parquet(lab / "warehouse.parquet", index=False)',
+            r"warehouse.parquet has lost \['minutes_at_gate'\]",
+        ),
+        ('(lab / "recorded.parquet").unlink()', "recorded.parquet is gone"),
+        ('(lab / "features.json").unlink()', "features.json is gone"),
+        ('(lab / "recorded.parquet").write_text("")', "recorded.parquet can't be read"),
+        ('(lab / "features.json").write_text("[")', "features.json can't be read: Expecting value"),
+        ('(lab / "features.json").write_text("[]")', r"has to be a list of names.* not \[\]"),
+        ('(lab / "features.json").write_text(\'{"wind": 1}\')', "has to be a list of names"),
+        ('(lab / "features.json").write_text(\'["gust"]\')', "the warehouse has no such column"),
+        ('(lab / "features.json").write_text(json.dumps([*safe, "wind"]))', "more than once"),
+        ('(lab / "features.json").write_text(json.dumps([*safe, "late"]))', "names late: that is the label"),
     ],
     "5": [
         (
@@ -45,6 +60,17 @@ NO_REPAIR = {  # section: what somebody does instead of a repair, and what the c
             'replace_months(settings, "flight-delay/raw_flights", rows, by="delivery")',
             "find the rest",
         )
+    ],
+    "7": [
+        ("desk.unlink()\nexec(prepare)", "desk.py is gone"),
+        ("shutil.rmtree(lab.home)\nexec(prepare)", "desk.py and contract.json are gone"),
+        ("write_atomic(desk, DESK)", "lacks warned"),
+        ('write_atomic(desk, DESK)\nwrite_atomic(contract, json.dumps(["score", "model"]))', "isn't as it was"),
+        ("exec(fix)\ncontract.write_text('[')", "isn't as it was"),
+        (
+            'exec(fix)\nwrite_atomic(desk, desk.read_text().replace("error.field", "None"))',
+            "gets 422 and names the field None, not 'visibility'",
+        ),
     ],
     "11": [
         (
@@ -69,8 +95,11 @@ def broken(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     assert lab is not None
     home, kept = (tmp_path_factory.mktemp(f"lab{request.param}") / name for name in ("workspace", "kept"))
     scope: dict[str, Any] = {"__name__": "lab", "settings": load_settings(home=home).prepare(), "fix": lab.fix}
-    for part in (lab.prepare, lab.check, lab.breaks):
-        exec(part, scope)
+    scope |= {"prepare": lab.prepare, "breaks": lab.breaks}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLOPS_COURSE_HOME", str(home))
+        for part in (lab.prepare, lab.check, lab.breaks):
+            exec(part, scope)
     shutil.copytree(home, kept, symlinks=True)
 
     def put_back() -> None:
@@ -81,9 +110,12 @@ def broken(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.mark.parametrize("broken", NO_REPAIR, indirect=True)
-def test_a_lab_refuses_what_is_no_repair_and_takes_its_own(broken: dict[str, Any], request: Any) -> None:
+def test_a_lab_refuses_what_is_no_repair_and_takes_its_own(
+    broken: dict[str, Any], request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
     section = request.node.callspec.params["broken"]
     sound, settings = broken["sound"], broken["settings"]
+    monkeypatch.setenv("MLOPS_COURSE_HOME", str(settings.home))  # for who prepares it once more
     for instead, said in NO_REPAIR[section]:
         broken["put_back"]()
         exec(instead, broken)
@@ -94,6 +126,42 @@ def test_a_lab_refuses_what_is_no_repair_and_takes_its_own(broken: dict[str, Any
     sound(settings)
 
 
+OTHER_REPAIR = """
+    names = [feature.name for feature in predictor.manifest.features]
+    for name in [*names, *record]:
+        if name not in record or name not in names:
+            raise InputError("what is this?", "", name)
+    return predictor.encode([record])
+"""
+
+
+@pytest.mark.parametrize("broken", ["7"], indirect=True)
+def test_a_lab_is_broken_again_whatever_stands_there(broken: dict[str, Any]) -> None:
+    broken["put_back"]()
+    exec(broken["fix"], broken)
+    desk = broken["desk"]
+    desk.write_text(desk.read_text().replace("    return predictor.encode([record])\n", OTHER_REPAIR.lstrip("\n")))
+    broken["sound"](broken["settings"])
+    exec(broken["breaks"], broken)
+    with pytest.raises(AssertionError, match="5 of 5 bad records"):
+        broken["sound"](broken["settings"])
+
+
 def test_a_lab_that_has_hints_has_two_of_them(root: Path) -> None:
     every = {number: find_lesson(number).lab for number in range(1, 12)}
     assert {number: len(lab.hints) for number, lab in every.items() if lab and len(lab.hints) != 2} == {}
+
+
+def test_what_is_deleted_from_lab_3_is_no_repair_and_it_can_be_broken_again(tmp_path: Path) -> None:
+    lesson, home = find_lesson("3"), tmp_path / "workspace"
+    load_settings(home=home).prepare()
+    folder = home / "labs" / "03_lifecycle"
+    said = [break_lab(lesson, home).symptom]
+    (folder / "recorded.parquet").unlink()
+    assert (check_lab(lesson, home) or ("", ""))[1].startswith("recorded.parquet is gone")
+    shutil.rmtree(home / "labs")  # to begin again: the fault is in the new one, too
+    assert check_lab(lesson, home) == ("failed", said[0])
+    state = fix_lab(lesson, home)[1]
+    assert state is not None and state.sound
+    shutil.rmtree(folder)  # when nothing is broken, a new one is sound
+    assert break_lab(lesson, home).symptom == said[0]
