@@ -90,7 +90,6 @@ class OutputThread(iostream.IOPubThread):
         self.streams: dict[str, Any] = {}  # by name
         self.lock = threading.RLock()
         self._events = deque[Callable[[], Any]]()
-        self.thread = threading.Thread(target=self.watch, daemon=True, name="IOPub")
 
     def open(self, send: Callable[[list[bytes]], None], pairs: Sequence[tuple[int, int]]) -> None:
         """Begin to send."""
@@ -98,6 +97,7 @@ class OutputThread(iostream.IOPubThread):
         self.wake, self.woken = socket.socketpair()
         if pairs:
             self.pipes.open(pairs)
+        self.thread = threading.Thread(target=self.watch, daemon=True, name="IOPub")  # one made before a fork can't start
         self.thread.start()
 
     def watch(self) -> None:
