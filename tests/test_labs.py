@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from mlops_course.course.labs import break_lab, check_lab, fix_lab
 from mlops_course.course.lessons import find_lesson
 from mlops_course.environment import load_settings
 
@@ -38,6 +39,20 @@ NO_REPAIR = {  # section: what somebody does instead of a repair, and what the c
             'table.to_parquet(lab / "warehouse.parquet", index=False)',
             "warehouse.parquet isn't what was written down",
         ),
+        (
+            'table = pd.read_parquet(lab / "warehouse.parquet").drop(columns="minutes_at_gate")\n'
+            'table.to_parquet(lab / "warehouse.parquet", index=False)',
+            r"warehouse.parquet has lost \['minutes_at_gate'\]",
+        ),
+        ('(lab / "recorded.parquet").unlink()', "recorded.parquet is gone"),
+        ('(lab / "features.json").unlink()', "features.json is gone"),
+        ('(lab / "recorded.parquet").write_text("")', "recorded.parquet can't be read"),
+        ('(lab / "features.json").write_text("[")', "features.json can't be read: Expecting value"),
+        ('(lab / "features.json").write_text("[]")', r"has to be a list of names.* not \[\]"),
+        ('(lab / "features.json").write_text(\'{"wind": 1}\')', "has to be a list of names"),
+        ('(lab / "features.json").write_text(\'["gust"]\')', "the warehouse has no such column"),
+        ('(lab / "features.json").write_text(json.dumps([*safe, "wind"]))', "more than once"),
+        ('(lab / "features.json").write_text(json.dumps([*safe, "late"]))', "names late: that is the label"),
     ],
     "5": [
         (
@@ -135,3 +150,18 @@ def test_a_lab_is_broken_again_whatever_stands_there(broken: dict[str, Any]) -> 
 def test_a_lab_that_has_hints_has_two_of_them(root: Path) -> None:
     every = {number: find_lesson(number).lab for number in range(1, 12)}
     assert {number: len(lab.hints) for number, lab in every.items() if lab and len(lab.hints) != 2} == {}
+
+
+def test_what_is_deleted_from_lab_3_is_no_repair_and_it_can_be_broken_again(tmp_path: Path) -> None:
+    lesson, home = find_lesson("3"), tmp_path / "workspace"
+    load_settings(home=home).prepare()
+    folder = home / "labs" / "03_lifecycle"
+    said = [break_lab(lesson, home).symptom]
+    (folder / "recorded.parquet").unlink()
+    assert (check_lab(lesson, home) or ("", ""))[1].startswith("recorded.parquet is gone")
+    shutil.rmtree(home / "labs")  # to begin again: the fault is in the new one, too
+    assert check_lab(lesson, home) == ("failed", said[0])
+    state = fix_lab(lesson, home)[1]
+    assert state is not None and state.sound
+    shutil.rmtree(folder)  # when nothing is broken, a new one is sound
+    assert break_lab(lesson, home).symptom == said[0]
