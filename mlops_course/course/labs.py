@@ -37,7 +37,7 @@ class LabState:
     sound: bool
     symptom: str = ""
     where: str = field(default="", repr=False, compare=False)  # the lab's own folder, if it isn't the workspace
-    made: tuple[str, ...] = field(default=(), repr=False, compare=False)  # files that weren't there before it was prepared
+    made: tuple[str, ...] = field(default=(), repr=False, compare=False)  # files that its preparation has made
 
 # %% ../../nbs/internals/01_labs.ipynb #cc53ccfe
 def _symptom(sound: Callable[[Settings], object], settings: Settings) -> str:
