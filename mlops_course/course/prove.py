@@ -156,7 +156,7 @@ def prove_independence(
             owed |= {} if belongs_to(cell, "check") else dict.fromkeys(bound - there, "a cell that a check skips")
             continue
         needed += [(number, name, owed[name]) for name in sorted(used - bound - set(own)) if name in owed]
-        bound = set(own) if exercise else bound
+        bound = frozenset(own) if exercise else bound
         there |= bound
         owed = {name: each for name, each in owed.items() if name not in bound}
         owed |= dict.fromkeys(own, exercise.id if exercise else "")
