@@ -97,7 +97,7 @@ class OutputThread(iostream.IOPubThread):
         self.wake, self.woken = socket.socketpair()
         if pairs:
             self.pipes.open(pairs)
-        self.thread = threading.Thread(target=self.watch, daemon=True, name="IOPub")  # after the fork, or it can't start
+        self.thread = threading.Thread(target=self.watch, daemon=True, name="IOPub")  # after the fork: else it can't
         self.thread.start()
 
     def watch(self) -> None:
