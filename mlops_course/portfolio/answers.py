@@ -16,9 +16,9 @@ from mlops_course.course.names import bound_names
 # %% ../../nbs/internals/15_answers.ipynb #57e53e72
 _words = str.split
 _MODULES = frozenset(_words("""
-    __future__ bisect collections copy csv dataclasses datetime decimal enum fractions functools hashlib heapq io
-    itertools json math matplotlib mlops_course nbformat numpy operator pandas pandera pathlib random re scipy sklearn
-    statistics string textwrap time typing yaml zoneinfo
+    __future__ bisect collections copy csv dataclasses datetime decimal enum fractions functools graphlib hashlib heapq
+    io itertools json math matplotlib mlops_course nbformat numpy operator packaging pandas pandera pathlib random re
+    scipy sklearn statistics string textwrap time typing yaml zlib zoneinfo
 """))
 _BUILT_IN = frozenset(_words("""
     breakpoint compile delattr eval exec exit get_ipython getattr globals input locals quit setattr type vars
