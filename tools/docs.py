@@ -54,6 +54,7 @@ TEMPLATE = """
 {%- if 'wrong-answers' in cell.metadata.get('tags', []) -%}
 {{ folded('Wrong answers that the check knows', super()) }}
 {%- elif 'lab-look' in cell.metadata.get('tags', []) -%}{{ folded('How I look for it', super()) }}
+{%- elif 'helper' in cell.metadata.get('tags', []) -%}{{ folded('What the check needs', super()) }}
 {%- elif exercise.solution -%}{{ folded('A solution', super()) }}
 {%- elif exercise.grade -%}{{ folded('The check', super()) }}
 {%- else -%}{{ super() }}{%- endif -%}
