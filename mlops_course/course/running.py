@@ -94,7 +94,8 @@ def describe_exception(
 ) -> str:
     """An error in one or two lines: what happened, and in which line of the learner's code."""
     if isinstance(error, SyntaxError):
-        return f"{type(error).__name__}: {error.msg} (line {error.lineno}: {(error.text or '').strip()})"
+        kind = next(each.__name__ for each in type(error).__mro__ if each.__name__[:1] != "_")  # 3.13 has a private one
+        return f"{kind}: {error.msg} (line {error.lineno}: {(error.text or '').strip()})"
     where = _own_line(error, scope)
     if isinstance(error, TookTooLong):
         return f"did not end within {error}: a loop that never ends, or one that does too much{where}"
