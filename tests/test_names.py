@@ -28,6 +28,8 @@ from mlops_course.course.names import bound_names, free_names
         ("print(f'{a!r:>{w}} {[b for b in c]}')", "a c print w", ""),
         ("import os.path, json as j\nfrom m import x as y", "", "j os y"),
         ("a.b = c\na[d] = 1", "a c d", ""),
+        ("import m as __import__", "", "__import__"),
+        ("try:\n    f()\nexcept A as __build_class__:\n    pass", "A f", "__build_class__"),
         ("", "", ""),
     ],
 )

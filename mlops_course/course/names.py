@@ -56,4 +56,4 @@ def bound_names(
     Raises:
         SyntaxError: it isn't plain Python.
     """
-    return frozenset(name for name in _names(_compiled(source))[1] if not name.startswith("__"))
+    return frozenset(_names(_compiled(source))[1])
